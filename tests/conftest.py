@@ -1,0 +1,189 @@
+"""What every test of this project gets without asking: an end, and a look at the processes that it left.
+
+A hang is the worst defect of a library like this one, so no test may hang either. Two clocks run for each test (with
+its fixtures), and neither needs a plugin:
+
+    time_limit         SIGALRM on the main thread: all stacks go to stderr, then the test fails where it stands
+    time_limit + 20 s  faulthandler's C thread, which needs no GIL: all stacks, then this process exits
+                       (a plain run ends there; pytest-xdist reports the test as crashed and goes on)
+
+Processes: a test that has closed its executors must leave no child of this process behind (checked after each test,
+with a wait of at most five seconds for those that are on their way out). Orphans, which are no longer anybody's
+children, are found at the end of the session by a mark in their environment.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import IO
+
+import psutil
+import pytest
+
+GRACE_SECONDS = 20.0
+"""Between the soft end of a test and the hard one: time for its fixtures to clean up."""
+
+EXIT_SECONDS = 5.0
+"""How long a process may take to go away after the test that used it."""
+
+MARK = "DISTPOOL_TEST_SESSION"
+"""Environment variable that everything started by this session inherits."""
+
+HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+"""Children of the standard library that live as long as this process, by their command lines."""
+
+stderr_key = pytest.StashKey[IO[str]]()
+mark_key = pytest.StashKey[str]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addini("time_limit", "seconds that one test may take with its fixtures", default="60")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest redirects descriptor 2 while a test runs; the dump of a hanging test must reach the real one.
+    config.stash[stderr_key] = os.fdopen(os.dup(2), "w")
+    config.stash[mark_key] = uuid.uuid4().hex
+    os.environ[MARK] = config.stash[mark_key]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    faulthandler.cancel_dump_traceback_later()
+    stream = config.stash.get(stderr_key, None)
+    if stream is not None:
+        stream.close()
+
+
+def limit_of(item: pytest.Item) -> float:
+    """Seconds that this test may take."""
+    marker = item.get_closest_marker("time_limit")
+    return float(marker.args[0]) if marker else float(item.config.getini("time_limit"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    limit = limit_of(item)
+    stream = item.config.stash[stderr_key]
+    can_interrupt = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+
+    def out_of_time(signum: int, frame: object) -> None:
+        stream.write(f"\n{item.nodeid}: longer than {limit:g} s; all threads:\n")
+        stream.flush()
+        faulthandler.dump_traceback(file=stream, all_threads=True)
+        # A BaseException, so that no `except Exception` of the code under test can swallow it.
+        pytest.fail(f"took longer than its limit of {limit:g} s (stacks of all threads: on stderr)", pytrace=True)
+
+    faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True, file=stream)
+    if can_interrupt:
+        previous = signal.signal(signal.SIGALRM, out_of_time)
+        signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        return (yield)
+    finally:
+        if can_interrupt:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def descendants() -> dict[tuple[int, float], psutil.Process]:
+    """Living processes below this one, by (process id, start time): ids alone are used again."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and not is_helper(process):
+                found[process.pid, process.create_time()] = process
+        except psutil.Error:
+            continue
+    return found
+
+
+def is_helper(process: psutil.Process) -> bool:
+    """Whether a process belongs to the standard library's own machinery."""
+    command = " ".join(process.cmdline())
+    return any(name in command for name in HELPERS)
+
+
+def describe(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid} (parent {process.ppid()}, {process.status()}): {' '.join(process.cmdline())[:200]}"
+    except psutil.Error as error:
+        return f"{process.pid}: {error}"
+
+
+@pytest.fixture(autouse=True)
+def no_process_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that ends with child processes which were not there before it.
+
+    Executors of module- or session-wide fixtures are older than the test, so their workers are "before". Workers that
+    such an executor replaces during a test are covered by the marker ``leaves_processes``.
+    """
+    if request.node.get_closest_marker("leaves_processes"):
+        yield
+        return
+    before = descendants()
+    yield
+    left = set(descendants()) - set(before)
+    if not left:
+        return
+    deadline = time.monotonic() + EXIT_SECONDS
+    while left and time.monotonic() < deadline:
+        now = {key: process for key, process in descendants().items() if key not in before}
+        psutil.wait_procs(list(now.values()), timeout=max(0.0, deadline - time.monotonic()))
+        left = set(descendants()) - set(before)
+    if left:
+        alive = descendants()
+        lines = [describe(alive[key]) for key in sorted(left) if key in alive]
+        for key in left:
+            end(alive.get(key))
+        pytest.fail("child processes outlived the test:\n  " + "\n  ".join(lines), pytrace=False)
+
+
+def end(process: psutil.Process | None) -> None:
+    """Kill one leftover, so that it is reported once and disturbs no later test."""
+    try:
+        if process is not None:
+            process.kill()
+    except psutil.Error:
+        pass
+
+
+def orphans(mark: str) -> list[psutil.Process]:
+    """Living processes of other parents that were started under this session's mark."""
+    here = {process.pid for process in [psutil.Process(), *psutil.Process().children(recursive=True)]}
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if (
+                process.pid not in here
+                and process.status() != psutil.STATUS_ZOMBIE
+                and process.environ().get(MARK) == mark
+            ):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue  # gone meanwhile, or somebody else's
+    return found
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    mark = session.config.stash[mark_key]
+    left = orphans(mark)
+    if left:
+        psutil.wait_procs(left, timeout=EXIT_SECONDS)
+        left = orphans(mark)
+    if left:
+        stream = session.config.stash[stderr_key]
+        stream.write("\norphaned processes at the end of the session:\n")
+        stream.writelines(f"  {describe(process)}\n" for process in left)
+        stream.flush()
+        for process in left:
+            end(process)
+        if session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,118 @@
+"""Every example runs as a user runs it, ends in time and prints what it claims; so does every block of the README."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+MAX_LINES = 80
+
+
+def run(*arguments: str | Path, cwd: Path = ROOT, seconds: float = 50) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+def number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text)
+    assert found, f"{pattern!r} is not in:\n{text}"
+    return float(found[1].replace(",", ""))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_are_short_and_explained(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < MAX_LINES
+    assert text.startswith('"""') and f"python examples/{path.name}" in text, "the first lines say how to run it"
+
+
+def test_every_example_has_a_test() -> None:
+    here = Path(__file__).read_text(encoding="utf-8")
+    assert EXAMPLES
+    assert not [path.name for path in EXAMPLES if f'"{path.name}"' not in here]
+
+
+@pytest.mark.parametrize("blocked", ["", "numpy"], ids=["as installed", "without numpy"])
+def test_option_pricing(blocked: str, tmp_path: Path) -> None:
+    """The price is within four standard errors of the closed formula, and the same as one process's to the last digit."""
+    script = ROOT / "examples" / "option_pricing.py"
+    if blocked:
+        script = tmp_path / "without.py"
+        original = ROOT / "examples" / "option_pricing.py"
+        script.write_text(f"import sys\nsys.modules[{blocked!r}] = None\n" + original.read_text(encoding="utf-8"))
+    done = run(script, "--paths", "640000", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    price, exact = number(r"Monte Carlo +([\d.]+)", done.stdout), number(r"Black-Scholes +([\d.]+)", done.stdout)
+    error = number(r"\+- ([\d.]+)", done.stdout)
+    assert exact == pytest.approx(9.1218, abs=1e-3)
+    assert 0 < error < 0.1 and abs(price - exact) < 4 * error
+    assert "same digits    yes" in done.stdout
+    assert number(r"([\d.]+) times as fast", done.stdout) > 0
+
+
+def test_parameter_sweep() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[test]'")
+    done = run(ROOT / "examples" / "parameter_sweep.py", "--folds", "2", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"36 candidates, 9 refused", done.stdout)
+    assert "ProcessExitedException" in done.stdout and "ConnectionError: the data server" in done.stdout
+    assert done.stdout.count("The 'C' parameter of SVC must be a float in the range (0.0, inf)") == 9
+    assert number(r"the best:\n +(0\.\d+)", done.stdout) > 0.9
+    assert done.stderr == "" or "Worker" in done.stderr, done.stderr
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for index in range(30):
+        (tmp_path / f"{index}.txt").write_text("apple banana apple\n" * (index + 1))
+    (tmp_path / "copy.txt").write_text("apple banana apple\n")
+    (tmp_path / "missing.txt").symlink_to("nowhere")
+    return tmp_path
+
+
+def test_folder_processing(folder: Path) -> None:
+    done = run(ROOT / "examples" / "folder_processing.py", folder, "--pattern", "*.txt", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert "32 files, 8,854 bytes" in done.stdout
+    assert "1 are copies of another" in done.stdout
+    assert "apple 932, banana 466" in done.stdout
+    assert done.stdout.count("not read:") == 1 and "missing.txt: No such file" in done.stdout
+    assert "32/32" in done.stderr, "the progress bar stands on stderr and reaches its end"
+
+
+def test_folder_processing_on_the_library() -> None:
+    done = run(ROOT / "examples" / "folder_processing.py", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert number(r"^([\d,]+) files", done.stdout) > 100
+    assert "broken.py: No such file" in done.stdout
+
+
+def blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("index", range(len(blocks())))
+def test_readme_blocks_run(index: int, tmp_path: Path) -> None:
+    """Each Python block of the README is a program of its own and does what its comments say (by assert)."""
+    script = tmp_path / "block.py"
+    script.write_text(blocks()[index])
+    done = run(script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr

@@ -1,0 +1,195 @@
+"""The public API is one list, and importing it is cheap.
+
+`PUBLIC` is what the package promises today; `NOT_YET` are names that the design reserves for what is still being built.
+A name moves from the second to the first together with the code that it stands for, and never back.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+import distpool
+
+EXECUTORS = {"ClusterExecutor", "DistPool", "Future", "pmap", "pgenerate", "ExponentialBackOff"}
+
+ERRORS = {
+    "AuthenticationError",
+    "ChannelClosedError",
+    "CompositeException",
+    "DistpoolError",
+    "LaunchWorkerError",
+    "ProcessExitedException",
+    "RemoteException",
+    "SerializationError",
+    "TopologyError",
+    "VersionMismatchError",
+}
+
+PUBLIC = EXECUTORS | ERRORS | {"__version__"}
+
+MEMBERSHIP = {
+    "addprocs",
+    "addprocs_async",
+    "check_same_host",
+    "cluster_cookie",
+    "interrupt",
+    "load_machine_file",
+    "myid",
+    "myrole",
+    "nprocs",
+    "nworkers",
+    "on_worker_exited",
+    "on_worker_started",
+    "parse_machine",
+    "procs",
+    "rmprocs",
+    "set_output_hook",
+    "workers",
+}
+
+CALLS = {
+    "Channel",
+    "RRID",
+    "RemoteChannel",
+    "channel_from_id",
+    "clear",
+    "distributed",
+    "everywhere",
+    "fetch",
+    "fetch_any",
+    "fetchfrom",
+    "finalize",
+    "include",
+    "isready",
+    "put",
+    "remote_do",
+    "remotecall",
+    "remotecall_eval",
+    "remotecall_fetch",
+    "remotecall_wait",
+    "remoteref_id",
+    "spawn",
+    "spawnat",
+    "splitrange",
+    "sync",
+    "take",
+    "wait",
+    "worker_id_from_socket",
+}
+
+POOLS_AND_MANAGERS = {
+    "CachingPool",
+    "ClusterManager",
+    "LocalManager",
+    "SSHManager",
+    "WorkerConfig",
+    "WorkerPool",
+    "default_addprocs_params",
+    "default_worker_pool",
+    "init_worker",
+    "process_messages",
+    "remote",
+    "set_default_worker_pool",
+    "start_worker",
+}
+
+WATCHING = {"debug", "dump_stacks", "plot_trace", "stats", "trace"}
+
+NOT_YET = (MEMBERSHIP | CALLS | POOLS_AND_MANAGERS | WATCHING) - PUBLIC
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_list_is_exact() -> None:
+    assert set(distpool.__all__) == PUBLIC
+    assert len(distpool.__all__) == len(PUBLIC), "a name stands twice in __all__"
+
+
+def test_what_is_not_there_yet_is_not_promised() -> None:
+    assert NOT_YET.isdisjoint(distpool.__all__), "move the name to PUBLIC"
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_public_name_exists_and_says_what_it_is(name: str) -> None:
+    value = getattr(distpool, name)
+    if isinstance(value, str):
+        return
+    doc = inspect.getdoc(value)
+    assert doc and len(doc) > 20, f"distpool.{name} has no docstring"
+    own = getattr(value, "__doc__", None)
+    assert own, f"distpool.{name} only inherits its docstring"
+
+
+@pytest.mark.parametrize("name", sorted(EXECUTORS))
+def test_every_public_method_has_a_docstring(name: str) -> None:
+    value = getattr(distpool, name)
+    if not isinstance(value, type):
+        return
+    members = {key: member for key, member in vars(value).items() if not key.startswith("_")}
+    functions = {key: member for key, member in members.items() if isinstance(member, (types.FunctionType, property))}
+    bare = [f"{name}.{key}" for key in functions if not inspect.getdoc(getattr(value, key))]
+    assert not bare, f"no docstring: {bare}"
+
+
+def test_dir_and_unknown_names() -> None:
+    assert set(dir(distpool)) >= PUBLIC
+    with pytest.raises(AttributeError, match="no_such_name"):
+        distpool.no_such_name  # noqa: B018
+    assert not hasattr(distpool, "__no_such_name__")
+
+
+def test_star_import_brings_the_list() -> None:
+    names = json.loads(
+        python(
+            "from distpool import *\nimport json\n"
+            "print(json.dumps([n for n in globals() if n != 'json' and not n.startswith('__')]))"
+        )
+    )
+    assert set(names) == {name for name in PUBLIC if not name.startswith("__")}
+
+
+HEAVY = ("paramiko", "psutil", "numpy", "asyncio", "cloudpickle", "tqdm", "ssl", "distpool.node.node")
+
+
+def test_import_loads_nothing_heavy_and_starts_nothing() -> None:
+    report = json.loads(
+        python(
+            "import os, threading\n"
+            "fds = set(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else set()\n"
+            "import distpool\n"
+            "after = set(os.listdir('/proc/self/fd')) if fds else set()\n"
+            "import json, sys\n"
+            f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
+            "print(json.dumps([heavy, threading.active_count(), len(after) - len(fds)]))"
+        )
+    )
+    assert report == [[], 1, 0], "heavy modules, threads, additional descriptors"
+
+
+def import_seconds(module: str) -> float:
+    """Time of one import in a fresh interpreter, without the start of the interpreter."""
+    return float(
+        python(
+            f"import time\nbegin = time.perf_counter()\nimport {module}\nprint(time.perf_counter() - begin)",
+        )
+    )
+
+
+def test_import_costs_no_more_than_the_standard_librarys() -> None:
+    """Alternating fresh processes, the best of each: the minimum is what the code costs, the rest is the machine."""
+    ours, theirs = [], []
+    for _ in range(7):
+        ours.append(import_seconds("distpool"))
+        theirs.append(import_seconds("concurrent.futures.process"))
+    assert min(ours) <= 1.25 * min(theirs), f"{min(ours) * 1000:.1f} ms against {min(theirs) * 1000:.1f} ms"

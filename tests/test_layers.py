@@ -1,0 +1,300 @@
+"""Imports go one way. Each module of the package stands in one layer of the table below; a module may import from
+lower layers, from modules of its own layer only where `SAME_LAYER` says so, and never from a higher one. Imports
+inside functions count like those at the top: a deferred import hides a cycle, it does not remove it. Only
+`if TYPE_CHECKING:` is exempt, because nothing runs there.
+
+Three more rules that a parser can see: nothing under wire/ does I/O, runs threads or reads a clock; no module has more
+than 500 lines; no modules import each other in a circle.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent / "distpool"
+
+LAYERS: dict[int, tuple[str, ...]] = {
+    0: ("errors", "config"),
+    1: ("wire.frames", "wire.messages", "wire.protocol", "wire.codec"),
+    2: ("transport.stream", "transport.ioloop", "transport.link", "transport.pump", "transport.shm"),
+    3: ("node.requests", "node.tasks", "node.group", "node.node"),
+    4: ("refs.owner", "refs.refs", "refs.gc"),
+    5: ("calls",),
+    6: ("spawn", "pools"),
+    7: ("scheduling", "pmap"),
+    8: ("managers.base", "managers.launch", "managers.local", "managers.ssh"),
+    9: ("cluster",),
+    10: ("executor", "pool", "pool_results"),
+    11: ("worker", "monitor", "trace", "cli", "__main__", "__init__"),
+}
+"""Layer -> its modules, lowest first. A new module is added here, in the layer of the job that it does."""
+
+PACKAGES = ("wire", "transport", "node", "refs", "managers", "integrations")
+"""Sub-packages: their __init__ holds a docstring and nothing else, so that importing one module loads one module."""
+
+ADAPTERS: tuple[str, ...] = ()
+"""integrations.*: loaded by name from other libraries; they may import everything, and nothing may import them."""
+
+SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
+    {
+        # importer, imported
+        ("config", "errors"),
+        ("wire.messages", "wire.frames"),
+        ("wire.protocol", "wire.frames"),
+        ("wire.protocol", "wire.messages"),
+        ("wire.codec", "wire.frames"),
+        ("wire.codec", "wire.messages"),
+        ("transport.ioloop", "transport.stream"),
+        ("transport.link", "transport.ioloop"),
+        ("transport.link", "transport.stream"),
+        ("transport.pump", "transport.stream"),
+        ("node.node", "node.group"),
+        ("node.node", "node.requests"),
+        ("node.node", "node.tasks"),
+        ("pmap", "scheduling"),
+        ("managers.local", "managers.base"),
+        ("managers.local", "managers.launch"),
+        ("managers.launch", "managers.base"),
+        ("pool", "executor"),
+        ("pool", "pool_results"),
+        ("cli", "worker"),
+        ("__main__", "cli"),
+    }
+)
+"""The arrows inside one layer, each a decision: (importer, imported)."""
+
+NARROWED: dict[str, int] = {"managers.": 2}
+"""Modules that see less than their layer would allow: managers know addresses and byte streams, never calls or refs."""
+
+FORBIDDEN_IN_WIRE = {"socket", "threading", "_thread", "time", "select", "selectors", "asyncio", "subprocess"}
+"""The protocol is bytes in, events out: tested without a network, a clock or a second thread."""
+
+MAX_LINES = 500
+
+LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name inside the package -> file. A sub-package's __init__ goes by the package's name."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = list(path.relative_to(ROOT).with_suffix("").parts)
+        if len(parts) > 1 and parts[-1] == "__init__":
+            parts.pop()
+        found[".".join(parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
+        isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
+    )
+
+
+def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom | ast.Call]:
+    """Every import that may run, at any depth, and every call (for importlib)."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and is_type_checking(child.test):
+            for other in child.orelse:
+                yield from statements(other)
+                if isinstance(other, (ast.Import, ast.ImportFrom)):
+                    yield other
+            continue
+        if isinstance(child, (ast.Import, ast.ImportFrom, ast.Call)):
+            yield child
+        yield from statements(child)
+
+
+def absolute_name(module: str, path: Path, node: ast.ImportFrom) -> str:
+    """The dotted name that an import statement means, with its leading dots resolved."""
+    if not node.level:
+        return node.module or ""
+    package = ["distpool", *([] if module == "__init__" else module.split("."))]
+    if path.name != "__init__.py":
+        package.pop()
+    package = package[: len(package) - (node.level - 1)]
+    return ".".join([*package, *([node.module] if node.module else [])])
+
+
+def loaded_by_name(call: ast.Call) -> str | None:
+    """The text in import_module("...") and __import__("..."), which are imports too."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name not in ("import_module", "__import__") or not call.args:
+        return None
+    first = call.args[0]
+    return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else None
+
+
+def imported_names(module: str, path: Path) -> Iterator[tuple[str, int]]:
+    """(absolute dotted name, line) of everything that a module imports, at its top or later."""
+    for node in statements(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.Call):
+            name = loaded_by_name(node)
+            if name is not None:
+                yield name, node.lineno
+        else:
+            base = absolute_name(module, path, node)
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".removeprefix("distpool.")
+                yield (f"distpool.{inner}" if inner in MODULES else base), node.lineno
+
+
+def internal_imports(module: str, path: Path) -> Iterator[tuple[str, int]]:
+    """(module of this package, line): the arrows that leave a module. `distpool` itself is "__init__"."""
+    for name, line in imported_names(module, path):
+        if name == "distpool" or name.startswith("distpool."):
+            inner = name.removeprefix("distpool").removeprefix(".") or "__init__"
+            while inner and inner not in MODULES:  # a name inside a module: cut back to the module
+                inner = inner.rpartition(".")[0]
+            yield inner or "__init__", line
+
+
+def complaint(importer: str, imported: str) -> str | None:
+    """Why an arrow is not allowed, or None."""
+    if imported in PACKAGES or importer in ADAPTERS or importer == imported:
+        return None
+    if imported in ADAPTERS:
+        return "integrations are loaded by other libraries, never by distpool"
+    here, there = LAYER_OF.get(importer), LAYER_OF.get(imported)
+    if here is None or there is None:
+        return None  # test_every_module_has_a_layer says so
+    if here == there:
+        if (importer, imported) in SAME_LAYER:
+            return None
+        return f"both are in layer {here}: list the arrow in SAME_LAYER, or move what is shared down"
+    limit = next((top for prefix, top in NARROWED.items() if importer.startswith(prefix)), here)
+    if there > limit:
+        return f"layer {here} (may see up to {limit}) imports layer {there}"
+    return None
+
+
+def test_package_is_here() -> None:
+    assert "__init__" in MODULES, f"no package in {ROOT}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_a_layer(module: str) -> None:
+    known = module in LAYER_OF or module in PACKAGES or module in ADAPTERS
+    assert known, f"distpool.{module} stands in no layer: add it to LAYERS in {__file__}, where its job belongs"
+
+
+def test_no_module_stands_twice() -> None:
+    listed = [name for names in LAYERS.values() for name in names]
+    assert len(listed) == len(set(listed))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module: str) -> None:
+    path = MODULES[module]
+    wrong = [
+        f"{path}:{line}: {module} -> {imported}: {why}"
+        for imported, line in internal_imports(module, path)
+        if (why := complaint(module, imported))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("arrow", sorted(SAME_LAYER))
+def test_same_layer_arrows_are_in_one_layer(arrow: tuple[str, str]) -> None:
+    importer, imported = arrow
+    assert LAYER_OF[importer] == LAYER_OF[imported], "such an arrow needs no exception, or must not have one"
+    assert (imported, importer) not in SAME_LAYER, "that would be a cycle"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_sub_packages_hold_nothing(package: str) -> None:
+    path = MODULES.get(package)
+    if path is None:
+        return
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    extra = [node for node in body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+    assert not extra, f"{path}:{extra[0].lineno}: a sub-package's __init__ is a docstring and nothing else"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("wire")])
+def test_wire_does_no_io(module: str) -> None:
+    path = MODULES[module]
+    wrong = [
+        f"{path}:{line}: imports {name}"
+        for name, line in imported_names(module, path)
+        if name.partition(".")[0] in FORBIDDEN_IN_WIRE
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_stay_readable(module: str) -> None:
+    lines = len(MODULES[module].read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{MODULES[module]} has {lines} lines: it has taken on a second job"
+
+
+def test_no_import_cycles() -> None:
+    arrows = {
+        module: {imported for imported, _ in internal_imports(module, path) if imported in MODULES} - {module}
+        for module, path in MODULES.items()
+    }
+    done: set[str] = set()
+
+    def walk(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, "import cycle: " + " -> ".join((*way[way.index(module) :], module))
+        if module not in done:
+            for imported in sorted(arrows[module]):
+                walk(imported, (*way, module))
+            done.add(module)
+
+    for module in sorted(arrows):
+        walk(module, ())
+
+
+# The parser above decides whether other tests see anything, so it is tested too.
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("import distpool.errors", {"errors"}),
+        ("from distpool import errors", {"errors"}),
+        ("from distpool.errors import DistpoolError", {"errors"}),
+        ("from .errors import DistpoolError", {"errors"}),
+        ("from . import errors", {"errors"}),
+        ("def f():\n    from distpool import errors", {"errors"}),
+        ("import importlib\nimportlib.import_module('distpool.errors')", {"errors"}),
+        ("try:\n    import distpool.errors\nexcept ImportError:\n    pass", {"errors"}),
+        ("if TYPE_CHECKING:\n    import distpool.errors", set()),
+        ("import typing\nif typing.TYPE_CHECKING:\n    import distpool.errors\nelse:\n    import json", set()),
+        ("import json\nfrom os import path", set()),
+        ("from distpool import pmap_or_any_public_name", {"__init__"}),
+    ],
+)
+def test_the_parser_sees(source: str, expected: set[str], tmp_path: Path) -> None:
+    path = tmp_path / "calls.py"
+    path.write_text(source)
+    assert "errors" in MODULES
+    assert {imported for imported, _ in internal_imports("calls", path)} == expected
+
+
+@pytest.mark.parametrize(
+    "importer, imported, allowed",
+    [
+        ("calls", "errors", True),
+        ("errors", "calls", False),
+        ("managers.local", "transport.stream", True),
+        ("managers.local", "node.node", False),
+        ("node.group", "node.node", False),
+        ("node.node", "node.group", True),
+        ("executor", "__init__", False),
+        ("worker", "node.node", True),
+    ],
+)
+def test_the_rule_decides(importer: str, imported: str, allowed: bool) -> None:
+    assert (complaint(importer, imported) is None) == allowed
