@@ -1,0 +1,143 @@
+"""X1-X6: scaling, task length, submitting threads, as_completed, asyncio, callbacks."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import statistics
+import threading
+import time
+from typing import Any
+
+from compat.benchmarks import tasks
+from compat.benchmarks.measure import Meter, meet
+from compat.benchmarks.peers import PEERS, Executor, NotApplicable
+from compat.benchmarks.workloads import Answer, Params, check, opened
+
+
+def x1(peer_name: str, _: int, params: Params) -> Answer:
+    """Throughput, latency and parent CPU with 1 to 64 workers."""
+    throughput, latency, parent = {}, {}, {}
+    for count in params["workers"]:
+        with opened(peer_name, count) as (peer, pids):
+            peer.all(tasks.noop, [()] * 200)
+            with Meter(pids) as meter:
+                peer.all(tasks.noop, [()] * params["tasks"])
+            times = []
+            for _ in range(params["calls"]):
+                start = time.perf_counter()
+                peer.call(tasks.noop)
+                times.append(time.perf_counter() - start)
+        throughput[str(count)] = params["tasks"] / meter.wall
+        parent[str(count)] = meter.parent / params["tasks"] * 1e6
+        latency[str(count)] = statistics.median(times) * 1e6
+    return {"tasks_per_s_by_workers": throughput, "latency_us_by_workers": latency, "parent_cpu_us_by_workers": parent}
+
+
+def x2(peer_name: str, workers: int, params: Params) -> Answer:
+    """What the library adds to a task, in worker-microseconds, for tasks of 0.01 to 100 ms."""
+    submit, mapped = {}, {}
+    with opened(peer_name, workers) as (peer, _):
+        peer.all(tasks.noop, [()] * 200)
+        for length in params["ms"]:
+            seconds = length / 1e3
+            count = max(workers * 2, min(5000, int(params["seconds"] * workers / seconds)))
+            start = time.perf_counter()
+            peer.all(tasks.burn, [(seconds,)] * count)
+            submit[str(length)] = max(0.01, ((time.perf_counter() - start) * workers / count - seconds) * 1e6)
+            start = time.perf_counter()
+            peer.map(tasks.burn, [seconds] * count, peer.uneven_chunk)
+            mapped[str(length)] = max(0.01, ((time.perf_counter() - start) * workers / count - seconds) * 1e6)
+    return {"submit_overhead_us_by_task_ms": submit, "map_overhead_us_by_task_ms": mapped}
+
+
+def x3(peer_name: str, workers: int, params: Params) -> Answer:
+    """Calls per second when many threads each wait for their own call."""
+    rate = {}
+    with opened(peer_name, workers) as (peer, _):
+        for count in params["threads"]:
+            each = params["calls"] // count
+            wrong: list[object] = []
+
+            def loop(each: int = each, wrong: list[object] = wrong) -> None:
+                for index in range(each):
+                    value = peer.call(tasks.increment, index)
+                    if value != index + 1:
+                        wrong.append(value)
+
+            threads = [threading.Thread(target=loop) for _ in range(count)]
+            start = time.perf_counter()
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            rate[str(count)] = each * count / (time.perf_counter() - start)
+            check(not wrong, f"wrong results {wrong[:3]}")
+    return {"calls_per_s_by_threads": rate}
+
+
+def executor_of(peer_name: str) -> Executor:
+    """The peer, if it has the interface of concurrent.futures."""
+    peer = PEERS[peer_name]()
+    if not isinstance(peer, Executor):
+        raise NotApplicable("not a concurrent.futures executor")
+    return peer
+
+
+def rates(count: int, meter: Meter) -> Answer:
+    """Rate and CPU per task."""
+    return {"per_s": count / meter.wall, "cpu_us": (meter.parent + meter.workers) / count * 1e6}
+
+
+def x4(peer_name: str, workers: int, params: Params) -> Answer:
+    """concurrent.futures.as_completed over all futures."""
+    peer, count = executor_of(peer_name), params["tasks"]
+    peer.open(workers)
+    with Meter(meet(peer, workers)) as meter:
+        futures = [peer.start(tasks.increment, index) for index in range(count)]
+        total = sum(future.result() for future in concurrent.futures.as_completed(futures))
+    peer.close()
+    check(total == count * (count + 1) // 2, "wrong sum")
+    return rates(count, meter)
+
+
+def x5(peer_name: str, workers: int, params: Params) -> Answer:
+    """asyncio: gather over run_in_executor."""
+    peer, count = executor_of(peer_name), params["tasks"]
+    peer.open(workers)
+
+    async def main() -> list[int]:
+        loop = asyncio.get_running_loop()
+        calls = [loop.run_in_executor(peer.executor, tasks.increment, index) for index in range(count)]
+        return await asyncio.gather(*calls)
+
+    with Meter(meet(peer, workers)) as meter:
+        results = asyncio.run(main())
+    peer.close()
+    check(results == list(range(1, count + 1)), "wrong results")
+    return rates(count, meter)
+
+
+def x6(peer_name: str, workers: int, params: Params) -> Answer:
+    """A done-callback on every future."""
+    peer, count = executor_of(peer_name), params["tasks"]
+    peer.open(workers)
+    lock, everything, seen = threading.Lock(), threading.Event(), [0, 0]
+
+    def done(future: concurrent.futures.Future[Any]) -> None:
+        with lock:
+            seen[0] += 1
+            seen[1] += future.result()
+            if seen[0] == count:
+                everything.set()
+
+    with Meter(meet(peer, workers)) as meter:
+        for index in range(count):
+            peer.start(tasks.increment, index).add_done_callback(done)
+        check(everything.wait(60), f"{seen[0]} of {count} callbacks came")
+    peer.close()
+    check(seen[1] == count * (count + 1) // 2, "wrong sum")
+    return rates(count, meter)
+
+
+WORKLOADS = {"X1": x1, "X2": x2, "X3": x3, "X4": x4, "X5": x5, "X6": x6}
