@@ -71,9 +71,7 @@ def main():
     print(f"Monte Carlo    {price:.4f} +- {error:.4f}  ({each * BATCHES:,} paths)")
     print(f"Black-Scholes  {black_scholes():.4f}")
     print(f"one process    {one_process:.2f} s")
-    print(
-        f"{f'{options.workers} workers':13}  {several:.2f} s with their start: {one_process / several:.2f} times as fast"
-    )
+    print(f"{options.workers} workers      {several:.2f} s with their start: {one_process / several:.2f} times as fast")
     print(f"same digits    {'yes' if (price, error) == alone else 'NO'}")
 
 

@@ -49,8 +49,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # pytest redirects descriptor 2 while a test runs; the dump of a hanging test must reach the real one.
     config.stash[stderr_key] = os.fdopen(os.dup(2), "w")
-    config.stash[mark_key] = uuid.uuid4().hex
+    # The workers of pytest-xdist share their controller's mark: it looks for orphans when they have all ended.
+    config.stash[mark_key] = os.environ[MARK] if is_xdist_worker(config) else uuid.uuid4().hex
     os.environ[MARK] = config.stash[mark_key]
+
+
+def is_xdist_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -173,6 +178,8 @@ def orphans(mark: str) -> list[psutil.Process]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if is_xdist_worker(session.config):
+        return
     mark = session.config.stash[mark_key]
     left = orphans(mark)
     if left:

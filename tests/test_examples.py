@@ -50,7 +50,7 @@ def test_every_example_has_a_test() -> None:
 
 @pytest.mark.parametrize("blocked", ["", "numpy"], ids=["as installed", "without numpy"])
 def test_option_pricing(blocked: str, tmp_path: Path) -> None:
-    """The price is within four standard errors of the closed formula, and the same as one process's to the last digit."""
+    """The price is within four standard errors of the closed formula, and one process's to the last digit."""
     script = ROOT / "examples" / "option_pricing.py"
     if blocked:
         script = tmp_path / "without.py"
