@@ -1,0 +1,104 @@
+"""The pickler for what other processes cannot import: cloudpickle, with two corrections (layer 1).
+
+Imported on first need only (`codec.dump_by_value`, and the other side's unpickler by name): cloudpickle is dear.
+
+Corrections, both about classes that travel by value (classes of `__main__` above all):
+
+1. A class comes home. cloudpickle numbers such classes, so that an instance which returns is an instance of the
+   caller's own class. But it also writes the returning *definition* over that class: its methods become copies with
+   frozen globals, its counters jump back. Here a definition only ever changes classes that came from elsewhere.
+2. The main module of a child of `multiprocessing` (`__mp_main__`) is as unknown elsewhere as `__main__`.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any
+
+import cloudpickle
+from cloudpickle import cloudpickle as internals
+
+__all__ = ["ByValuePickler", "share_class"]
+
+#: Classes which this process did not define but built from a message. Process-wide like cloudpickle's own numbering.
+_foreign: weakref.WeakSet[type] = weakref.WeakSet()
+
+_classes_by_id: Any = getattr(internals, "_DYNAMIC_CLASS_TRACKER_BY_ID", {})
+_ids_by_class: Any = getattr(internals, "_DYNAMIC_CLASS_TRACKER_BY_CLASS", {})
+
+
+class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """One message; `reducers` and `peer` as in `codec.register_reducer`."""
+
+    def __init__(
+        self,
+        file: BytesIO,
+        callback: Callable[[Any], Any] | None,
+        reducers: dict[type, Callable[[Any, Any], tuple[Any, ...]]],
+        peer: Any,
+        seen: list[Any] | None,
+    ) -> None:
+        super().__init__(file, protocol=5, buffer_callback=callback)
+        self._reducers = reducers
+        self._peer = peer
+        self._seen = seen
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Called by the C pickler for every object that is not a plain builtin value."""
+        kind = type(obj)
+        reduce_fn = self._reducers.get(kind)
+        if reduce_fn is not None:
+            reduced = reduce_fn(obj, self._peer)
+            if self._seen is not None:
+                self._seen.append(obj)
+            return reduced
+        if kind is types.FunctionType:
+            if obj.__module__ == "__mp_main__":
+                return self._dynamic_function_reduce(obj)
+            return super().reducer_override(obj)
+        if issubclass(kind, type):
+            reduced = super().reducer_override(obj)
+            if reduced is NotImplemented and obj.__module__ == "__mp_main__":
+                reduced = internals._dynamic_class_reduce(obj)
+            return _by_value_class(reduced)
+        return NotImplemented
+
+
+def _by_value_class(reduced: Any) -> Any:
+    """cloudpickle's way of rebuilding a class, with our builder and setter in front."""
+    if type(reduced) is not tuple or len(reduced) != 6:
+        return reduced
+    build, args, state, _, _, set_state = reduced
+    return build_class, (build, args), (set_state, state), None, None, set_class_state
+
+
+def build_class(build: Callable[..., type], args: tuple[Any, ...]) -> type:
+    """Receiving side: the class of that number if this process has it, else a new one, which is marked as foreign."""
+    known = next((_classes_by_id.get(part) for part in args[-2:] if isinstance(part, str)), None)
+    if known is not None:
+        found: type = known
+        return found
+    made = build(*args)
+    _foreign.add(made)
+    return made
+
+
+def set_class_state(cls: type, packed: tuple[Callable[[type, Any], Any], Any]) -> None:
+    """Receiving side: fill the class in, or bring it up to date; never a class of this process's own."""
+    set_state, state = packed
+    if cls in _foreign:
+        set_state(cls, state)
+
+
+def share_class(cls: type, key: str) -> None:
+    """Declare that every process has its own definition of this class under `key` (what `everywhere` defined).
+
+    An instance that arrives is then one of the receiver's class; a process without it builds it from the message.
+    """
+    number = f"distpool:{key}"
+    _ids_by_class[cls] = number
+    _classes_by_id[number] = cls
+    _foreign.discard(cls)

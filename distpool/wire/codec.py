@@ -1,0 +1,258 @@
+"""User objects <-> bytes and buffers (layer 1, no I/O, no threads, no state of its own but the table of reducers).
+
+    encode(obj, peer)   ->  (pickle bytes, [large buffers, not copied])      the caller stages or sends them
+    decode(data, buffers) ->  obj                                            raises what the user's code raises
+
+Runs in the thread that makes the call (encode) or that runs the task or wants the value (decode); never on the I/O
+thread, because both run user code. Everything is pickle protocol 5. The C pickler goes first; cloudpickle (module
+`byvalue`, imported on first need because it costs as much as the rest of distpool) only takes over where the C pickler
+gives up or where it wrote down a name of `__main__`, which means something else in every other process.
+
+Rejected: one pickler for all messages of a peer (its memo would alias arguments of different calls and keep them
+alive); cloudpickle always (3-10 times dearer, and most values never need it).
+"""
+
+from __future__ import annotations
+
+import copyreg
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from io import BytesIO
+from typing import Any
+
+from distpool.config import OUT_OF_BAND
+from distpool.errors import SerializationError
+
+__all__ = ["Buffers", "decode", "decode_args", "encode", "encode_args", "register_reducer", "unregister_reducer"]
+
+Buffers = Sequence[Any]
+"""Objects with the buffer protocol, each contiguous bytes."""
+
+Reducer = Callable[[Any, Any], tuple[Any, ...]]
+"""`reduce_fn(obj, peer)`: what `obj.__reduce__()` would give, for a message that goes to `peer`."""
+
+PROTOCOL = 5
+
+#: Exact types that pickle can never get wrong: no user code, no name, no reference.
+SCALARS = frozenset((int, float, complex, str, bytes, bool, type(None)))
+
+#: Occurs in both `__main__` and `__mp_main__` (the main module of a child of `multiprocessing`).
+_MAIN = b"_main__"
+
+#: What the C pickler raises for objects it has no way for. Anything else comes from the user's own `__reduce__` and
+#: would only be raised again, after its side effects ran twice; so would MemoryError and RecursionError.
+_TRY_BY_VALUE = (pickle.PicklingError, TypeError, AttributeError, NotImplementedError)
+
+#: type -> reducer. Filled when modules above this one are imported; only read afterwards.
+_reducers: dict[type, Reducer] = {}
+
+_dumps = pickle.dumps
+_loads = pickle.loads
+
+
+def register_reducer(type_: type, reduce_fn: Reducer) -> None:
+    """Let objects of exactly `type_` be reduced by `reduce_fn(obj, peer)` in messages of distpool.
+
+    Elsewhere (`pickle.dumps` by the user) their own `__reduce__` counts. `reduce_fn` may be called twice for one
+    message, and for a message that fails later on, so it must have no effect: act on `encode(seen=...)` afterwards.
+
+    Example: `register_reducer(Future, lambda ref, peer: (rebuild, (ref.rrid, peer)))`
+    """
+    _reducers[type_] = reduce_fn
+
+
+def unregister_reducer(type_: type) -> None:
+    """Undo `register_reducer`; types that are not registered are ignored."""
+    _reducers.pop(type_, None)
+
+
+def encode(obj: Any, peer: Any = None, seen: list[Any] | None = None, what: str = "") -> tuple[bytes, list[memoryview]]:
+    """The pickle of `obj` for a message to `peer`, and its large buffers as flat views of the object's own memory.
+
+    `seen` gets every object that a registered reducer took (a message that carries references must say so). `what`
+    names the object in the error's text, e.g. "the result of f on worker 3". Raises SerializationError, whose
+    `__cause__` is the original error; nothing else except KeyboardInterrupt.
+
+    Example: `data, buffers = encode({"a": array})`
+    """
+    buffers: list[memoryview] = []
+    try:
+        if type(obj) in SCALARS:
+            return _dumps(obj, PROTOCOL), buffers
+        return dump(obj, peer, seen, buffers), buffers
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also SystemExit of a user's __reduce__: it must not end this process
+        raise serialization_error(obj, error, what) from error
+
+
+def encode_args(
+    args: tuple[Any, ...], kwargs: dict[str, Any], peer: Any = None, seen: list[Any] | None = None
+) -> tuple[bytes, list[memoryview]]:
+    """`encode` for the arguments of one call; `decode_args` gives them back. The error names the argument.
+
+    Example: `decode_args(*encode_args((1, 2), {"key": 3})) == ((1, 2), {"key": 3})`
+    """
+    buffers: list[memoryview] = []
+    try:
+        if not kwargs:
+            for value in args:  # as a loop: half the time of SCALARS.issuperset(map(type, args))
+                if type(value) not in SCALARS:
+                    return dump(args, peer, seen, buffers), buffers
+            return _dumps(args, PROTOCOL), buffers
+        # A list, so that decode_args can tell it from arguments alone without a pair round every call.
+        return dump([args, kwargs], peer, seen, buffers), buffers
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        what, culprit, cause = _find_argument(args, kwargs, error)
+        raise serialization_error(culprit, cause, what) from cause
+
+
+def decode(data: Any, buffers: Buffers = ()) -> Any:
+    """The object that `encode` was given. Arrays keep `buffers` alive and are writable if those are.
+
+    Raises whatever loading it raises (ImportError, AttributeError, errors of the user's `__setstate__`, ...): the
+    caller knows whose call it was and maps it.
+    """
+    return _loads(data, buffers=buffers)
+
+
+def decode_args(data: Any, buffers: Buffers = ()) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`(args, kwargs)` of `encode_args`; raises like `decode`."""
+    loaded = _loads(data, buffers=buffers)
+    if type(loaded) is tuple:
+        return loaded, {}
+    args, kwargs = loaded
+    return args, kwargs
+
+
+def dump(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] | None) -> bytes:
+    """The pickle of `obj`, by the cheapest pickler that does it right; with `buffers=None` all in band.
+
+    Raises what the pickler or the user's code raises.
+    """
+    if not by_value_modules():
+        start = len(seen) if seen is not None else 0
+        try:
+            data = _dump_by_reference(obj, peer, seen, buffers)
+        except _TRY_BY_VALUE as error:
+            # Deep recursion may surface as a PicklingError of our own reducers; there is no second try for it.
+            if isinstance(error.__cause__, RecursionError):
+                raise
+        else:
+            if _MAIN not in data:
+                return data
+        if seen is not None:
+            del seen[start:]
+        if buffers is not None:
+            buffers.clear()
+    return dump_by_value(obj, peer, seen, buffers)
+
+
+def dump_by_value(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] | None) -> bytes:
+    """The pickle of `obj` by cloudpickle: what other processes cannot import travels by value."""
+    from distpool.wire.byvalue import ByValuePickler
+
+    file = BytesIO()
+    ByValuePickler(file, _callback(buffers), _reducers, peer, seen).dump(obj)
+    return file.getvalue()
+
+
+def by_value_modules() -> Any:
+    """Modules that the user gave to `cloudpickle.register_pickle_by_value`: the C pickler does not know of them."""
+    cloudpickle = sys.modules.get("cloudpickle.cloudpickle")
+    return cloudpickle is not None and getattr(cloudpickle, "_PICKLE_BY_VALUE_MODULES", None)
+
+
+def _dump_by_reference(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] | None) -> bytes:
+    file = BytesIO()
+    pickler = pickle.Pickler(file, PROTOCOL, buffer_callback=_callback(buffers))
+    # A dict, although a mapping of our own could be kept for all messages: the pickler asks it for every object.
+    table: dict[type, Any] = dict(copyreg.dispatch_table)
+    for type_, reduce_fn in _reducers.items():
+        table[type_] = partial(reduce_for_peer, reduce_fn, peer, seen)
+    pickler.dispatch_table = table
+    pickler.dump(obj)
+    return file.getvalue()
+
+
+def reduce_for_peer(reduce_fn: Reducer, peer: Any, seen: list[Any] | None, obj: Any) -> tuple[Any, ...]:
+    """Reduce a library object and note it down."""
+    reduced = reduce_fn(obj, peer)
+    if seen is not None:
+        seen.append(obj)
+    return reduced
+
+
+def _callback(buffers: list[memoryview] | None) -> Callable[[pickle.PickleBuffer], Any] | None:
+    if buffers is None:
+        return None
+
+    def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
+        try:
+            view = buffer.raw()
+        except BufferError:
+            return True  # not contiguous: the pickler says so in its own words
+        if view.nbytes < OUT_OF_BAND:
+            return True
+        buffers.append(view)
+        return False
+
+    return keep_in_band
+
+
+def _find_argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException
+) -> tuple[str, Any, BaseException]:
+    """Which argument failed: (its name, itself, its own error). Costs a second pickling, of a call that failed."""
+    if not isinstance(error, (MemoryError, KeyboardInterrupt, SystemExit)):
+        for what, value in _named(args, kwargs):
+            try:
+                dump(value, None, None, None)
+            except BaseException as again:
+                return what, value, again
+    return "the arguments", args, error
+
+
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for position, value in enumerate(args, 1):
+        yield f"argument {position}", value
+    for name, value in kwargs.items():
+        yield f"argument {name!r}", value
+
+
+def serialization_error(obj: Any, error: BaseException, what: str = "") -> SerializationError:
+    """The SerializationError for `error`, which came up while `obj` was being serialised."""
+    if isinstance(error, SerializationError):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {_text(error)}"
+    subject = f"{what}, {describe(obj)}," if what else describe(obj)
+    return SerializationError(f"{subject} cannot be serialised: {text}")
+
+
+def describe(obj: Any) -> str:
+    """A short name of any object for messages: its type, and a repr that runs no code of the user's."""
+    kind = type(obj)
+    plain = kind.__module__ in ("builtins", "__main__", "__mp_main__")
+    name = kind.__qualname__ if plain else f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(obj, (tuple, list, dict, set, frozenset)):
+        return f"a {name} of {len(obj)}" if kind.__len__ in _BUILTIN_LENGTHS else f"a {name}"
+    if kind in SCALARS:
+        shown = repr(obj[:60]) if isinstance(obj, (str, bytes)) else f"{obj!r:.60}" if kind is not int else name
+        return f"{name} {shown}"
+    qualname = getattr(obj, "__qualname__", None) if callable(obj) and kind.__module__ == "builtins" else None
+    return f"{name} {qualname}" if isinstance(qualname, str) else f"an object of type {name}"
+
+
+_BUILTIN_LENGTHS = frozenset((tuple.__len__, list.__len__, dict.__len__, set.__len__, frozenset.__len__))
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "(its text raised an error)"

@@ -1,0 +1,135 @@
+"""Exceptions <-> bytes (layer 1): an error crosses processes as itself if it can, and as text in any case.
+
+    task raised -> encode_exception -> bytes of (class name, message, traceback text, pickle or None, why not)
+    caller      -> decode_exception -> the original exception, remote traceback as `__cause__`
+                   captured         -> the same for `RemoteException` (Julia's calls)
+
+Runs where the task ran, and in the thread that wants the result. Neither direction raises, whatever the user's
+exception class does: an error about an error would hide the first one.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+from distpool.errors import CapturedException, DistpoolError, RemoteException
+from distpool.wire import codec
+
+__all__ = ["FailureInfo", "captured", "decode_exception", "encode_exception", "failure_info"]
+
+
+class FailureInfo:
+    """What a failure consists of: `type_name` (qualified), `message`, `traceback` (text), `payload` (pickle or None),
+    `reason` (why there is no payload)."""
+
+    __slots__ = ("message", "payload", "reason", "traceback", "type_name")
+
+    def __init__(self, type_name: str, message: str, traceback: str, payload: bytes | None, reason: str = "") -> None:
+        self.type_name = type_name
+        self.message = message
+        self.traceback = traceback
+        self.payload = payload
+        self.reason = reason
+
+
+def encode_exception(
+    exc: BaseException, peer: Any = None, *, skip_frames: int = 0, seen: list[Any] | None = None
+) -> bytes:
+    """`exc` for a message to `peer`; never raises. `skip_frames`: outermost frames to leave out of the traceback.
+
+    Example: `except BaseException as error: reply = encode_exception(error, peer, skip_frames=1)`
+    """
+    text = _format(exc, skip_frames)
+    payload: bytes | None = None
+    reason = ""
+    start = len(seen) if seen is not None else 0
+    try:
+        payload = codec.dump(exc, peer, seen, None)
+    except BaseException as error:
+        # KeyboardInterrupt too: the task has ended already, its outcome must not be lost to a late interrupt.
+        reason = f"it cannot be serialised: {type(error).__name__}: {_text(error)}"
+        if seen is not None:
+            del seen[start:]
+    return pickle.dumps((_type_name(type(exc)), _text(exc), text, payload, reason), codec.PROTOCOL)
+
+
+def failure_info(data: Any) -> FailureInfo:
+    """The parts of an encoded exception, without rebuilding it (it runs no user code)."""
+    return FailureInfo(*pickle.loads(data))
+
+
+def decode_exception(data: Any, pid: int = 0, cause: Callable[[str], BaseException] | None = None) -> BaseException:
+    """The original exception with `cause(traceback text)` as its `__cause__`; never raises.
+
+    `cause`: default the standard library's `concurrent.futures.process._RemoteTraceback`. An exception that cannot be
+    rebuilt here gives `RemoteException(pid, ...)`, whose text has its class, its message and the remote traceback.
+
+    Example: `future.set_exception(decode_exception(reply, pid=3))`
+    """
+    info = failure_info(data)
+    exc, reason = _rebuild(info)
+    if exc is None:
+        return RemoteException(pid, _not_rebuilt(info, reason))
+    if cause is None:
+        from concurrent.futures.process import _RemoteTraceback as cause  # type: ignore[assignment]
+    assert cause is not None
+    # Not `exc.__cause__ = ...`: the class may have a __setattr__ of its own (frozen dataclasses have).
+    BaseException.__setattr__(exc, "__cause__", cause(f'\n"""\n{info.traceback}"""'))
+    return exc
+
+
+def captured(data: Any) -> CapturedException:
+    """The exception for a `RemoteException`: the original, or a DistpoolError that names it; never raises."""
+    info = failure_info(data)
+    exc, reason = _rebuild(info)
+    if exc is None:
+        return _not_rebuilt(info, reason)
+    return CapturedException(exc, info.traceback)
+
+
+def _rebuild(info: FailureInfo) -> tuple[BaseException | None, str]:
+    if info.payload is None:
+        return None, info.reason
+    try:
+        exc = pickle.loads(info.payload)
+    except BaseException as error:  # also SystemExit of a strange __init__
+        return None, f"{type(error).__name__}: {_text(error)}"
+    if not isinstance(exc, BaseException):
+        return None, f"its pickle gives an object of type {_type_name(type(exc))}, not an exception"
+    return exc, ""
+
+
+def _not_rebuilt(info: FailureInfo, reason: str) -> CapturedException:
+    note = f"{info.type_name} could not be rebuilt here: {reason}"
+    return CapturedException(
+        DistpoolError(f"{info.type_name}: {info.message} ({note})"), f"{info.traceback.rstrip()}\n({note})\n"
+    )
+
+
+def _format(exc: BaseException, skip_frames: int) -> str:
+    """The traceback with all chained causes, as the interpreter prints it."""
+    # Imported here: it costs milliseconds, and programs without errors never need it.
+    import traceback
+
+    try:
+        frames = exc.__traceback__
+        while skip_frames > 0 and frames is not None and frames.tb_next is not None:
+            frames = frames.tb_next
+            skip_frames -= 1
+        return "".join(traceback.format_exception(type(exc), exc, frames))
+    except BaseException as error:
+        return f"{_type_name(type(exc))}: {_text(exc)}\n(no traceback: formatting it gave {type(error).__name__})\n"
+
+
+def _type_name(kind: type) -> str:
+    module = getattr(kind, "__module__", None)
+    return kind.__qualname__ if module in ("builtins", None) else f"{module}.{kind.__qualname__}"
+
+
+def _text(exc: BaseException) -> str:
+    try:
+        return str(exc)
+    except BaseException:
+        return "(its text raised an error)"
