@@ -64,7 +64,9 @@ def run_one(options: argparse.Namespace, env: dict[str, str], suite: str, test: 
 def main() -> int:
     """Run, print, count; 1 if anything failed."""
     options = arguments()
-    env = {"COMPAT_PEER": options.peer, **({"COMPAT_TEST_PATH": options.test_path} if options.test_path else {})}
+    env = {"COMPAT_PEER": options.peer}
+    if options.test_path:  # workers need it too: by the sitecustomize that CPython's subprocesses get
+        env |= {"COMPAT_TEST_PATH": options.test_path, "PYTHONPATH": str(Path(__file__).parent / "site")}
     listing = _proc.run([options.python, "-m", "compat.cpython.child", "list"], 120, env=env)
     if listing.result is None or not listing.result["has_suites"]:
         why = listing.problem or "no test.test_concurrent_futures and test._test_multiprocessing"
