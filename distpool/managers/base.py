@@ -1,0 +1,136 @@
+"""What every cluster manager is: the interface, and the record of one worker (layer 8).
+
+    addprocs --launch(params)--> manager --WorkerConfig...--> addprocs --connect(pid, config)--> streams
+             --manage(pid, config, "register" | "interrupt" | "deregister" | "finalize")--> manager
+             --kill(pid, config)--> manager
+
+The methods run on the master; `connect` also on workers, when they connect to each other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ClusterManager", "WorkerConfig", "parse_header"]
+
+_HEADER = re.compile(r"distpool_worker:(\d{1,5})#(\S.*?)\s*$")
+
+
+@dataclass
+class WorkerConfig:
+    """What a manager knows of one worker; every field is `None` until somebody sets it.
+
+    Used to reach it:
+        io              binary stream from which its header line is read; further output is forwarded
+        host, port      where it listens (str, int)
+        process         what was started: `subprocess.Popen`, or a handle with `kill(signum)`
+        ospid           its process id on its host
+        connect_at      what the master's `connect` left for `connect` between workers
+    Used by managers that log in to hosts:
+        count           workers to start on that host (int, or "auto")
+        exename, exeflags   the interpreter and its options there
+        tunnel, multiplex, forward, bind_addr, sshflags, max_parallel   as the keywords of `addprocs`
+    For anybody:
+        userdata        whatever a manager of your own wants to keep
+        environ         dict for temporary information
+        ident, connect_idents   name in a custom topology, and the names it connects to
+        enable_threaded_blas    as the keyword
+
+    Example: `WorkerConfig(host="10.0.0.7", port=9009)`
+    """
+
+    io: Any = None
+    host: str | None = None
+    port: int | None = None
+    count: Any = None
+    exename: Any = None
+    exeflags: Any = None
+    userdata: Any = None
+    tunnel: bool | None = None
+    multiplex: bool | None = None
+    forward: str | None = None
+    bind_addr: str | None = None
+    sshflags: Any = None
+    max_parallel: int | None = None
+    connect_at: Any = None
+    process: Any = None
+    ospid: int | None = None
+    environ: dict[Any, Any] | None = None
+    ident: Any = None
+    connect_idents: Iterable[Any] | None = None
+    enable_threaded_blas: bool | None = None
+
+
+class ClusterManager:
+    """Base class of managers: subclass it and give `launch`; the rest has a default.
+
+    Example::
+
+        class HandMade(ClusterManager):
+            def launch(self, params):
+                process = subprocess.Popen(["python", "-m", "distpool", "worker"], stdout=subprocess.PIPE, ...)
+                yield WorkerConfig(io=process.stdout, process=process)
+
+        addprocs(HandMade())
+    """
+
+    def launch(self, params: dict[str, Any]) -> Iterable[WorkerConfig]:
+        """Start the workers and give one `WorkerConfig` for each.
+
+        `params` holds the keywords of `addprocs` over `default_addprocs_params()`, and `cookie`. May be a generator:
+        it is consumed, on a thread of its own, while earlier workers are being connected. An exception ends the
+        launch; workers that were given before stay.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no launch method")
+
+    def connect(self, pid: int, config: WorkerConfig) -> Any:
+        """Streams to the worker: `(reader, writer)`, or a connected socket, which serves as both.
+
+        The default, `None`, leaves it to distpool: it reads the header line from `config.io` where host and port are
+        not known, and dials them.
+        """
+        return None
+
+    def manage(self, pid: int, config: WorkerConfig, op: str) -> None:
+        """Told of the worker's life. `op` is "register" (it has joined), "interrupt" (`interrupt()` was called),
+        "deregister" (it was removed or has crashed) or "finalize" (the record goes). The default does nothing."""
+
+    def kill(self, pid: int, config: WorkerConfig) -> None:
+        """Make the worker exit; called by `rmprocs` and at the program's end. The default ends `config.process`."""
+        if config.process is not None:
+            config.process.kill()
+
+    def default_addprocs_params(self) -> dict[str, Any]:
+        """The keywords that `addprocs` takes for this manager, with their defaults."""
+        return {
+            "topology": "all_to_all",
+            "lazy": True,
+            "dir": None,
+            "exename": None,
+            "exeflags": (),
+            "env": None,
+            "enable_threaded_blas": False,
+            "timeout": None,
+            "memory_limit": None,
+            "affinity": None,
+            "gpus": None,
+        }
+
+
+def parse_header(line: str) -> tuple[str, int] | None:
+    """`(host, port)` of a worker's header line `distpool_worker:PORT#ADDR`, `None` for any other line.
+
+    The address may be an IPv6 one, with or without brackets, or `unix:/path` with port 0.
+
+    Example: `parse_header("distpool_worker:9009#10.0.0.7")` is `("10.0.0.7", 9009)`.
+    """
+    match = _HEADER.match(line.strip())
+    if match is None:
+        return None
+    port, host = int(match[1]), match[2]
+    if host.startswith("unix:") != (port == 0) or port > 65535:
+        return None
+    return host.removeprefix("[").removesuffix("]"), port

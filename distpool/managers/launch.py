@@ -1,0 +1,224 @@
+"""Local worker processes: started quickly, watched, and ended with the master, however it dies (layer 8).
+
+    Launcher (one per node) -- forked.ForkServer, one zygote per interpreter command -- fork, 1 ms per worker
+                            -- executed.launch -- one interpreter start (60 ms of CPU) per worker
+                            -- a private directory (0700) for Unix sockets
+
+`launch` runs on a launch thread; exits are reported on the leader of the I/O loop. Who removes the directory: `close`;
+if the master is killed, the zygote; and where there is none (exec, or the zygote was killed), a shell that waits for
+the end of a pipe.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from distpool.errors import LaunchWorkerError
+from distpool.managers import executed
+from distpool.managers.forked import ForkServer, Gone, key_of
+from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop
+
+__all__ = ["LaunchSpec", "LaunchedProcess", "Launcher"]
+
+SUN_PATH = 104
+"""Bytes of a Unix socket's path, terminator included (Linux: 108, macOS: 104)."""
+
+LONGEST_NAME = "4194304-1000000.sock"
+
+JANITOR = 'read -r nothing; rm -rf -- "$0"'
+
+
+class Launcher:
+    """Starts local processes. `launch` may be called from several threads at once.
+
+    Example: `for process in launcher.launch(spec): print(process.ospid, process.address)`
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        # Protects what follows. Held while a zygote is started (so that two launches start one), never while waiting.
+        self._lock = threading.Lock()
+        self._zygotes: dict[tuple[Any, ...], ForkServer] = {}
+        self._executed: set[executed.Executed] = set()
+        self._directory = ""
+        self._janitor: subprocess.Popen[bytes] | None = None
+        self._janitor_pipe = -1
+        self._closed = False
+
+    # --- starting ---
+
+    def launch(self, spec: LaunchSpec) -> Iterator[LaunchedProcess]:
+        """Start `spec.count` workers; each is yielded as soon as it lives. Blocking: for a launch thread.
+
+        Raises LaunchWorkerError (after the ones that did start) with the reason and the last output. If the iterator
+        is dropped early, workers that nobody took are ended.
+        """
+        self._settle_directory(spec)
+        if spec.method == "exec":
+            yield from executed.launch(self._loop, spec, self._add_executed, self._drop_executed)
+        else:
+            yield from self._fork(spec)
+
+    def _fork(self, spec: LaunchSpec) -> Iterator[LaunchedProcess]:
+        """Ask the zygote; if it is found dead, once more with a new one."""
+        deadline = time.monotonic() + spec.timeout
+        started = 0
+        for attempt in (1, 2):
+            try:
+                zygote = self._zygote(spec)
+            except OSError as error:
+                raise LaunchWorkerError(HOST, "", f"{spec.argv[0]}: {error}") from None
+            try:
+                for process in zygote.launch(spec, spec.count - started, deadline):
+                    started += 1
+                    yield process
+                return
+            except Gone as error:
+                # One that never served anybody died of something that will happen again.
+                if attempt == 2 or not zygote.served:
+                    raise LaunchWorkerError(HOST, zygote.startup_output(), str(error)) from None
+
+    def _zygote(self, spec: LaunchSpec) -> ForkServer:
+        with self._lock:
+            self._check_open()
+            key = key_of(spec)
+            zygote = self._zygotes.get(key)
+            if zygote is None or not zygote.alive:
+                zygote = self._zygotes[key] = ForkServer(self._loop, spec, self._drop_zygote)
+            return zygote
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise LaunchWorkerError(HOST, "", "this program is ending, or has ended its workers")
+
+    def _drop_zygote(self, zygote: ForkServer) -> None:
+        """It has ended. Unless that was asked for, somebody else must look after the directory from now on."""
+        with self._lock:
+            for key in [key for key, value in self._zygotes.items() if value is zygote]:
+                del self._zygotes[key]
+                if not self._closed:
+                    self._start_janitor()
+
+    def _add_executed(self, process: executed.Executed) -> None:
+        with self._lock:
+            self._executed.add(process)
+
+    def _drop_executed(self, process: executed.Executed) -> None:
+        with self._lock:
+            self._executed.discard(process)
+        if process.launched is not None and process.launched.address[0] == "unix":
+            try:
+                os.unlink(process.launched.address[1])
+            except OSError:
+                pass  # the worker has done it
+
+    # --- the directory ---
+
+    def _settle_directory(self, spec: LaunchSpec) -> None:
+        """Fill in `spec.directory`; without any place for it the workers listen on the loopback device instead."""
+        if spec.transport != "unix" or spec.directory:
+            return
+        with self._lock:
+            self._check_open()
+            if not self._directory:
+                self._directory = make_directory()
+            if not self._directory:
+                spec.transport = "tcp"
+                return
+            if spec.method == "exec":
+                self._start_janitor()
+            spec.directory = self._directory
+
+    def _start_janitor(self) -> None:
+        """A shell that removes the directory when our end of its pipe closes. Without a shell it may stay behind."""
+        if self._janitor is not None or not self._directory or sys.platform == "win32":
+            return
+        try:
+            their_end, self._janitor_pipe = os.pipe()
+        except OSError:
+            return
+        try:
+            self._janitor = subprocess.Popen(
+                ["/bin/sh", "-c", JANITOR, self._directory],
+                stdin=their_end,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError:
+            os.close(self._janitor_pipe)
+            self._janitor_pipe = -1
+        finally:
+            os.close(their_end)
+
+    # --- the end ---
+
+    def close_if_idle(self) -> None:
+        """End each zygote that has no living worker; the next launch starts a new one. Does not wait."""
+        with self._lock:
+            idle = {key: zygote for key, zygote in self._zygotes.items() if zygote.idle()}
+            for key in idle:
+                del self._zygotes[key]
+            shared = bool(self._zygotes or self._executed or self._janitor)
+            if idle and not shared:
+                self._directory = ""  # the last zygote removes it
+        for number, zygote in enumerate(idle.values(), 1):
+            zygote.retire(keep_directory=shared or number < len(idle))
+
+    def close(self) -> None:
+        """End all workers and zygotes, wait for them (seconds at most), remove the directory. Idempotent."""
+        with self._lock:
+            self._closed = True
+            zygotes, self._zygotes = list(self._zygotes.values()), {}
+            running, self._executed = list(self._executed), set()
+            janitor, self._janitor = self._janitor, None
+            directory, self._directory = self._directory, ""
+        for process in running:
+            process.close()
+        for zygote in zygotes:
+            zygote.close()
+        if directory:
+            shutil.rmtree(directory, ignore_errors=True)
+        if janitor is not None:
+            os.close(self._janitor_pipe)
+            self._janitor_pipe = -1
+            janitor.kill()  # nothing is left for it to do
+            janitor.wait()
+
+    def forget_after_fork(self) -> None:
+        """In a forked child of the master: close inherited descriptors and forget all; the parent is not disturbed.
+
+        No lock is taken (another thread may have held it at the fork) and nothing is unregistered (the selector is
+        shared with the parent).
+        """
+        for zygote in self._zygotes.values():
+            zygote.forget()
+        for process in self._executed:
+            process.forget()
+        if self._janitor is not None:
+            os.close(self._janitor_pipe)
+            self._janitor.returncode = 0
+        self.__init__(self._loop)  # type: ignore[misc]
+        self._closed = True
+
+
+def make_directory() -> str:
+    """A new private directory whose path leaves room for a socket's name; empty if there is no place for one."""
+    for parent in (None, "/tmp"):
+        try:
+            path = tempfile.mkdtemp(prefix="distpool-", dir=parent)
+        except OSError:
+            continue
+        if len(os.fsencode(os.path.join(path, LONGEST_NAME))) < SUN_PATH:
+            return path
+        os.rmdir(path)
+    return ""

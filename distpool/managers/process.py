@@ -1,0 +1,168 @@
+"""What the two ways of starting a local process share: the order, and the handle of a started process (layer 8).
+
+    LaunchSpec --> forked.ForkServer  (zygote)  --\\
+               --> executed.launch    (Popen)   ---> LaunchedProcess: address, output, exit status, kill
+
+The exit status is reported on the leader of the I/O loop; `kill` and `add_exit_callback` may be called from anywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+log = logging.getLogger("distpool.launch")
+
+HOST = "localhost"
+"""Name of this machine in errors."""
+
+PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+"""The directory that `distpool` is imported from; workers need not have it installed."""
+
+SIGKILL: int = getattr(signal, "SIGKILL", signal.SIGTERM)
+
+
+class Timer(Protocol):
+    """What `Loop.call_later` returns."""
+
+    def cancel(self) -> None: ...
+
+
+class Loop(Protocol):
+    """What is used of the I/O loop (`transport.ioloop.IoLoop`); all methods may be called from any thread."""
+
+    def register(self, source: Any, on_readable: Callable[[], None]) -> None: ...
+    def unregister(self, source: Any) -> None: ...
+    def call_soon(self, callback: Callable[[], object]) -> None: ...
+    def call_later(self, seconds: float, callback: Callable[[], object]) -> Timer: ...
+
+
+@dataclass
+class LaunchSpec:
+    """An order for `count` equal local workers; see `Launcher.launch`.
+
+    `env` is the complete environment. `directory` holds their Unix sockets ("": the launcher's own). `bind`: the
+    address of TCP listeners. `own_path`: the interpreter is not the caller's, so its own sys.path is kept behind
+    `sys_path`. `entry`: what runs in the worker, `module:function`. `timeout` is in seconds, for all of them together.
+    """
+
+    count: int
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+    sys_path: list[str]
+    cookie: str
+    transport: str = "unix"
+    method: str = "fork"
+    directory: str = ""
+    timeout: float = 60.0
+    extra: dict[str, Any] = field(default_factory=dict)
+    bind: str = "127.0.0.1"
+    own_path: bool = False
+    entry: str = "distpool.worker:run"
+
+    def settings(self) -> dict[str, Any]:
+        """What the worker is told (JSON-able). The environment is not part of it."""
+        return {
+            "cookie": self.cookie,
+            "cwd": self.cwd,
+            "sys_path": self.sys_path,
+            "own_path": self.own_path,
+            "transport": self.transport,
+            "directory": self.directory,
+            "bind": self.bind,
+            "timeout": self.timeout,
+            "extra": self.extra,
+            "entry": self.entry,
+        }
+
+
+class LaunchedProcess:
+    """A local worker process that listens at `address`: `("unix", path)` or `("tcp", host, port)`.
+
+    `output` is the read end of its stdout and stderr (one pipe, non-blocking, ended by its death); it belongs to
+    whoever takes it. `early_output` is what was already read of it. `exitcode` is `None` while it lives, then the exit
+    code or minus the signal; `None` stays if nobody can know it (`exited` tells the two apart).
+
+    Example: `process.add_exit_callback(lambda code: print("ended with", code))`
+    """
+
+    def __init__(
+        self,
+        ospid: int,
+        address: tuple[Any, ...],
+        output: int,
+        send_signal: Callable[[int], None],
+        pidfd: int = -1,
+        early_output: bytes = b"",
+    ) -> None:
+        self.ospid = ospid
+        self.address = address
+        self.output = output
+        self.early_output = early_output
+        self.exitcode: int | None = None
+        self.exited = False
+        self._send_signal = send_signal
+        self._pidfd = pidfd
+        self._callbacks: list[Callable[[int | None], None]] = []
+        # Protects `exited`, `_callbacks` and `_pidfd`: after the exit the descriptor's number belongs to others.
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        state = f"exited: {self.exitcode}" if self.exited else "running"
+        return f"<LaunchedProcess {self.ospid} ({state})>"
+
+    def add_exit_callback(self, callback: Callable[[int | None], None]) -> None:
+        """Call `callback(exitcode)` once: on the I/O loop's leader when the process ends, or now if it has ended."""
+        with self._lock:
+            if not self.exited:
+                self._callbacks.append(callback)
+                return
+        callback(self.exitcode)
+
+    def kill(self, signum: int = SIGKILL) -> None:
+        """Send a signal. No error if the process is gone, and never to another one that got its process id."""
+        with self._lock:
+            if self.exited:
+                return
+            if self._pidfd < 0:
+                self._send_signal(signum)
+                return
+            try:
+                signal.pidfd_send_signal(self._pidfd, signum)  # type: ignore[attr-defined,unused-ignore]
+            except OSError:
+                pass  # ended, not reported yet
+
+    def ended(self, exitcode: int | None) -> None:
+        """For launchers: the process is gone. Runs the callbacks; a second call does nothing."""
+        with self._lock:
+            if self.exited:
+                return
+            self.exited = True
+            self.exitcode = exitcode
+            callbacks, self._callbacks = self._callbacks, []
+            self._close_pidfd()
+        for callback in callbacks:
+            try:
+                callback(exitcode)
+            except Exception:
+                log.exception("an exit callback of process %d failed", self.ospid)
+
+    def forget(self) -> None:
+        """In a forked child of the master, where no lock may be taken: only close what was inherited."""
+        self._close_pidfd()
+
+    def _close_pidfd(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def last_lines(data: bytes, count: int) -> str:
+    """The last `count` lines of some process's output, as text."""
+    return "\n".join(data.decode(errors="replace").splitlines()[-count:])

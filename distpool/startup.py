@@ -1,0 +1,254 @@
+"""How a process that a launcher started becomes a worker (layer 11).
+
+    zygote's fork --> become_worker --\
+                                      --> prepare: cwd, sys.path, clean __main__ --> run(listener, settings) --> finish
+    python -c     --> exec_main    ---/
+
+Runs on the main thread of the worker. `settings` are what the launcher was told (`LaunchSpec.settings`), as JSON. A
+worker dies with whoever started it: see `arm_lifeline`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from types import ModuleType
+from typing import Any, NoReturn
+
+if sys.platform != "win32":
+    import fcntl
+
+ENTRY = "distpool.worker:run"
+"""What a worker runs, unless its settings name another `entry`: `run(listener, settings) -> exit code`."""
+
+EXIT_SECONDS = 5.0
+"""What a worker's non-daemon threads and atexit hooks may take at its end; then it goes without them."""
+
+BACKLOG = 128
+
+_old_main: list[ModuleType] = []
+"""The original `__main__`, kept because frames of it are still on the stack of every worker."""
+
+
+# --- sockets ----------------------------------------------------------------------------------------------------------
+
+
+def listen(settings: dict[str, Any], name: str) -> socket.socket:
+    """A listening socket as `settings` want it; TCP where the file system refuses a Unix socket (full, read-only)."""
+    if settings["transport"] == "unix" and sys.platform != "win32":
+        listener = socket.socket(socket.AF_UNIX)
+        path = os.path.join(settings["directory"], f"{name}.sock")
+        try:
+            listener.bind(path)
+            listener.listen(BACKLOG)
+            return listener
+        except OSError:
+            listener.close()
+            remove(path)
+    listener = socket.socket(socket.AF_INET6 if ":" in settings["bind"] else socket.AF_INET)
+    try:
+        listener.bind((settings["bind"], 0))
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def unix_path(listener: socket.socket) -> str:
+    """The file of a listening Unix socket, or an empty text."""
+    name = listener.getsockname()
+    return name if isinstance(name, str) else ""
+
+
+def address_of(listener: socket.socket, settings: dict[str, Any]) -> list[Any]:
+    """`["unix", path]` or `["tcp", host, port]`, as peers dial it."""
+    name = listener.getsockname()
+    return ["unix", name] if isinstance(name, str) else ["tcp", settings["bind"], name[1]]
+
+
+def remove(path: str) -> None:
+    """Remove a socket's file if there is one."""
+    try:
+        if path:
+            os.unlink(path)
+    except OSError:
+        pass  # somebody cleaned up before us
+
+
+# --- becoming a worker ------------------------------------------------------------------------------------------------
+
+
+def become_worker(listener: socket.socket, settings: dict[str, Any], output: int, lifeline: int) -> NoReturn:
+    """The rest of a forked child's life."""
+    code = 1
+    try:
+        os.setsid()
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        arm_lifeline(lifeline)
+        _set_environment(settings["env"])
+        prepare(settings, sys.path[:])
+        code = run(listener, settings)
+    except BaseException:
+        traceback.print_exc()
+    finish(code)
+
+
+def exec_main() -> NoReturn:
+    """What an executed (not forked) worker runs: settings from stdin, header line to stdout, then the same as above."""
+    own_path = sys.path[:]
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        # Unbuffered, so that nothing of what may follow is taken away.
+        byte = os.read(0, 65536)
+        if not byte:
+            os._exit(1)  # the launcher went away before it had told us anything
+        line += byte
+    settings = json.loads(line)
+    code = 1
+    try:
+        lifeline = os.dup(0)
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        arm_lifeline(lifeline)
+        prepare(settings, own_path)
+        listener = listen(settings, f"{os.getpid()}-0")
+        kind, host, *port = address_of(listener, settings)
+        header = f"distpool_worker:{port[0]}#{host}\n" if kind == "tcp" else f"distpool_worker:0#unix:{host}\n"
+        sys.stdout.flush()
+        os.write(1, os.fsencode(header))
+        code = run(listener, settings)
+    except BaseException:
+        traceback.print_exc()
+    finish(code)
+
+
+def arm_lifeline(descriptor: int) -> None:
+    """Die when the other end of this pipe closes, even while holding the GIL in C: the kernel then sends SIGKILL.
+
+    O_ASYNC with F_SETSIG is Linux only. Not taken: PDEATHSIG (it needs ctypes, and it means the death of the parent's
+    *thread*); one pipe for all workers (the signal's owner belongs to the open file description, which all readers of
+    one pipe would share). Elsewhere a daemon thread reads the pipe: there a worker that holds the GIL survives the
+    kill -9 of its zygote, although not that of the master, which the zygote answers with kill -9.
+    """
+    if sys.platform == "linux":
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
+            flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
+        except OSError:
+            pass  # a kernel without it (gVisor): the thread below
+        else:
+            gone = select.poll()
+            gone.register(descriptor, select.POLLIN)
+            if gone.poll(0):  # closed before the signal was armed
+                os._exit(1)
+            return
+    threading.Thread(target=_watch_lifeline, args=(descriptor,), name="distpool-lifeline", daemon=True).start()
+
+
+def _watch_lifeline(descriptor: int) -> None:
+    try:
+        while os.read(descriptor, 1):
+            pass
+    finally:
+        os._exit(1)
+
+
+def prepare(settings: dict[str, Any], own_path: list[str]) -> None:
+    """Make this process look like a fresh interpreter that was started in the caller's surroundings.
+
+    `own_path` is the interpreter's own sys.path; it is kept behind the caller's where that belongs to another
+    interpreter (`settings["own_path"]`).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    try:
+        os.chdir(settings["cwd"])
+    except OSError as error:
+        fallback = os.path.expanduser("~")
+        os.chdir(fallback if os.path.isdir(fallback) else os.sep)
+        why = f"distpool: cannot work in {settings['cwd']!r} ({error.strerror}); using {os.getcwd()!r}"
+        print(why, file=sys.stderr)
+    path = list(settings["sys_path"])
+    if settings["own_path"]:
+        path += [entry for entry in own_path if entry and entry not in path]
+    sys.path[:] = path
+    importlib.invalidate_caches()  # directories may have changed since the zygote looked
+    sys.argv = [""]
+    if "random" in sys.modules:
+        sys.modules["random"].seed()
+    _old_main.append(sys.modules["__main__"])
+    clean = ModuleType("__main__")
+    clean.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = clean
+
+
+def _set_environment(wanted: dict[str, str]) -> None:
+    """Replace os.environ; only the differences are written (each is a `setenv`)."""
+    if os.environ == wanted:
+        return
+    for name in set(os.environ) - set(wanted):
+        del os.environ[name]
+    for name, value in wanted.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+    import time
+
+    time.tzset()
+
+
+def run(listener: socket.socket, settings: dict[str, Any]) -> int:
+    """Call the entry point and turn its outcome into an exit code, as the interpreter would."""
+    module, _, name = settings.get("entry", ENTRY).partition(":")
+    try:
+        result = getattr(importlib.import_module(module), name)(listener, settings)
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        print(error.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return int(result or 0)
+
+
+def finish(code: int) -> NoReturn:
+    """End this worker as an interpreter ends: threads, atexit hooks, buffers; but surely, within `EXIT_SECONDS`.
+
+    The interpreter's own end is not used: it would tear down the modules, which costs 10 ms and can hang in C
+    extensions, and a forked child would run through the zygote's frames.
+    """
+    ended = threading.Event()
+
+    def give_up() -> None:
+        if not ended.wait(EXIT_SECONDS):
+            os._exit(code)
+
+    try:
+        threading.Thread(target=give_up, name="distpool-exit", daemon=True).start()
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass  # the master is gone, or user code closed the stream
+    ended.set()
+    os._exit(code & 0xFF)
