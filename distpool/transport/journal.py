@@ -1,0 +1,180 @@
+"""What a worker has finished, in memory that outlives it (layer 2).
+
+Data flow:
+
+    worker                                          master
+    set_started(n)    before call n runs            after the worker's death, not before:
+    append(record)    when it has finished            started             the call that was running
+    send pending(); mark_sent(written)                read_from(received) records finished but never sent
+    words[ATTENTION]  read between calls  <-------  raise_attention(): something urgent waits on your socket
+
+No thread of its own.  One writer at a time appends, uninterrupted (the worker's caller sees to that); `raise_attention` may run on
+any thread of the master.  A worker elsewhere has a `private()` journal: same interface, nobody else sees it.
+
+Layout: a header of 64-bit words, then the ring of `capacity` bytes.  Offsets count from the beginning of time; byte
+`o` lies at `o % capacity`.  `append` stores, in this order: RESERVED = end, the bytes, WRITTEN = end.
+
+Why no lock and no checksum: the reader comes after the writer's death.  A kill takes effect between two instructions,
+so what has reached memory is exactly a prefix of the writer's stores in program order; and the reader learns of the
+death through the kernel (closed socket, wait), which orders all of them before its reads, on ARM as on x86.  CPython
+stores a word by one aligned 8-byte move, so a word is old or new and never half; each store is a call of its own, so
+no compiler swaps two.  Hence at any moment: bytes below WRITTEN are complete; a torn record lies between WRITTEN and
+RESERVED; the ring still holds everything from RESERVED - capacity on.  (On 32-bit machines a word takes two moves:
+right below 4 GiB.)  Appends by several threads need one lock, which also keeps their stores in order for others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+
+from distpool import config
+from distpool.transport import memfile
+
+#: Words of the header.  The master's is in a cache line of its own.
+STARTED, WRITTEN, RESERVED, SENT = range(4)
+ATTENTION = 8
+HEADER = 128
+
+
+class Journal:
+    """A ring of records and three numbers that the master can still read when its worker was killed.
+
+    `path` and `size` go to the worker, which calls `attach`.  `words[ATTENTION]` differs from what the worker saw
+    last when the master wants it to read its socket.
+
+    Example: `journal.set_started(7); journal.append(record) or (send(journal.pending()), ...)`
+    """
+
+    __slots__ = ("_capacity", "_data", "_file", "_mapping", "_tickets", "path", "shared", "size", "words")
+
+    def __init__(self, mapping: mmap.mmap, path: str, file: memfile.MemoryFile | None, shared: bool) -> None:
+        self.path = path
+        self.size = len(mapping)
+        self.shared = shared
+        self._file = file
+        self._mapping = mapping
+        self._capacity = self.size - HEADER
+        self._data = memoryview(mapping)
+        self.words = self._data[:HEADER].cast("Q")
+        self._tickets = itertools.count(1)
+
+    @classmethod
+    def create(cls, directory: str | None = None) -> Journal:
+        """Master: a new one of `config.JOURNAL_SIZE` bytes; `OSError` where there is no memory to share."""
+        size = HEADER + config.JOURNAL_SIZE
+        file = memfile.create(size, directory)
+        try:
+            memfile.allocate(file.descriptor, size)
+            return cls(mmap.mmap(file.descriptor, size), file.path, file, True)
+        except BaseException:
+            file.discard(free_pages=True)
+            raise
+
+    @classmethod
+    def attach(cls, path: str, size: int) -> Journal:
+        """Worker: the journal that the master has made; `OSError` when it cannot be opened.  Its name is removed."""
+        if size <= HEADER:
+            raise OSError(f"a journal has more than {HEADER} bytes, not {size}")
+        descriptor = memfile.open_checked(path, size)
+        try:
+            mapping = mmap.mmap(descriptor, size)
+        finally:
+            os.close(descriptor)
+        if not path.startswith("/proc/"):
+            memfile.unlink(path)
+        return cls(mapping, path, None, True)
+
+    @classmethod
+    def private(cls) -> Journal:
+        """A journal of this process alone (`shared` is `False`), for a worker whose master is on another host."""
+        return cls(mmap.mmap(-1, HEADER + config.JOURNAL_SIZE), "", None, False)
+
+    def attached(self) -> None:
+        """Master: the worker has mapped it, so the path (and its descriptor) is no longer needed."""
+        if self._file is not None:
+            self._file.discard(free_pages=False)
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the ring: the largest record, and the most that can be unsent."""
+        return self._capacity
+
+    @property
+    def started(self) -> int:
+        """Number of the last call that was started."""
+        return self.words[STARTED]
+
+    def set_started(self, number: int) -> None:
+        """Note that call `number` (0 to 2**64 - 1) starts now."""
+        self.words[STARTED] = number
+
+    @property
+    def written(self) -> int:
+        """Absolute offset of the end of the last complete record."""
+        return self.words[WRITTEN]
+
+    def raise_attention(self) -> None:
+        """Master: change the word that the worker compares; each call stores a number that was never there."""
+        # `words[ATTENTION] += 1` on two threads could store one number twice, with the worker's look in between.
+        self.words[ATTENTION] = next(self._tickets)
+
+    def append(self, record: bytes) -> bool:
+        """Add a record; `False` when there is no room: send `pending()` and `mark_sent` first (or it is too large)."""
+        words = self.words
+        start = words[WRITTEN]
+        length = len(record)
+        end = start + length
+        capacity = self._capacity
+        if end - words[SENT] > capacity:
+            return False
+        words[RESERVED] = end
+        place = HEADER + start % capacity
+        stop = place + length
+        if stop <= self.size:
+            self._mapping[place:stop] = record
+        else:
+            first = self.size - place
+            self._data[place:] = record[:first]
+            self._data[HEADER : stop - capacity] = record[first:]
+        words[WRITTEN] = end
+        return True
+
+    def pending(self) -> bytes:
+        """The bytes that are written and not yet marked as sent."""
+        return self._between(self.words[SENT], self.words[WRITTEN])
+
+    def mark_sent(self, upto: int) -> None:
+        """Writer: everything below the absolute offset `upto` is on its way; its room may be used again."""
+        words = self.words
+        if not words[SENT] <= upto <= words[WRITTEN]:
+            raise ValueError(f"cannot mark {upto} as sent: {words[SENT]} are sent, {words[WRITTEN]} written")
+        words[SENT] = upto
+
+    def read_from(self, offset: int) -> bytes:
+        """Master, after the writer's death: all complete records from the absolute `offset` on.
+
+        `ValueError` when some of them are overwritten, or `offset` lies beyond the end.
+        """
+        written = self.words[WRITTEN]
+        if offset > written:
+            raise ValueError(f"offset {offset} is beyond the end, {written}")
+        if offset < self.words[RESERVED] - self._capacity:
+            raise ValueError(f"the records from offset {offset} on are overwritten; {written} are written")
+        return self._between(offset, written)
+
+    def close(self) -> None:
+        """Unmap; may be called twice.  Nothing else works afterwards (`ValueError`)."""
+        self.words.release()
+        self._data.release()
+        self._mapping.close()
+        if self._file is not None:
+            self._file.discard(free_pages=False)
+
+    def _between(self, start: int, end: int) -> bytes:
+        place = HEADER + start % self._capacity
+        stop = place + end - start
+        if stop <= self.size:
+            return bytes(self._data[place:stop])
+        return b"".join((self._data[place:], self._data[HEADER : stop - self._capacity]))
