@@ -8,8 +8,9 @@ Data flow:
     send pending(); mark_sent(written)                read_from(received) records finished but never sent
     words[ATTENTION]  read between calls  <-------  raise_attention(): something urgent waits on your socket
 
-No thread of its own.  One writer at a time appends, uninterrupted (the worker's caller sees to that); `raise_attention` may run on
-any thread of the master.  A worker elsewhere has a `private()` journal: same interface, nobody else sees it.
+No thread of its own.  One writer at a time appends, uninterrupted (the worker's caller sees to that), and
+`raise_attention` may run on any thread of the master.  A worker elsewhere has a `private()` journal: same interface,
+nobody else sees it.
 
 Layout: a header of 64-bit words, then the ring of `capacity` bytes.  Offsets count from the beginning of time; byte
 `o` lies at `o % capacity`.  `append` stores, in this order: RESERVED = end, the bytes, WRITTEN = end.
