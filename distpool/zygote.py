@@ -30,7 +30,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from distpool.startup import ENTRY, address_of, become_worker, listen, remove, unix_path
+from distpool.startup import address_of, become_worker, listen, remove, unix_path
 
 if sys.platform != "win32":
     import resource
@@ -59,10 +59,11 @@ class Child:
 # --- the zygote -------------------------------------------------------------------------------------------------------
 
 
-def main(control: int, master: int, directory: str = "", entry: str = ENTRY) -> NoReturn:
+def main(control: int, master: int, directory: str, entry: str, own_path: list[str]) -> NoReturn:
     """Serve fork requests on the socket `control` until the process `master` is gone; never returns.
 
-    In each forked child this function goes on as the worker. Called by `-c` with a first line that has set sys.path.
+    In each forked child this function goes on as the worker. Called by `-c`, which has set sys.path; `own_path` is
+    what it was before.
     """
     gc.disable()
     _default_signals()
@@ -78,7 +79,7 @@ def main(control: int, master: int, directory: str = "", entry: str = ENTRY) -> 
     gc.enable()
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-    become_worker(birth.listener, birth.settings, birth.output, birth.lifeline)
+    become_worker(birth.listener, birth.settings, birth.output, birth.lifeline, own_path)
 
 
 def _preload(entry: str) -> str:
@@ -296,6 +297,8 @@ class Zygote:
             ospid, status = os.waitpid(-1, os.WNOHANG)
             if not ospid:
                 break
+            if ospid not in self.children:
+                continue  # an import of the preload started it
             self._bury(ospid)
             self._send({"exited": ospid, "status": os.waitstatus_to_exitcode(status)})
 

@@ -25,13 +25,7 @@ from typing import Any
 from distpool import config
 from distpool.errors import LaunchWorkerError
 from distpool.managers.base import parse_header
-from distpool.managers.process import HOST, PACKAGE, LaunchedProcess, LaunchSpec, Loop, last_lines
-
-BOOT = (
-    "import sys; sys.path[:] = [p for p in sys.path if p]; package = {package!r}; "
-    "sys.path += [package] * (package not in sys.path); "
-    "from distpool.startup import exec_main; sys.path.remove(package) if {foreign!r} else None; exec_main()"
-)
+from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, boot_code, last_lines
 
 MAX_NOISE = 1 << 20
 """Bytes that may come before the header line."""
@@ -128,12 +122,12 @@ def start(spec: LaunchSpec) -> _Starting:
         for _ in range(2):
             opened += os.pipe()
         output, their_output, stdin, lifeline = opened
-        boot = BOOT.format(package=PACKAGE, foreign=spec.own_path)
+        code = boot_code("from distpool.startup import exec_main; exec_main(own)", [])
         options: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
             options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         process = subprocess.Popen(
-            [*spec.argv, "-c", boot], stdin=stdin, stdout=their_output, stderr=their_output, env=spec.env, **options
+            [*spec.argv, "-c", code], stdin=stdin, stdout=their_output, stderr=their_output, env=spec.env, **options
         )
     except BaseException:
         for descriptor in opened:

@@ -27,17 +27,10 @@ from typing import Any
 
 from distpool import config
 from distpool.errors import LaunchWorkerError
-from distpool.managers.process import HOST, PACKAGE, LaunchedProcess, LaunchSpec, Loop, last_lines
+from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, boot_code, last_lines
 
 FRAME = struct.Struct("!I")
 """As in distpool.zygote, which is in a higher layer."""
-
-BOOT = (
-    "import sys; own = [p for p in sys.path if p]; given = {path!r}; package = {package!r}; "
-    "path = (own + given) if {own_path!r} else given; sys.path[:] = path + [package] * (package not in path); "
-    "from distpool.zygote import main; sys.path[:] = own if {own_path!r} else sys.path; "
-    "main({control}, {master}, {directory!r}, {entry!r})"
-)
 
 CLOSE_SECONDS = 5.0
 """What a zygote may take to end its workers; then it is killed."""
@@ -107,17 +100,11 @@ class ForkServer:
         loop.register(self._control, self._on_readable)
 
     def _start(self, spec: LaunchSpec, control: socket.socket, output: int) -> subprocess.Popen[bytes]:
-        boot = BOOT.format(
-            path=spec.sys_path,
-            package=PACKAGE,
-            own_path=spec.own_path,
-            control=control.fileno(),
-            master=os.getpid(),
-            directory=spec.directory,
-            entry=spec.entry,
-        )
+        arguments = f"{control.fileno()}, {os.getpid()}, {spec.directory!r}, {spec.entry!r}, own"
+        path = [] if spec.own_path else spec.sys_path
+        code = boot_code(f"from distpool.zygote import main; main({arguments})", path)
         return subprocess.Popen(
-            [*spec.argv, "-c", boot],
+            [*spec.argv, "-c", code],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

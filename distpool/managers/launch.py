@@ -63,7 +63,10 @@ class Launcher:
         """
         self._settle_directory(spec)
         if spec.method == "exec":
-            yield from executed.launch(self._loop, spec, self._add_executed, self._drop_executed)
+            for process in executed.launch(self._loop, spec, self._add_executed, self._drop_executed):
+                if self._closed:  # meanwhile; `close` may not have seen this one
+                    process.kill()
+                yield process
         else:
             yield from self._fork(spec)
 

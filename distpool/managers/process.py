@@ -166,3 +166,14 @@ class LaunchedProcess:
 def last_lines(data: bytes, count: int) -> str:
     """The last `count` lines of some process's output, as text."""
     return "\n".join(data.decode(errors="replace").splitlines()[-count:])
+
+
+def boot_code(call: str, path: list[str]) -> str:
+    """Text for `python -c` that imports distpool and makes `call`, in which `own` is the interpreter's own sys.path.
+
+    Modules are looked up in `path` first, so that the same ones are found as here; without it, in the interpreter's.
+    """
+    return (
+        f"import sys; own = [p for p in sys.path if p]; sys.path[:] = {path!r} or own; "
+        f"sys.path += [{PACKAGE!r}] * ({PACKAGE!r} not in sys.path); {call}"
+    )
