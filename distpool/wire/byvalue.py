@@ -1,17 +1,23 @@
-"""The pickler for what other processes cannot import: cloudpickle, with two corrections (layer 1).
+"""The pickler for what other processes cannot import: cloudpickle, corrected in three ways (layer 1).
 
 Imported on first need only (`codec.dump_by_value`, and the other side's unpickler by name): cloudpickle is dear.
+Runs where `codec` runs.
 
-Corrections, both about classes that travel by value (classes of `__main__` above all):
-
-1. A class comes home. cloudpickle numbers such classes, so that an instance which returns is an instance of the
-   caller's own class. But it also writes the returning *definition* over that class: its methods become copies with
-   frozen globals, its counters jump back. Here a definition only ever changes classes that came from elsewhere.
-2. The main module of a child of `multiprocessing` (`__mp_main__`) is as unknown elsewhere as `__main__`.
+1. A class comes home. cloudpickle numbers classes that travel by value (those of `__main__` above all), so that an
+   instance which returns is an instance of the caller's own class. But it also writes the returning *definition* over
+   that class: its methods become copies with frozen globals, its counters jump back. Here a definition only ever
+   changes classes that came from elsewhere.
+2. A name that the sender does not have is looked up in `__main__` of the process that runs the function, as in Julia:
+   `everywhere("def foo(): ...", [2])`, then `remotecall_fetch(lambda: foo(), 2)`. Names that the sender has travel.
+3. The main module of a child of `multiprocessing` (`__mp_main__`) is as unknown elsewhere as `__main__`, and so are
+   its functions under `functools.lru_cache`, which would go by name: they travel with an empty cache.
 """
 
 from __future__ import annotations
 
+import builtins
+import functools
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -28,6 +34,9 @@ _foreign: weakref.WeakSet[type] = weakref.WeakSet()
 
 _classes_by_id: Any = getattr(internals, "_DYNAMIC_CLASS_TRACKER_BY_ID", {})
 _ids_by_class: Any = getattr(internals, "_DYNAMIC_CLASS_TRACKER_BY_CLASS", {})
+
+
+_Cached = functools._lru_cache_wrapper
 
 
 class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -57,14 +66,68 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
             return reduced
         if kind is types.FunctionType:
             if obj.__module__ == "__mp_main__":
-                return self._dynamic_function_reduce(obj)
-            return super().reducer_override(obj)
+                return _by_value_function(obj, self._dynamic_function_reduce(obj))
+            return _by_value_function(obj, super().reducer_override(obj))
+        if kind is _Cached and obj.__module__ in ("__main__", "__mp_main__"):
+            return build_cached, (obj.__wrapped__, obj.cache_parameters())
         if issubclass(kind, type):
             reduced = super().reducer_override(obj)
             if reduced is NotImplemented and obj.__module__ == "__mp_main__":
                 reduced = internals._dynamic_class_reduce(obj)
             return _by_value_class(reduced)
         return NotImplemented
+
+
+def _by_value_function(function: types.FunctionType, reduced: Any) -> Any:
+    """cloudpickle's way of rebuilding a function, with our builder and setter in front."""
+    if type(reduced) is not tuple or len(reduced) != 6:
+        return reduced
+    _, args, state, _, _, set_state = reduced
+    names = internals._extract_code_globals(function.__code__)
+    unknown = any(name not in function.__globals__ and not hasattr(builtins, name) for name in names)
+    return build_function, (unknown, *args), (set_state, state), None, None, set_function_state
+
+
+class _NamesOfMain(dict[str, Any]):
+    """Builtins of a function which may use names of the `__main__` that it will run in. The interpreter looks a global
+    name up in the function's globals, then here; slower than plain builtins, so only for functions that need it."""
+
+    def __missing__(self, name: str) -> Any:
+        return vars(sys.modules["__main__"])[name]
+
+
+def build_function(
+    unknown: bool, code: types.CodeType, namespace: dict[str, Any], name: Any, defaults: Any, closure: Any
+) -> types.FunctionType:
+    """Receiving side: the function; if it has unknown names, they are those of `__main__` here at the time of the call.
+
+    Functions of one message share their globals, and a function takes its builtins from there when it is made: also
+    those that it defines when it runs. Hence such builtins stay once a function of the message has asked for them.
+    """
+    found = namespace.get("__builtins__")
+    shared = found if type(found) is _NamesOfMain else None
+    if unknown and shared is None:
+        shared = _NamesOfMain(vars(builtins))
+    namespace["__builtins__"] = shared if unknown else vars(builtins)
+    function = types.FunctionType(code, namespace, name, defaults, closure)
+    if shared is not None:
+        namespace["__builtins__"] = shared
+    return function
+
+
+def set_function_state(function: types.FunctionType, packed: tuple[Callable[[Any, Any], Any], Any]) -> None:
+    """Receiving side: fill the function in; cloudpickle also resets the builtins, which `build_function` has set."""
+    set_state, state = packed
+    namespace = function.__globals__
+    kept = namespace["__builtins__"]
+    set_state(function, state)
+    namespace["__builtins__"] = kept
+
+
+def build_cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Callable[..., Any]:
+    """Receiving side: a function under `functools.lru_cache`, its cache empty."""
+    cached: Callable[..., Any] = functools.lru_cache(**parameters)(function)
+    return cached
 
 
 def _by_value_class(reduced: Any) -> Any:

@@ -153,12 +153,15 @@ class Snapshot:
 
     def fits(self, function: FunctionType) -> bool:
         """Whether serialising `function` now would give what it gave when the snapshot was taken."""
-        if len(sys.modules) != self._modules or not self._root.same(function):
-            return False
-        for namespace, name, value in self._importables:
-            if namespace.get(name, _MISSING) is not value:
+        try:
+            if len(sys.modules) != self._modules or not self._root.same(function):
                 return False
-        return all(noted.same(helper) for helper, noted in self._helpers) if self._helpers else True
+            for namespace, name, value in self._importables:
+                if namespace.get(name, _MISSING) is not value:
+                    return False
+            return all(noted.same(helper) for helper, noted in self._helpers) if self._helpers else True
+        except Exception:  # a global that is gone (KeyError), an annotation that cannot be evaluated any more
+            return False
 
     def _admit(self, value: Any) -> FunctionType | None:
         """Accept one captured object, or raise _Decline; a function that travels by value too is returned."""

@@ -11,6 +11,7 @@ serialise the same function at the same time agree through `dict.setdefault`.
 
 from __future__ import annotations
 
+import copyreg
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -210,7 +211,15 @@ def _by_reference(fn: Any) -> bool:
         return (fn.__self__ is None or type(fn.__self__) is ModuleType) and is_importable(fn)
     if kind is MethodDescriptorType:  # str.upper
         return is_importable(fn.__objclass__)
-    return (kind is FunctionType or isinstance(fn, type)) and is_importable(fn)
+    if not is_importable(fn):
+        return False
+    if kind is FunctionType or isinstance(fn, type):
+        return True
+    try:  # wrappers that pickle as their name: functools.lru_cache, numpy.sum
+        reduce_fn = copyreg.dispatch_table.get(kind)
+        return type(reduce_fn(fn) if reduce_fn else fn.__reduce_ex__(codec.PROTOCOL)) is str
+    except Exception:  # the user's code; serialising it will say what is wrong
+        return False
 
 
 def _is_frozen(fn: Any) -> bool:

@@ -1,0 +1,384 @@
+"""wire/byvalue: what belongs to `__main__`, between two real processes whose `__main__` differ.
+
+Each test is the text of a program, run as a script. It finds `call(function, *args)`, which runs the function in a
+second process (fed by pipes) and returns the result or raises; `other` is the same with a third process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from distpool.wire import codec
+
+ROOT = Path(codec.__file__).parents[2]
+
+PEER = """
+import pickle, sys
+from distpool.wire import codec, failures, functions
+SECRET = "of the peer"
+def defined_there(x): return x, SECRET
+def main():
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    decoded = None
+    while True:
+        try:
+            function, arguments = pickle.load(source)
+        except EOFError:
+            return
+        try:
+            args, kwargs = codec.decode_args(*arguments)
+            data, buffers = codec.encode(functions.decode_function(*function)(*args, **kwargs))
+            reply = True, data, [bytes(buffer) for buffer in buffers]
+        except BaseException as error:
+            reply = False, failures.encode_exception(error, skip_frames=1), []
+        pickle.dump(reply, sink)
+        sink.flush()
+main()
+"""
+
+PRELUDE = """
+import pickle, subprocess, sys
+from distpool.wire import codec, failures, functions
+encoder = functions.FunctionEncoder()
+def start(source):
+    peer = subprocess.Popen([sys.executable, source], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def call(function, *args, **kwargs):
+        encoded = encoder.encode(function)
+        data, buffers = codec.encode_args(args, kwargs)
+        pickle.dump(((encoded.data, encoded.buffers), (data, [bytes(b) for b in buffers])), peer.stdin)
+        peer.stdin.flush()
+        ok, data, buffers = pickle.load(peer.stdout)
+        if ok:
+            return codec.decode(data, [bytearray(b) for b in buffers])
+        raise failures.decode_exception(data, 2)
+    def stop():
+        peer.stdin.close()
+        peer.stdout.close()
+        assert peer.wait(20) == 0
+    return call, stop
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    def run(source, two=False):
+        peer, script = tmp_path / "peer.py", tmp_path / "script.py"
+        peer.write_text(PEER)
+        lines = [PRELUDE, f"call, stop = start({str(peer)!r})"]
+        if two:
+            lines.append(f"other, stop_other = start({str(peer)!r})")
+        lines += [textwrap.dedent(source), "stop()"] + (["stop_other()"] if two else []) + ["print('passed')"]
+        script.write_text("\n".join(lines))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(script)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
+        assert (done.returncode, done.stdout) == (0, "passed\n"), done.stdout + done.stderr
+
+    return run
+
+
+def test_instances_come_back_as_instances_of_the_own_class(program):
+    program(
+        """
+        import collections, dataclasses, enum, abc, typing
+        @dataclasses.dataclass
+        class Point:
+            x: int
+            y: int = 0
+            def length(self): return (self.x ** 2 + self.y ** 2) ** 0.5
+        class Color(enum.Enum):
+            RED = 1
+            BLUE = 2
+            def other(self): return Color.BLUE if self is Color.RED else Color.RED
+        class Flags(enum.IntFlag):
+            A = 1
+            B = 2
+        class Outer:
+            class Nested:
+                def __init__(self, value): self.value = value
+        Pair = collections.namedtuple("Pair", "left right")
+        class Typed(typing.NamedTuple):
+            name: str
+        class Base(abc.ABC):
+            @abc.abstractmethod
+            def go(self): ...
+        class Derived(Base):
+            __slots__ = ("value",)
+            def go(self): return __class__.__name__
+        class Generic(typing.Generic[typing.TypeVar("T")]):
+            pass
+
+        def move(point): return dataclasses.replace(point, x=point.x + 1)
+        back = call(move, Point(2, 4))
+        assert type(back) is Point and back == Point(3, 4) and back.length() == 5
+        assert call(lambda: Color.RED) is Color.RED
+        assert call(lambda c: c.other(), Color.RED) is Color.BLUE
+        assert call(Color.other, Color.BLUE) is Color.RED
+        assert call(lambda f: f | Flags.B, Flags.A) == Flags.A | Flags.B
+        assert type(call(lambda n: Outer.Nested(n.value + 1), Outer.Nested(1))) is Outer.Nested
+        back = call(lambda pair: Pair(pair.right, pair.left), Pair(1, 2))
+        assert type(back) is Pair and back == (2, 1)
+        assert type(call(lambda: Typed("x"))) is Typed
+        assert isinstance(call(Derived), Base) and type(call(Derived)) is Derived
+        assert call(lambda d: d.go(), Derived()) == "Derived"
+        assert type(call(Generic[int])) is Generic
+        assert call(lambda: [Point, Color, Pair]) == [Point, Color, Pair]
+        def factory():
+            class Local:
+                pass
+            return Local
+        Local = factory()
+        assert type(call(lambda l: l, Local())) is Local
+        """
+    )
+
+
+def test_exceptions_of_main_are_the_callers_own(program):
+    program(
+        """
+        class Mine(Exception):
+            def __init__(self, text):
+                super().__init__(text)
+        class Strange(Exception):
+            def __init__(self, a, b):
+                super().__init__(a)
+        def fail(error=Mine("foobar")):
+            raise error
+        from distpool.errors import RemoteException
+        from concurrent.futures.process import _RemoteTraceback
+        for function, args in ((fail, ()), (fail, (Mine("foobar"),)), (lambda: fail(), ())):
+            try:
+                call(function, *args)
+            except Mine as error:
+                assert error.args == ("foobar",) and type(error.__cause__) is _RemoteTraceback
+                assert "in fail" in error.__cause__.tb and "script.py" in error.__cause__.tb
+                assert "raise error" in error.__cause__.tb
+            else:
+                raise AssertionError
+        def strange():
+            raise Strange(1, 2)
+        try:
+            call(strange)
+        except RemoteException as error:
+            assert error.pid == 2 and "Strange could not be rebuilt here: TypeError" in str(error)
+        else:
+            raise AssertionError
+        assert call(lambda: "still in step") == "still in step"
+        """
+    )
+
+
+def test_a_returning_instance_leaves_the_own_class_alone(program):
+    program(
+        """
+        limit = 1
+        class Counter:
+            made = 0
+            def __init__(self): type(self).made += 1
+            def limit(self): return limit
+        method = Counter.limit
+        def make():
+            return Counter()
+        for turn in range(3):
+            Counter.made = 10 * turn
+            back = call(make)
+            assert type(back) is Counter and Counter.made == 10 * turn
+        assert Counter.limit is method
+        limit = 2
+        assert back.limit() == 2
+        """
+    )
+
+
+def test_changes_of_the_own_class_reach_the_others(program):
+    program(
+        """
+        class A:
+            x = 1
+            def get(self): return self.x
+        a = A()
+        for value in (1, 2, 1, [3]):
+            A.x = value
+            assert call(lambda: a.get()) == value
+            assert call(lambda b: b.get(), a) == value
+            assert call(A.get, a) == value
+            assert call(a.get) == value
+        A.get = lambda self: "new"
+        assert call(a.get) == "new"
+        class A:
+            x = "another class"
+        assert call(lambda: A.x) == "another class"
+        assert type(call(lambda: A())) is A and type(call(lambda: a)) is type(a) is not A
+        """
+    )
+
+
+def test_a_class_that_came_from_one_process_goes_on_to_another(program):
+    program(
+        """
+        def define():
+            class Theirs:
+                def __init__(self, x): self.x = x
+                def __eq__(self, other): return type(other) is type(self) and other.x == self.x
+            return Theirs
+        Theirs = call(define)
+        thing = Theirs(3)
+        assert other(lambda t: t, thing) == thing
+        assert call(lambda t: t, thing) == thing
+        class Mine:
+            pass
+        mine = Mine()
+        assert type(other(lambda m: m, call(lambda m: m, mine))) is Mine
+        """,
+        two=True,
+    )
+
+
+def test_functions_run_the_senders_code_and_do_not_touch_names_there(program):
+    program(
+        """
+        SECRET = "of the sender"
+        def defined_there(x): return "mine", x
+        assert call(defined_there, 1) == ("mine", 1)
+        assert call(lambda: defined_there(2)) == ("mine", 2)
+        assert call(lambda: SECRET) == "of the sender"
+        def read_there():
+            import __main__
+            return __main__.SECRET, __main__.defined_there(3)
+        assert call(read_there) == ("of the peer", (3, "of the peer"))
+        """
+    )
+
+
+def test_names_that_only_the_other_process_has_are_found_there(program):
+    program(
+        """
+        def use(x):
+            return [len(defined_there(y)) for y in x], defined_there(x)
+        assert call(use, [1]) == ([2], ([1], "of the peer"))
+        assert call(lambda: (lambda: defined_there(4))()) == (4, "of the peer")
+        def change():
+            import __main__
+            __main__.SECRET = "changed"
+        call(change)
+        assert call(lambda: SECRET) == "changed"
+        def helper(): return SECRET
+        assert call(lambda: helper()) == "changed"
+        SECRET = "mine"
+        assert call(lambda: helper()) == "mine"
+        del SECRET
+        assert call(lambda: helper()) == "changed"
+        for _ in range(2):
+            try:
+                call(lambda: nowhere)
+            except NameError as error:
+                assert "nowhere" in str(error)
+            else:
+                raise AssertionError
+        """
+    )
+
+
+def test_everything_of_a_message_is_consistent(program):
+    program(
+        """
+        class Node:
+            def __init__(self): self.me = self
+        shared = [1]
+        first, second = call(lambda a, b: (a, b), shared, shared)
+        assert first is second
+        node = call(lambda n: n, Node())
+        assert node.me is node and type(node) is Node
+        v3 = ["x"]; v4 = v3
+        assert call(lambda: (v3, v4, v3 is v4)) == (["x"], ["x"], True)
+        assert call(lambda k: (k is int, k.__name__), int) == (True, "int")
+        import functools, math
+        @functools.lru_cache
+        def fib(n): return n if n < 2 else fib(n - 1) + fib(n - 2)
+        assert call(fib, 20) == 6765 and call(functools.partial(fib, 10)) == 55
+        f1 = lambda x: x + 1
+        f2 = lambda x: f1(x)
+        assert call(f2, 1) == call(lambda: f2(1)) == 2
+        """
+    )
+
+
+def test_shared_classes_are_each_processes_own(program):
+    program(
+        """
+        from distpool.wire.byvalue import share_class
+        class Shared:
+            where = "sender"
+        share_class(Shared, "everywhere:Shared")
+        def define():
+            import __main__
+            from distpool.wire.byvalue import share_class
+            class Shared:
+                where = "receiver"
+            __main__.Shared = Shared
+            share_class(Shared, "everywhere:Shared")
+        call(define)
+        made = Shared()
+        assert call(lambda s: s.where, made) == "receiver"
+        def here():
+            import __main__
+            return __main__.Shared()
+        back = call(here)
+        assert type(back) is Shared and back.where == "sender"
+        assert other(lambda s: s.where, made) == "sender", "a process without it gets the definition"
+        """,
+        two=True,
+    )
+
+
+def test_a_class_of_a_module_that_is_absent_there(program, tmp_path):
+    directory = tmp_path / "only_here"
+    directory.mkdir()
+    (directory / "absent_module.py").write_text("class Absent: pass\ndef function(): return 1\n")
+    program(
+        f"""
+        sys.path.insert(0, {str(directory)!r})
+        import absent_module
+        for function, args in (
+            (lambda x: x, (absent_module.Absent(),)),
+            (absent_module.function, ()),
+            (lambda: absent_module.Absent, ()),
+        ):
+            try:
+                call(function, *args)
+            except ModuleNotFoundError as error:
+                assert "absent_module" in str(error)
+            else:
+                raise AssertionError
+        assert call(lambda: "test") == "test"
+        """
+    )
+
+
+def test_the_main_module_of_a_multiprocessing_child(program):
+    program(
+        """
+        class Thing:
+            def __init__(self, x): self.x = x
+        class Parent: pass
+        def helper(t): return Thing(t.x + 1)
+        def function(t): return helper(t)
+        import functools
+        @functools.cache
+        def cached(): return 5
+        # What `multiprocessing` (spawn) does to the main module of its children:
+        sys.modules["__mp_main__"] = sys.modules["__main__"]
+        for thing in (Thing, helper, function, cached):
+            thing.__module__ = "__mp_main__"
+        back = call(function, Thing(1))
+        assert type(back) is Thing and back.x == 2
+        assert call(lambda: function(Thing(4))).x == 5
+        assert call(cached) == 5
+        """
+    )

@@ -1,0 +1,371 @@
+"""wire/codec: objects to buffers and back, in one process (two processes: test_byvalue)."""
+
+from __future__ import annotations
+
+import ast
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distpool import config
+from distpool.errors import SerializationError
+from distpool.wire import codec
+
+LARGE = config.OUT_OF_BAND
+
+
+def roundtrip(obj, **options):
+    data, buffers = codec.encode(obj, **options)
+    return codec.decode(data, [bytearray(buffer) for buffer in buffers])
+
+
+class Unpicklable:
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        raise self.error
+
+
+class Counting:
+    """Notes how often it was pickled."""
+
+    def __init__(self):
+        self.times = 0
+
+    def __reduce__(self):
+        self.times += 1
+        raise ValueError("always")
+
+
+class Handle:
+    """Stands for a library object such as a reference."""
+
+    def __init__(self, name):
+        self.name = name
+
+
+def rebuild_handle(name, peer):
+    handle = Handle(name)
+    handle.peer = peer
+    return handle
+
+
+@pytest.fixture
+def handle_reducer():
+    codec.register_reducer(Handle, lambda handle, peer: (rebuild_handle, (handle.name, peer)))
+    yield
+    codec.unregister_reducer(Handle)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        0,
+        -1,
+        1 << 5000,
+        1.5,
+        2j,
+        "",
+        "\ud800",
+        b"\0" * 10,
+        "__main__",
+        (),
+        [1, [2]],
+        {"a": {1, 2}},
+        ...,
+        int,
+    ],
+)
+def test_values_survive(value):
+    assert roundtrip(value) == value
+    assert codec.decode_args(*codec.encode_args((value,), {})) == ((value,), {})
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"), [((), {}), ((1, "a"), {}), (([1],), {}), ((), {"x": 1}), ((1, [2]), {"self": 3, "fn": [4]})]
+)
+def test_arguments_survive(args, kwargs):
+    data, buffers = codec.encode_args(args, kwargs)
+    assert codec.decode_args(data, buffers) == (args, kwargs)
+
+
+def test_an_only_argument_may_be_anything_that_looks_like_the_encoding():
+    for value in ([(1,), {}], ((1,), {}), [[], {}]):
+        assert codec.decode_args(*codec.encode_args((value,), {})) == ((value,), {})
+
+
+def test_bool_and_int_stay_apart():
+    (one, true), _ = codec.decode_args(*codec.encode_args((1, True), {}))
+    assert type(one) is int and true is True
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_large_arrays_go_out_of_band_without_a_copy(order):
+    array = np.asarray(np.arange(LARGE, dtype=np.float64).reshape(-1, 64), order=order)
+    data, buffers = codec.encode({"x": array})
+    assert len(data) < 1000
+    assert [(view.format, view.ndim, view.nbytes, view.contiguous) for view in buffers] == [
+        ("B", 1, array.nbytes, True)
+    ]
+    assert np.shares_memory(np.frombuffer(buffers[0], np.uint8), array)
+    received = bytearray(buffers[0])
+    back = codec.decode(data, [received])["x"]
+    assert np.array_equal(back, array) and back.flags["WRITEABLE"]
+    assert back.flags[f"{order}_CONTIGUOUS"]
+    assert np.shares_memory(np.frombuffer(received, np.uint8), back)
+
+
+def test_what_is_smaller_or_in_pieces_goes_in_band():
+    small = np.zeros(LARGE // 8 - 1)
+    pieces = np.zeros((LARGE, 2))[:, 0]
+    for array in (small, pieces):
+        data, buffers = codec.encode(array)
+        assert buffers == [] and len(data) >= array.nbytes
+        assert np.array_equal(codec.decode(data), array)
+    assert len(codec.encode(np.zeros(LARGE // 8))[1]) == 1
+
+
+def test_a_buffer_in_pieces_is_a_serialization_error():
+    with pytest.raises(SerializationError):
+        codec.encode(pickle.PickleBuffer(memoryview(bytearray(8))[::2]))
+
+
+def test_several_buffers_keep_their_order():
+    arrays = [np.full(LARGE, number, np.uint8) for number in range(4)]
+    (back,), _ = codec.decode_args(*codec.encode_args((arrays,), {}))
+    assert [array[0] for array in back] == [0, 1, 2, 3]
+
+
+def test_read_only_arrays_stay_read_only():
+    array = np.zeros(LARGE)
+    array.flags.writeable = False
+    assert not roundtrip(array).flags.writeable
+
+
+def test_one_object_in_one_message_stays_one_object():
+    array, inner = np.zeros(LARGE), [1]
+    data, buffers = codec.encode([array, array, inner, inner])
+    assert len(buffers) == 1
+    back = codec.decode(data, buffers)
+    assert back[0] is back[1] and back[2] is back[3]
+
+
+def test_messages_share_no_memo():
+    inner = [1]
+    assert codec.encode(inner)[0] == codec.encode(inner)[0]
+
+
+def test_functions_and_classes_without_a_name_travel_by_value():
+    class Local:
+        def __init__(self, x):
+            self.x = x
+
+        def double(self):
+            return self.x * 2
+
+    function, made = roundtrip([lambda x: x + 1, Local(4)])
+    assert function(1) == 2
+    assert type(made) is Local and made.double() == 8
+
+
+def test_buffers_of_the_first_attempt_are_dropped_when_cloudpickle_takes_over():
+    array = np.zeros(LARGE)
+    data, buffers = codec.encode([array, lambda: 1])
+    assert len(buffers) == 1
+    assert np.array_equal(codec.decode(data, buffers)[0], array)
+
+
+def test_state_travels_as_it_is_now():
+    generator = random.Random(5)
+    first, expected = roundtrip(generator), random.Random(5)
+    assert first.random() == expected.random()
+    generator.random()
+    assert roundtrip(generator).random() == expected.random()
+
+
+def test_names_of_builtins_and_modules_are_the_same_objects():
+    assert roundtrip([int, len, np.sum, np.sqrt, str.upper, codec]) == [int, len, np.sum, np.sqrt, str.upper, codec]
+    assert codec.decode(codec.encode(lambda: (int, np, codec))[0])() == (int, np, codec)
+
+
+def test_modules_registered_by_value_are_honoured():
+    import cloudpickle
+
+    module = types.ModuleType("registered_module")
+    exec("factor = 3\ndef triple(x):\n    return x * factor", vars(module))
+    sys.modules["registered_module"] = module
+    try:
+        cloudpickle.register_pickle_by_value(module)
+        try:
+            data, _ = codec.encode(module.triple)
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)
+    finally:
+        del sys.modules["registered_module"]
+    assert codec.decode(data)(2) == 6
+
+
+@pytest.mark.parametrize("value", [threading.Lock(), (i for i in ()), sys.stdout, [1, [threading.Lock()]]])
+def test_what_cannot_travel_is_named(value):
+    with pytest.raises(SerializationError) as caught:
+        codec.encode(value, what="the result of f")
+    assert isinstance(caught.value, pickle.PicklingError)
+    assert isinstance(caught.value.__cause__, TypeError)
+    assert str(caught.value).startswith("the result of f, ")
+    assert str(caught.value.__cause__) in str(caught.value)
+
+
+def test_the_failing_argument_is_named():
+    with pytest.raises(SerializationError, match=r"argument 2, .*_thread.lock.* cannot be serialised: TypeError"):
+        codec.encode_args((1, threading.Lock(), [2]), {})
+    with pytest.raises(SerializationError, match="argument 'key', a list of 1, cannot be serialised"):
+        codec.encode_args((1,), {"other": 2, "key": [threading.Lock()]})
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("mine"), KeyError(1), SystemExit(3), MemoryError(), RecursionError("deep"), GeneratorExit()]
+)
+def test_errors_of_user_code_are_mapped(error):
+    for attempt in (lambda: codec.encode([Unpicklable(error)]), lambda: codec.encode_args((Unpicklable(error),), {})):
+        with pytest.raises(SerializationError) as caught:
+            attempt()
+        assert caught.value.__cause__ is error
+        assert type(error).__name__ in str(caught.value)
+
+
+def test_an_interrupt_is_not_a_serialization_error():
+    with pytest.raises(KeyboardInterrupt):
+        codec.encode(Unpicklable(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        codec.encode_args((Unpicklable(KeyboardInterrupt()),), {})
+
+
+def test_user_code_with_an_error_of_its_own_runs_once():
+    counting = Counting()
+    with pytest.raises(SerializationError):
+        codec.encode(counting)
+    assert counting.times == 1
+
+
+def test_endless_nesting_is_a_serialization_error():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(SerializationError) as caught:
+        codec.encode(deep)
+    assert isinstance(caught.value.__cause__, RecursionError)
+    while deep:  # taken apart by hand: the interpreter would recurse too
+        deep = deep[0]
+
+
+def test_describing_runs_no_code_of_the_user():
+    class Shy:
+        def __repr__(self):
+            raise AssertionError("repr was called")
+
+        def __str__(self):
+            raise AssertionError("str was called")
+
+    assert "Shy" in codec.describe(Shy())
+    assert codec.describe([1, 2]) == "a list of 2"
+    assert len(codec.describe("x" * 10**6)) < 100
+    assert len(codec.describe(10**10000)) < 100
+    assert "len" in codec.describe(len)
+
+
+def test_an_error_whose_text_raises_is_still_mapped():
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError("no")
+
+    with pytest.raises(SerializationError, match="Mute"):
+        codec.encode(Unpicklable(Mute()))
+
+
+def test_reducers_see_the_peer_and_report(handle_reducer):
+    handle, seen = Handle("h"), []
+    data, _ = codec.encode([handle, handle], 7, seen)
+    assert seen == [handle]
+    back = codec.decode(data)
+    assert back[0].peer == 7 and back[0] is back[1]
+
+
+def test_reducers_work_inside_closures_and_report_once(handle_reducer):
+    handle, seen = Handle("h"), []
+    data, _ = codec.encode([handle, lambda: handle], 3, seen)
+    assert seen == [handle]
+    back, function = codec.decode(data)
+    assert function() is back and back.peer == 3
+
+
+def test_seen_keeps_what_the_caller_had_in_it(handle_reducer):
+    seen = ["before"]
+    codec.encode_args((Handle("h"), lambda: 1), {}, 1, seen)
+    assert seen[0] == "before" and len(seen) == 2
+
+
+def test_reducers_count_in_distpool_messages_only(handle_reducer):
+    assert not hasattr(pickle.loads(pickle.dumps(Handle("h"))), "peer")
+
+
+def test_threads_with_different_peers_do_not_mix(handle_reducer):
+    wrong = []
+
+    def work(peer):
+        for _ in range(300):
+            for message in (Handle("h"), [lambda: 0, Handle("h")]):
+                back = roundtrip(message, peer=peer)
+                if (back if isinstance(back, Handle) else back[1]).peer != peer:
+                    wrong.append(peer)
+
+    threads = [threading.Thread(target=work, args=(peer,)) for peer in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert wrong == []
+
+
+def test_decode_raises_what_loading_raises():
+    data = pickle.dumps(len).replace(b"builtins", b"nomodule")
+    with pytest.raises(ModuleNotFoundError):
+        codec.decode(data)
+    with pytest.raises(pickle.UnpicklingError):
+        codec.decode(b"\x80\x05K")
+    with pytest.raises(pickle.UnpicklingError):
+        codec.decode(codec.encode(np.zeros(LARGE))[0], [])
+
+
+def test_decode_takes_any_buffer():
+    assert codec.decode(memoryview(bytearray(codec.encode([1])[0]))) == [1]
+
+
+def test_scalars_take_microseconds():
+    # Generous (0.5 us measured): this catches a second pickler on the path, not a slow machine.
+    start = time.perf_counter()
+    for _ in range(10_000):
+        codec.encode_args((1,), {})
+    assert time.perf_counter() - start < 0.2
+
+
+def test_importing_the_codec_is_cheap_and_loads_no_cloudpickle():
+    code = (
+        "import sys; import distpool.wire.codec, distpool.wire.functions, distpool.wire.failures;"
+        "from distpool.wire import codec; codec.encode([1, {}]); codec.encode_args((1, [2]), {});"
+        "print([m for m in ('cloudpickle', 'threading', 'socket', 'traceback', 'dis') if m in sys.modules])"
+    )
+    root = Path(codec.__file__).parents[2]
+    command = [sys.executable, "-S", "-c", code]  # -S: .pth files of the environment may import anything
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30, check=True)
+    assert ast.literal_eval(done.stdout) == []
