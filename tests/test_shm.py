@@ -537,6 +537,25 @@ def test_private_mappings_share_memory_and_keep_their_own_writes(pool: SegmentPo
     assert (array == 7).all()
 
 
+def test_a_private_view_is_a_lease_and_keeps_its_writes(side: Side) -> None:
+    data = data_of(300_000)
+    lease = placed(side.pool.put(data))
+    message = (lease.segment_id, lease.path, lease.size, lease.nbytes)
+    first = np.frombuffer(side.views.view(*message, private=True), "u1")
+    first[:] = 7
+    shared = side.view(lease)
+    assert shared == data, "a retried call must see what the caller has sent"
+    second = side.views.view(*message, private=True)[5:]
+    shared[10] ^= 255
+    assert second[5] == shared[10], "the pages are shared until they are written"
+    del shared
+    assert side.ended() == [lease.segment_id]
+    del first
+    assert side.ended() == [lease.segment_id]
+    del second
+    assert side.ended() == [lease.segment_id]
+
+
 # --- shortage
 
 

@@ -41,11 +41,13 @@ class SegmentViews:
         #: segment_id -> mapping and its array type; kept after a lease, because mapping costs more than copying.
         self._mappings: dict[int, tuple[mmap.mmap, type[ctypes.Array[ctypes.c_ubyte]]]] = {}
 
-    def view(self, segment_id: int, path: str, size: int, nbytes: int) -> memoryview:
+    def view(self, segment_id: int, path: str, size: int, nbytes: int, *, private: bool = False) -> memoryview:
         """A writable view of one lease; whatever is made of it (arrays, slices) keeps the lease alive.
 
         Call it while the message is being read: `path` ends with the sender's process.  `OSError` when the segment
         cannot be opened.  With few descriptors left the bytes are copied and the lease ends at once.
+        `private`: for bytes that others read too, at once (function payloads) or later (a call that may be retried):
+        what is written stays here (copy on write); the mapping ends with the lease, so it pays page faults each time.
         """
         from distpool.transport import liveness
 
@@ -56,15 +58,15 @@ class SegmentViews:
                 self._gate = liveness.Gate(self._released)
                 if self._closed:
                     self._gate.released = None
-            known = self._mappings.get(segment_id)
+            known = None if private else self._mappings.get(segment_id)
             if known is None:
-                made = self._attach(path, size, nbytes)
+                made = self._attach(path, size, nbytes, private)
                 if isinstance(made, bytearray):
                     if self._gate.released is not None:
                         self._released(segment_id)
                     return memoryview(made)
                 known = made, liveness.exporter_type(size)
-                if not self._closed:
+                if not self._closed and not private:
                     self._mappings[segment_id] = known
             elif nbytes > len(known[0]):
                 raise OSError(f"{nbytes} bytes do not fit into segment {segment_id} of {len(known[0])}")
@@ -85,14 +87,15 @@ class SegmentViews:
                 self._gate.released = None
             self._mappings.clear()
 
-    def _attach(self, path: str, size: int, nbytes: int) -> mmap.mmap | bytearray:
+    def _attach(self, path: str, size: int, nbytes: int, private: bool) -> mmap.mmap | bytearray:
         """Map a segment for the first time, or read it where the process is short of descriptors."""
         self._forget_freed()
-        descriptor = memfile.open_checked(path, size)
+        access = mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE
+        descriptor = memfile.open_checked(path, size, writable=not private)
         try:
             if memfile.has_spare(descriptor):
                 try:
-                    mapping = mmap.mmap(descriptor, size)
+                    mapping = mmap.mmap(descriptor, size, access=access)
                 except OSError:
                     pass  # too many mappings, or no descriptor for the one that mmap duplicates
                 else:
@@ -114,6 +117,7 @@ class SegmentViews:
 def map_private(path: str, size: int, nbytes: int) -> memoryview:
     """Map what `SegmentPool.publish` has placed: shared until somebody writes, and writes stay in this process.
 
+    Nobody is told when it ends; for a lease that is to be given back, use `SegmentViews.view(private=True)`.
     `OSError` when it cannot be opened.  The memory is unmapped when nothing uses the view any more.
     """
     if not 0 < nbytes <= size:
