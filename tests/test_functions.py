@@ -403,6 +403,20 @@ def test_modules_are_by_reference_and_imports_are_noticed(encoder):
     assert run(encoder.encode(main.f)) == "&lt;"
 
 
+def test_a_module_that_is_registered_by_value_later(encoder):
+    import cloudpickle
+
+    main, names = script("f = lambda: helper(1)")
+    names["helper"] = importable
+    short = len(encoder.encode(main.f).data)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        assert len(encoder.encode(main.f).data) > short + 100
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert len(encoder.encode(main.f).data) == short
+
+
 def test_random_changes_never_make_the_short_way_stale(encoder):
     """Any sequence of changes: what comes back acts as what cloudpickle would have sent."""
     source = "a, b = 1, 'x'\ndef h(y=2, *, k=3): return a, y, k\ndef f(z=4): return h(), b, z\nclass A: x = 1\n"

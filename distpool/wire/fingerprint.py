@@ -124,7 +124,7 @@ class _Function:
 class Snapshot:
     """A function and all that it captures at one moment. `pure`: calling it cannot change what it captured."""
 
-    __slots__ = ("_helpers", "_importables", "_modules", "_root", "pure")
+    __slots__ = ("_by_value", "_helpers", "_importables", "_modules", "_root", "pure")
 
     def __init__(self, function: FunctionType) -> None:
         self._helpers: list[tuple[FunctionType, _Function]] = []
@@ -134,6 +134,8 @@ class Snapshot:
         self._modules = len(sys.modules)
         codes = [function.__code__]
         self._root = _Function(function, _global_names(function.__code__))
+        # The registry itself, empty now (and there, since the names were asked for): a module registered later makes importable helpers travel by value.
+        self._by_value = by_value_modules()
         pending = [self._root]
         known = {id(function)}
         count = 0
@@ -154,7 +156,7 @@ class Snapshot:
     def fits(self, function: FunctionType) -> bool:
         """Whether serialising `function` now would give what it gave when the snapshot was taken."""
         try:
-            if len(sys.modules) != self._modules or not self._root.same(function):
+            if self._by_value or len(sys.modules) != self._modules or not self._root.same(function):
                 return False
             for namespace, name, value in self._importables:
                 if namespace.get(name, _MISSING) is not value:
