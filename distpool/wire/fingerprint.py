@@ -134,7 +134,8 @@ class Snapshot:
         self._modules = len(sys.modules)
         codes = [function.__code__]
         self._root = _Function(function, _global_names(function.__code__))
-        # The registry itself, empty now (and there, since the names were asked for): a module registered later makes importable helpers travel by value.
+        # The registry itself (there since `_global_names` imported cloudpickle), empty now: once a module is in it,
+        # importable helpers may travel by value.
         self._by_value = by_value_modules()
         pending = [self._root]
         known = {id(function)}
