@@ -176,7 +176,8 @@ def prepare(settings: dict[str, Any], own_path: list[str]) -> None:
     interpreter (`settings["own_path"]`).
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        # Whole lines in one write each, also under PYTHONUNBUFFERED: the master shows lines, and must not mix them.
+        stream.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
     try:
         os.chdir(settings["cwd"])
     except OSError as error:

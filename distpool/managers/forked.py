@@ -336,22 +336,25 @@ class ForkServer:
     def close(self) -> None:
         """End the zygote and its workers; returns when they are gone, or after `CLOSE_SECONDS` and a kill."""
         with self._lock:
-            if self._ended:
-                return
             self.alive = False
+            # A copy of our own, since the leader closes the original as soon as it sees the end.
+            said = -1 if self._ended else self._control.dup().detach()
+        if said < 0:
+            return
         self._shutdown()
-        deadline = time.monotonic() + CLOSE_SECONDS
         # The loop may have stopped already, so the last reports are read here.
         self._loop.unregister(self._control)
-        said = select.poll()
-        said.register(self._control, select.POLLIN)
+        poll = select.poll()
+        poll.register(said, select.POLLIN)
+        deadline = time.monotonic() + CLOSE_SECONDS
         while not self._ended:
             remaining = deadline - time.monotonic()
-            if remaining <= 0 or not said.poll(remaining * 1000):
+            if remaining <= 0 or not poll.poll(remaining * 1000):
                 self._process.kill()
                 self._lost()
-                return
+                break
             self._on_readable()
+        os.close(said)
         self._process.wait()  # killed by `_lost`, perhaps on another thread
 
     def forget(self) -> None:

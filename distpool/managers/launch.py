@@ -61,6 +61,8 @@ class Launcher:
         Raises LaunchWorkerError (after the ones that did start) with the reason and the last output. If the iterator
         is dropped early, workers that nobody took are ended.
         """
+        with self._lock:
+            self._check_open()
         self._settle_directory(spec)
         if spec.method == "exec":
             for process in executed.launch(self._loop, spec, self._add_executed, self._drop_executed):
@@ -130,7 +132,6 @@ class Launcher:
         if spec.transport != "unix" or spec.directory:
             return
         with self._lock:
-            self._check_open()
             if not self._directory:
                 self._directory = make_directory()
             if not self._directory:
