@@ -1,0 +1,59 @@
+"""Limits, time-outs and `DISTPOOL_*` variables (layer 0).
+
+Environment variables are read at each use, so that a test or a user may change them while the program runs, and are
+handed on to workers.
+"""
+
+from __future__ import annotations
+
+import os
+
+#: Buffers of at least this many bytes travel beside the pickle (protocol 5, out of band).
+OUT_OF_BAND = 256 * 1024
+#: A control part larger than this is a protocol error: it is metadata, never user data.
+MAX_CONTROL = 64 * 1024 * 1024
+#: Body or buffer larger than this is a protocol error (1 TiB: larger than memory, smaller than garbage).
+MAX_BODY = 1 << 40
+#: What a peer may send before it has proved that it knows the cookie.
+MAX_BEFORE_AUTH = 256
+#: A reading socket takes at most this many bytes at once; 256 KiB are 3-4 times slower (mmap threshold of malloc).
+READ_SIZE = 65536
+#: A thread that waits for results leads the I/O loop itself; the I/O thread comes back after this many seconds.
+GRACE = 0.005
+#: A worker's window of calls sent ahead is worth this many seconds of running time.
+WINDOW_SECONDS = 0.004
+#: Results wait at most this long in a worker before they are sent.
+FLUSH_SECONDS = 0.001
+#: Bytes of a worker's journal of results (shared with the master on the same host).
+JOURNAL_SIZE = 1 << 18
+#: Last lines of a worker's output that `ProcessExitedException.output` carries.
+OUTPUT_LINES = 20
+
+
+def worker_timeout() -> float:
+    """Seconds that launch and connection of a worker may take (`DISTPOOL_WORKER_TIMEOUT`, default 60)."""
+    text = os.environ.get("DISTPOOL_WORKER_TIMEOUT", "")
+    try:
+        value = float(text) if text else 60.0
+    except ValueError:
+        raise ValueError(f"DISTPOOL_WORKER_TIMEOUT must be a number of seconds, not {text!r}") from None
+    return value
+
+
+def launch_method() -> str:
+    """How local workers are started: `fork` (of a clean zygote process) or `exec` (`DISTPOOL_LAUNCH`)."""
+    return _choice("DISTPOOL_LAUNCH", ("fork", "exec"), "fork" if hasattr(os, "fork") else "exec")
+
+
+def local_transport() -> str:
+    """What local links are made of: `unix` sockets or loopback `tcp` (`DISTPOOL_TRANSPORT`)."""
+    import socket
+
+    return _choice("DISTPOOL_TRANSPORT", ("unix", "tcp"), "unix" if hasattr(socket, "AF_UNIX") else "tcp")
+
+
+def _choice(name: str, allowed: tuple[str, ...], default: str) -> str:
+    value = os.environ.get(name, "") or default
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+    return value

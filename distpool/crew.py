@@ -1,0 +1,251 @@
+"""The workers of one executor: launched, initialised, replaced, retired (layer 9).
+
+    start(n) -> cluster.start_workers -> Member -> JOINED -> INITIALIZE -> Slot -> Scheduler.add
+    worker gone -> Scheduler.lost -> replacement (or everything breaks)      Scheduler idle and closing -> goodbye
+
+Everything runs on the leader unless it says otherwise. `broken` is set once and for all.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback  # type: ignore[attr-defined]
+from typing import Any
+
+from distpool.cluster import launcher, start_workers
+from distpool.errors import LaunchWorkerError, ProcessExitedException
+from distpool.managers.base import ClusterManager
+from distpool.node.group import Member, State
+from distpool.node.node import Node
+from distpool.scheduling import Scheduler
+from distpool.slots import Slot
+from distpool.wire import messages
+from distpool.wire.failures import failure_info
+from distpool.wire.frames import Frame, Kind
+
+log = logging.getLogger("distpool.crew")
+
+_PATIENCE = 5.0  # seconds that a worker has to exit when asked
+_ATTEMPTS = 3  # launches that may fail in a row
+
+
+class Crew:
+    """`size` workers for one scheduler."""
+
+    def __init__(
+        self,
+        node: Node,
+        size: int,
+        manager: Callable[[int], ClusterManager],
+        params: dict[str, Any],
+        *,
+        initializer: bytes | None = None,
+        max_tasks: int | None = None,
+        replace: bool = True,
+    ) -> None:
+        self.node = node
+        self.size = size
+        self.scheduler = Scheduler(node)
+        self.scheduler.on_idle = self.dismiss
+        self.scheduler.on_retire = self._retire
+        self.scheduler.handlers[Kind.INITIALIZED] = self._on_initialized
+        self.members: dict[int, Member] = {}  # every worker that is not gone; changed on the leader
+        self.finished = threading.Event()  # closed, and every worker is gone
+        self.broken: BaseException | None = None  # what `submit` raises
+        self.was_initialized = False
+        self._slots: dict[int, Slot] = {}
+        self._manager = manager
+        self._params = params
+        self._initializer = initializer
+        self._max_tasks = max_tasks
+        self._replace = replace
+        self._launching = 0  # workers asked for and not launched yet
+        self._failures = 0  # launches that failed in a row
+        self._dismissed = False
+        node.crews.add(self)
+
+    def start(self, count: int) -> None:
+        """Launch `count` more workers in the background. Any thread."""
+        self._launching += count
+        start_workers(self.node, self._manager(count), self._params, self._prepare, lambda n, e: self._launched(count, n, e))
+
+    # -- coming up ---------------------------------------------------------------------------------------------
+
+    def _launched(self, wanted: int, count: int, error: BaseException | None) -> None:
+        self._launching -= wanted
+        if count < wanted:
+            self._launch_failed(error or LaunchWorkerError("localhost", "", f"{count} of {wanted} workers started"))
+        self._check_finished()
+
+    def _launch_failed(self, error: BaseException) -> None:
+        self._failures += 1
+        log.warning("%s", error)
+        if self._dismissed:
+            return
+        missing = self.size - len(self.members) - self._launching
+        if self._failures < _ATTEMPTS and missing > 0 and self._replace:
+            self.start(missing)
+        elif not self.members and not self._launching:
+            self._fail(lambda: error if isinstance(error, Exception) else LaunchWorkerError("localhost", "", str(error)))
+
+    def _prepare(self, member: Member) -> None:
+        self.members[member.pid] = member
+        member.on_joined = self._on_joined
+        member.on_frame = self._on_frame
+        member.on_gone = self._on_gone
+        if self._dismissed:
+            member.kill()
+
+    def _on_joined(self, member: Member) -> None:
+        slot = self._slots[member.pid] = Slot(member, self._max_tasks)
+        if self._dismissed:
+            member.say_goodbye(_PATIENCE)
+        elif self._initializer is not None:
+            assert member.link is not None
+            member.link.send(Kind.INITIALIZE, messages.Initialize("").pack(), self._initializer)
+        else:
+            self._ready(slot)
+
+    def _on_initialized(self, slot: Slot, frame: Frame) -> None:
+        if messages.Initialized.unpack(frame.control).ok:
+            self._ready(slot)
+            return
+        data = bytes(frame.body)
+        info = failure_info(data)
+        log.critical("Exception in initializer:\n%s", info.traceback)
+
+        def make_error() -> BaseException:
+            error = BrokenProcessPool(f"the initializer failed on worker {slot.pid}: {info.type_name}: {info.message}")
+            error.__cause__ = _RemoteTraceback(info.traceback)
+            return error
+
+        self._break(make_error)
+
+    def _ready(self, slot: Slot) -> None:
+        self._failures = 0
+        self.was_initialized = True
+        self.scheduler.add(slot)
+        self.scheduler.check_done()
+
+    def _on_frame(self, member: Member, frame: Frame) -> None:
+        slot = self._slots.get(member.pid)
+        if slot is not None:
+            self.scheduler.on_frame(slot, frame)
+
+    # -- going -------------------------------------------------------------------------------------------------
+
+    def _on_gone(self, member: Member, reason: BaseException | None) -> None:
+        self.members.pop(member.pid, None)
+        slot = self._slots.pop(member.pid, None)
+        if slot is None:
+            if not self._dismissed:
+                self._launch_failed(member.launch_error())
+        elif self._dismissed or slot.retiring or slot.exhausted and not slot.inflight:
+            self.scheduler.lost(slot, lambda ran: self._exit_error(member, ran))
+            self._refill()
+        else:
+            self._on_death(member, slot)
+        self._check_finished()
+
+    def _on_death(self, member: Member, slot: Slot) -> None:
+        log.warning("Worker %d terminated.", member.pid)
+        if slot.pid not in self.scheduler.slots and self._initializer is not None:
+            self._break(lambda: self._died_in_initializer(member))
+            return
+        if not self._replace:
+            text = "A process in the process pool was terminated abruptly while the future was running or pending."
+            self.broken = BrokenProcessPool(text)
+            self.scheduler.lost(slot, lambda ran: self._exit_error(member, ran))
+            self._break(lambda: self._exit_error(member, True))
+            return
+        self._refill()
+        self.scheduler.lost(slot, lambda ran: self._exit_error(member, ran))
+
+    def _exit_error(self, member: Member, ran: bool) -> BaseException:
+        return ProcessExitedException(member.pid, member.exitcode, ran, member.last_output, member.reason)
+
+    def _died_in_initializer(self, member: Member) -> BaseException:
+        error = BrokenProcessPool(f"worker {member.pid} died in the initializer")
+        error.__cause__ = self._exit_error(member, True)
+        return error
+
+    def _refill(self) -> None:
+        """Replace what is missing."""
+        missing = self.size - self._launching - sum(not self._leaving(pid) for pid in self.members)
+        if missing > 0 and not self._dismissed and self.broken is None:
+            self.start(missing)
+
+    def _leaving(self, pid: int) -> bool:
+        slot = self._slots.get(pid)
+        return slot is not None and (slot.retiring or slot.exhausted)
+
+    def _retire(self, slot: Slot) -> None:
+        """The worker has run all it may run."""
+        slot.retiring = True
+        self.scheduler.slots.pop(slot.pid, None)
+        slot.member.say_goodbye(_PATIENCE)
+        self._refill()
+
+    def scale(self, size: int) -> None:
+        """Have `size` workers from now on; surplus ones leave when their calls are done."""
+        self.size = size
+        staying = [slot for slot in self._slots.values() if not slot.retiring and not slot.exhausted]
+        surplus = len(staying) + self._launching - size
+        for slot in sorted(staying, key=lambda slot: slot.load)[: max(0, surplus)]:
+            slot.retiring = True
+            if slot.load:
+                assert slot.member.link is not None
+                slot.member.link.send(Kind.RECALL, messages.Recall(slot.load, []).pack())
+            else:
+                self._retire(slot)
+        self._refill()
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def _break(self, make_error: Callable[[], BaseException]) -> None:
+        """Nothing can run any more: workers go, calls fail, `submit` raises."""
+        if self.broken is None:
+            self.broken = make_error()
+        self._fail(make_error)
+
+    def _fail(self, make_error: Callable[[], BaseException]) -> None:
+        self.scheduler.fail_all(make_error)
+        self._dismissed = True
+        for member in list(self.members.values()):
+            member.kill()
+        self._check_finished()
+
+    def dismiss(self) -> None:
+        """Let all workers go: nothing is left to do. Those that are still coming up are not waited for."""
+        if self._dismissed:
+            return
+        if self._initializer is not None and not self.was_initialized and self.broken is None:
+            return  # its initializer runs in each worker, also if no call was ever submitted
+        self._dismissed = True
+        self.scheduler.slots.clear()
+        for member in list(self.members.values()):
+            if member.state is State.READY:
+                member.say_goodbye(_PATIENCE)
+            else:
+                member.kill()
+        self._check_finished()
+
+    def kill(self, signum: int) -> None:
+        """End all workers with this signal now."""
+        self._dismissed = True
+        for member in list(self.members.values()):
+            if member.process is not None:
+                member.process.kill(signum)
+        self._check_finished()
+
+    def _check_finished(self) -> None:
+        if not (self._dismissed and not self.members and not self._launching) or self.finished.is_set():
+            return
+        if self.scheduler.failure is None:
+            self.scheduler.fail_all(lambda: BrokenProcessPool("the executor was shut down"))
+        self.node.crews.discard(self)
+        if not self.node.crews:
+            launcher(self.node).close_if_idle()
+        self.finished.set()

@@ -1,0 +1,241 @@
+"""Every exception that distpool raises (layer 0: imports nothing of the package).
+
+    DistpoolError
+      RemoteException            user code failed on another process (Julia-style calls)
+      ProcessExitedException     a worker process is gone            (+ BrokenProcessPool)
+      SerializationError         an object could not be sent         (+ pickle.PicklingError)
+      ChannelClosedError         the channel is closed               (+ RuntimeError)
+      TopologyError              the two processes are not connected (+ RuntimeError)
+      LaunchWorkerError          one machine's workers did not start (+ RuntimeError)
+      AuthenticationError        the peer does not know the cookie   (+ ConnectionError)
+      VersionMismatchError       the peer's versions do not fit      (+ ConnectionError)
+      CompositeException         several of the above                (+ ExceptionGroup)
+      ProtocolError              the peer broke the wire protocol    (+ ConnectionError)
+
+`ProcessExitedException` has to be a `concurrent.futures.process.BrokenProcessPool`, because that is what code
+written for the standard library catches. Importing that module costs as much as the rest of distpool, so the class
+is made on first use (module `__getattr__`), not at import.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import TYPE_CHECKING, Any
+
+__all__ = [
+    "AuthenticationError",
+    "CapturedException",
+    "ChannelClosedError",
+    "CompositeException",
+    "DistpoolError",
+    "LaunchWorkerError",
+    "ProcessExitedException",
+    "ProtocolError",
+    "RemoteException",
+    "SerializationError",
+    "TopologyError",
+    "VersionMismatchError",
+]
+
+
+class DistpoolError(Exception):
+    """Base of every error that distpool itself raises.
+
+    Example: `except distpool.DistpoolError as error: log.error("cluster: %s", error)`
+    """
+
+
+class CapturedException:
+    """An exception as it was caught on another process: the object where it could be rebuilt, and its traceback.
+
+    `ex` is the original exception (or, where it could not be rebuilt here, a `DistpoolError` that names its class);
+    `traceback` is the formatted remote traceback, a `str`.
+    """
+
+    __slots__ = ("ex", "traceback")
+
+    def __init__(self, ex: BaseException, traceback: str = "") -> None:
+        self.ex = ex
+        self.traceback = traceback
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CapturedException, (self.ex, self.traceback)
+
+    def __repr__(self) -> str:
+        return f"CapturedException({self.ex!r})"
+
+
+class RemoteException(DistpoolError):
+    """User code failed on worker `pid`; `captured.ex` is its exception, `captured.traceback` the text of its traceback.
+
+    Raised by the Julia-style calls (CONFORMANCE C87), and everywhere for an exception that cannot be rebuilt here.
+    Example: `except RemoteException as error: print(error.pid, error.captured.ex)`
+    """
+
+    def __init__(self, pid: int, captured: CapturedException | BaseException) -> None:
+        if isinstance(captured, BaseException):
+            captured = CapturedException(captured)
+        super().__init__(pid, captured)
+        self.pid = pid
+        self.captured = captured
+        if self.__cause__ is None:
+            self.__cause__ = captured.ex
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteException, (self.pid, self.captured)
+
+    def __str__(self) -> str:
+        captured = self.captured
+        detail = captured.traceback.rstrip() or f"{type(captured.ex).__name__}: {captured.ex}"
+        return f"On worker {self.pid}:\n{detail}" if self.pid else detail
+
+
+class SerializationError(DistpoolError, pickle.PicklingError):
+    """An object could not be serialised or rebuilt; the text says on which side, and which object.
+
+    Example: `ex.submit(f, threading.Lock()).exception()` is one.
+    """
+
+
+class ChannelClosedError(DistpoolError, RuntimeError):
+    """The channel is closed (and, for `take` and `fetch`, drained)."""
+
+
+class TopologyError(DistpoolError, RuntimeError):
+    """The topology of the cluster does not connect these two processes (CONFORMANCE C233)."""
+
+
+class LaunchWorkerError(DistpoolError, RuntimeError):
+    """Workers of one machine did not start: `host`, and the last `output` lines that came from there (`str`)."""
+
+    def __init__(self, host: str, output: str = "", reason: str = "") -> None:
+        super().__init__(host, output, reason)
+        self.host = host
+        self.output = output
+        self.reason = reason
+
+    def __str__(self) -> str:
+        text = f"could not launch worker on {self.host}"
+        if self.reason:
+            text += f": {self.reason}"
+        if self.output:
+            text += f"\nits last output:\n{self.output}"
+        return text
+
+
+class ProtocolError(DistpoolError, ConnectionError):
+    """The peer sent something that the wire protocol does not allow at this point; the link is closed."""
+
+
+class AuthenticationError(DistpoolError, ConnectionError):
+    """The peer could not prove that it knows the cluster cookie."""
+
+
+class VersionMismatchError(DistpoolError, ConnectionError):
+    """The two processes run versions that do not fit together; the text names both sides."""
+
+
+class CompositeException(DistpoolError, ExceptionGroup):
+    """Several tasks failed: `exceptions`, in the order of the tasks; `len()` says how many.
+
+    Example: `except CompositeException as group: first = group.exceptions[0]`
+    """
+
+    def __new__(cls, exceptions: list[Exception], message: str | None = None) -> CompositeException:
+        exceptions = list(exceptions)
+        if message is None:
+            more = f" (and {len(exceptions) - 1} more)" if len(exceptions) > 1 else ""
+            message = f"{type(exceptions[0]).__name__}: {exceptions[0]}{more}"
+        return super().__new__(cls, message, exceptions)
+
+    def __init__(self, exceptions: list[Exception], message: str | None = None) -> None:
+        super().__init__(self.message, list(exceptions))
+
+    def derive(self, excs: Any) -> CompositeException:
+        """The same group for a part of its exceptions (`ExceptionGroup.split`, `except*`)."""
+        return CompositeException(list(excs), self.message)
+
+    def __len__(self) -> int:
+        return len(self.exceptions)
+
+    def __iter__(self) -> Any:
+        return iter(self.exceptions)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CompositeException, (list(self.exceptions), self.message)
+
+
+if TYPE_CHECKING:
+    from concurrent.futures.process import BrokenProcessPool
+
+    class ProcessExitedException(DistpoolError, BrokenProcessPool):
+        """A worker process is gone; see `_make_process_exited`."""
+
+        worker_id: int
+        exitcode: int | None
+        maybe_ran: bool
+        output: str
+        reason: str
+
+        def __init__(
+            self,
+            worker_id: int,
+            exitcode: int | None = None,
+            maybe_ran: bool = True,
+            output: str = "",
+            reason: str = "",
+        ) -> None: ...
+
+
+def _make_process_exited() -> type:
+    """Build the class; `concurrent.futures.process` is imported here and not before."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    class ProcessExitedException(DistpoolError, BrokenProcessPool):
+        """A worker process is gone: `worker_id`, `exitcode` (negative: the signal; `None`: unknown),
+        `maybe_ran` (`False`: the call surely never started), `output` (`str`, its last lines, up to 20).
+
+        Example: `except ProcessExitedException as error: print(error.worker_id, error.exitcode)`
+        """
+
+        def __init__(
+            self,
+            worker_id: int,
+            exitcode: int | None = None,
+            maybe_ran: bool = True,
+            output: str = "",
+            reason: str = "",
+        ) -> None:
+            super().__init__(worker_id, exitcode, maybe_ran, output, reason)
+            self.worker_id = worker_id
+            self.exitcode = exitcode
+            self.maybe_ran = maybe_ran
+            self.output = output
+            self.reason = reason
+
+        def __str__(self) -> str:
+            if self.reason:
+                how = f": {self.reason}"
+            elif self.exitcode is None:
+                how = ""
+            elif self.exitcode < 0:
+                how = f": killed by signal {-self.exitcode}"
+            else:
+                how = f": exit code {self.exitcode}"
+            ran = "" if self.maybe_ran else " (the call had not started)"
+            said = f"\nits last output:\n{self.output}" if self.output else ""
+            return f"worker {self.worker_id} exited{how}{ran}{said}"
+
+    ProcessExitedException.__module__ = __name__
+    ProcessExitedException.__qualname__ = "ProcessExitedException"
+    return ProcessExitedException
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ProcessExitedException":
+        made = globals()[name] = _make_process_exited()
+        return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,71 @@
+"""What happens to pending work when the program ends (layer 9).
+
+    normal end, uncaught exception   pending calls of executors complete, as with the standard library
+    uncaught KeyboardInterrupt       they are dropped; the program is gone within a second
+
+The hook is registered with `threading._register_atexit`, which runs before the interpreter waits for threads and
+before user `atexit` hooks (plain `atexit` would be too late: "cannot schedule new futures" has to be said already
+inside them). Whatever still lives when the process is gone is ended by the zygote, which sees its pipe close.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from distpool.node import node as nodes
+
+if TYPE_CHECKING:
+    from distpool.crew import Crew
+    from distpool.node.node import Node
+
+_NOTICES = 5.0  # seconds for the user's stdout to take the last output of the workers
+
+
+def register(node: Node) -> None:
+    """Have the executors of this node finished at the end of the program (once per node)."""
+    if not node.exit_registered:
+        node.exit_registered = True
+        register_atexit: Any = threading._register_atexit  # type: ignore[attr-defined]
+        register_atexit(_at_exit, node)
+
+
+def ending() -> bool:
+    """Whether the interpreter is shutting down."""
+    node = nodes.existing()
+    return node is not None and node.exiting
+
+
+def check_alive() -> None:
+    """RuntimeError if the interpreter is shutting down."""
+    if ending():
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+
+def wait_for(crew: Crew) -> None:
+    """Wait until the crew's work is done and its workers are gone, and their output is printed."""
+    loop = crew.node.loop
+    while not crew.finished.is_set():
+        if not loop.lead(crew.finished.is_set):
+            with loop.following():
+                crew.finished.wait()
+    crew.node.notices.join(_NOTICES)
+
+
+def _at_exit(node: Node) -> None:
+    node.exiting = True
+    if nodes.existing() is not node:
+        return
+    interrupted = isinstance(getattr(sys, "last_value", None), KeyboardInterrupt) and not hasattr(sys, "ps1")
+    deadline = time.monotonic() + 0.5
+    for crew in list(node.crews):
+        crew.scheduler.closing = True
+        if interrupted:
+            node.loop.call_soon(lambda crew=crew: crew.kill(9))  # type: ignore[misc]
+            with node.loop.following():
+                crew.finished.wait(max(0.0, deadline - time.monotonic()))
+        else:
+            node.loop.call_soon(crew.scheduler.check_done)
+            wait_for(crew)

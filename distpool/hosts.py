@@ -1,0 +1,72 @@
+"""What `hosts=` may be: turned into a manager (layer 9)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+from distpool.managers.base import ClusterManager
+from distpool.managers.local import LocalManager
+
+
+@dataclasses.dataclass
+class Plan:
+    """How an executor gets its workers: how many, from which manager, with which parameters."""
+
+    size: int
+    manager: Callable[[int], ClusterManager]
+    params: dict[str, Any]
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "process_cpu_count"):
+        return os.process_cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0)) or 1
+    return os.cpu_count() or 1
+
+
+def plan_for(hosts: Any, max_workers: int | None, options: dict[str, Any]) -> Plan:
+    """The plan for these arguments; ValueError and TypeError with the standard library's texts."""
+    if max_workers is not None:
+        check_count(max_workers)
+    if isinstance(hosts, str) and hosts.startswith("local://"):
+        text = hosts[len("local://") :]
+        if text and not text.isdigit():
+            raise ValueError(f"local:// takes a number of workers, not {text!r}")
+        hosts = int(text) if text else None
+    if hosts is None:
+        hosts = max_workers if max_workers is not None else usable_cpus()
+    if isinstance(hosts, bool):
+        raise TypeError("hosts must not be a bool")
+    if isinstance(hosts, int):
+        check_count(hosts)
+        restrict = options.get("restrict", True)
+        check_options(LocalManager(0), options)
+        return Plan(hosts, lambda n: LocalManager(n, restrict), options)
+    if isinstance(hosts, LocalManager):
+        manager = hosts
+        check_options(manager, options)
+        return Plan(manager.n, lambda n: LocalManager(n, manager.restrict), options)
+    if isinstance(hosts, float):
+        raise TypeError(f"max_workers must be an int, not {type(hosts).__name__}")
+    raise TypeError(f"hosts={hosts!r}: this version starts local workers only (an int, None, 'local://N', LocalManager)")
+
+
+def check_count(count: Any) -> None:
+    """ValueError, with the standard library's text, unless `count` is a positive int."""
+    if not isinstance(count, int):
+        raise TypeError(f"max_workers must be an int, not {type(count).__name__}")
+    if count <= 0:
+        raise ValueError("max_workers must be greater than 0")
+
+
+def check_options(manager: ClusterManager, options: dict[str, Any]) -> None:
+    """ValueError for a keyword that the manager does not know, before anything is launched."""
+    known = manager.default_addprocs_params()
+    for name in options:
+        if name not in known:
+            raise ValueError(f"Invalid keyword argument {name}")

@@ -1,0 +1,167 @@
+"""A map over an input that is consumed lazily, with bounded look-ahead (layer 7).
+
+    next(): a result is ready -> give it
+            else room in the look-ahead -> take a few elements from the input, feed them, look again
+            else wait for a result
+
+Everything happens in the consumer's thread; there is no feeder thread. So an endless generator costs nothing while
+nobody asks, and user code of the input runs where the user expects it. Elements are taken one after another only while
+that is quick: a slow generator must not keep a finished result waiting. An error of the input is raised after the
+results of what was taken before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from distpool.refs.refs import open_outcome
+from distpool.scheduling import Scheduler
+from distpool.wire import codec
+from distpool.wire.functions import EncodedFunction
+from distpool.work import MapRun
+
+_QUICK = 0.001  # seconds of taking elements before results are looked at again
+
+#: Turns an entry of `MapRun.results` into a value or raises.
+Opener = Callable[[Any], Any]
+
+
+class LazyMap(Iterator[Any]):
+    """Iterator over the results of `function` on each element of `source` (arguments, or tuples if not `single`).
+
+    `look_ahead`: elements taken and not yet delivered. `ordered`: input order, else as they come. `deadline`: monotonic
+    seconds after which `TimeoutError` is raised. An element's exception is raised by `next` and does not end the
+    iteration, unless `stop_at_error`.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        function: EncodedFunction,
+        source: Iterator[Any],
+        *,
+        single: bool,
+        look_ahead: Callable[[], int],
+        ordered: bool = True,
+        chunk: int | None = None,
+        deadline: float | None = None,
+        stop_at_error: bool = True,
+        fill_at_once: bool = False,
+        opener: Opener | None = None,
+    ) -> None:
+        self.run = MapRun(scheduler, function, single=single, ordered=ordered, chunked=chunk is not None)
+        self._source: Iterator[Any] | None = source
+        self._look_ahead = look_ahead
+        self._chunk = chunk
+        self._deadline = deadline
+        self._stop_at_error = stop_at_error
+        self._opener = opener or open_entry
+        self._delivered = 0
+        self._input_error: BaseException | None = None
+        self._ended = False
+        if fill_at_once:
+            while self._source is not None and self._room() > 0:
+                self._take()
+
+    def __iter__(self) -> LazyMap:
+        return self
+
+    def __next__(self) -> Any:
+        return self.next(self._deadline)
+
+    def next(self, deadline: float | None) -> Any:
+        """The next result; `TimeoutError` after `deadline` (monotonic seconds), `StopIteration` at the end."""
+        index = self.next_index(deadline)
+        raw = self.run.results.pop(index)
+        self._delivered += 1
+        try:
+            return self._opener(raw)
+        except BaseException:
+            if self._stop_at_error:
+                self.close()
+            raise
+
+    def next_index(self, deadline: float | None) -> int:
+        """Wait for the next result and return its index in the input; it is still in `run.results`."""
+        run = self.run
+        while True:
+            if self._ended:
+                raise StopIteration
+            index = self._ready()
+            if index is not None:
+                return index
+            if self._source is not None and self._room() > 0:
+                self._take()
+                continue
+            if self._delivered >= run.fed:
+                self._finish()
+                continue
+            if not run.wait_until(self._is_ready, deadline):
+                raise TimeoutError
+
+    def _finish(self) -> None:
+        self._ended = True
+        error, self._input_error = self._input_error, None
+        self.close()
+        if error is not None:
+            raise error
+
+    def _ready(self) -> int | None:
+        run = self.run
+        if run.ready is not None:
+            return run.ready.popleft() if run.ready else None
+        return self._delivered if self._delivered in run.results else None
+
+    def _is_ready(self) -> bool:
+        run = self.run
+        return bool(run.ready) if run.ready is not None else self._delivered in run.results
+
+    def _room(self) -> int:
+        return self._look_ahead() - (self.run.fed - self._delivered)
+
+    def _take(self) -> None:
+        """Take elements from the input while that is quick, and feed them."""
+        assert self._source is not None
+        taken: list[Any] = []
+        room = self._room() * (self._chunk or 1)
+        until = time.monotonic() + _QUICK
+        try:
+            while len(taken) < room:
+                taken.append(next(self._source))
+                if time.monotonic() > until and not (self._chunk and len(taken) % self._chunk):
+                    break
+        except StopIteration:
+            self._source = None
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            self._source = None
+            self._input_error = error
+        if self._chunk is None:
+            self.run.feed(taken)
+            return
+        for start in range(0, len(taken), self._chunk):
+            self.run.feed_chunk(taken[start : start + self._chunk])
+
+    def close(self) -> None:
+        """No more results are wanted: nothing new starts."""
+        self._ended = True
+        self._source = None
+        self.run.close()
+
+    def __del__(self) -> None:
+        run = self.__dict__.get("run")
+        if run is not None and not run.closed:
+            run.abandon()
+
+
+def open_entry(raw: Any) -> Any:
+    """The value behind an entry of `MapRun.results`; raises the element's exception."""
+    if type(raw) is bytes:
+        return codec.decode(raw)
+    value, error = open_outcome(raw)
+    if error is not None:
+        raise error
+    return value

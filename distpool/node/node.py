@@ -1,0 +1,125 @@
+"""This process as a member of the process group (layer 3).
+
+The only global state of the package is `_node` here: the node of this process, made when it is first needed. It owns
+the I/O loop, the thread cache, the function encoder, the segment pool, and the table `handlers` by which upper layers
+receive their kinds of frames. Workers are nodes as well (`become_worker`).
+
+After `os.fork` in user code the child is alone: it only closes what it inherited (the selector is shared with the
+parent: unregistering would disturb it) and drops the node; executors notice by `Node.ospid`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from distpool.node.threads import SerialQueue, ThreadCache
+from distpool.transport.ioloop import IoLoop
+from distpool.transport.link import Link
+from distpool.transport.shm import SegmentPool
+from distpool.wire.frames import Frame
+from distpool.wire.functions import FunctionEncoder
+
+_node: Node | None = None
+_making = threading.Lock()  # protects _node while it is made
+
+
+class Node:
+    """One process of the group: pid 1 is the master."""
+
+    def __init__(self, pid: int, cookie: str) -> None:
+        self.pid = pid
+        self.cookie = cookie
+        self.ospid = os.getpid()
+        self.loop = IoLoop()
+        self.threads = ThreadCache("distpool-task")
+        self.notices = SerialQueue(self.threads)  # output and life-cycle notices, in order
+        self.encoder = FunctionEncoder()
+        self.segments = SegmentPool()
+        self.handlers: dict[int, Callable[[Link, Frame], None]] = {}
+        self.links: set[Link] = set()  # leader only
+        self.next_pid = itertools.count(2)
+        self.on_fork: list[Callable[[], None]] = []  # run in a forked child before the node is dropped
+        self.master_link: Link | None = None  # workers
+        self.runner: Any = None  # workers: the TaskRunner
+        self.launcher: Any = None  # master: made by the cluster layer
+        self.group: Any = None  # master: the Group
+        self.crews: set[Any] = set()  # master: the workers of living executors
+        self.exiting = False  # the interpreter is shutting down
+        self.exit_registered = False
+
+    @property
+    def is_master(self) -> bool:
+        """Whether this process is pid 1."""
+        return self.pid == 1
+
+    def deliver(self, function: Callable[[], object]) -> None:
+        """Run `function()` on a library thread: it may be user code and may block."""
+        self.threads.run(function)
+
+    def set_authkey(self, key: bytes) -> None:
+        """Use the caller's `multiprocessing` authkey, so that its Manager proxies work in this worker."""
+        import multiprocessing
+
+        multiprocessing.current_process().authkey = key
+
+
+def current() -> Node:
+    """The node of this process; made, with its I/O thread, on first use."""
+    global _node
+    node = _node
+    if node is None:
+        with _making:
+            node = _node
+            if node is None:
+                node = Node(1, secrets.token_hex(16))
+                node.loop.start()
+                _node = node
+    return node
+
+
+def existing() -> Node | None:
+    """The node of this process if there is one already."""
+    return _node
+
+
+def become_worker(cookie: str) -> Node:
+    """Make this process a worker's node; its pid comes with JOIN."""
+    global _node
+    node = Node(0, cookie)
+    node.loop.owns_interrupts = True
+    _node = node
+    return node
+
+
+def versions() -> list[str]:
+    """What has to fit between two processes: distpool's wire protocol, Python, byte order."""
+    return ["1", f"{sys.version_info[0]}.{sys.version_info[1]}", sys.byteorder]
+
+
+def _after_fork_in_child() -> None:
+    global _node, _making
+    _making = threading.Lock()
+    node, _node = _node, None
+    if node is None:
+        return
+    for callback in node.on_fork:
+        with contextlib.suppress(OSError):
+            callback()
+    for link in list(node.links):
+        with contextlib.suppress(OSError):
+            link.close_descriptor()
+    with contextlib.suppress(OSError):
+        node.loop.close_descriptors()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+__all__ = ["Node", "become_worker", "current", "existing", "versions"]

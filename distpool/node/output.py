@@ -1,0 +1,145 @@
+"""What workers print: forwarded line by line to the master's stdout (layer 3).
+
+    worker's stdout+stderr -> pipe -> leader: bytes cut into lines, last lines kept -> notices thread -> sys.stdout
+
+`sys.stdout` may be anything (a test's capture, a notebook), so writing to it is user code and happens on the notices
+thread, in order. When that falls behind, the pipe is not read until it has caught up: a worker that prints without end
+then blocks, and memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from distpool import config
+from distpool.node.threads import SerialQueue
+from distpool.transport.ioloop import IoLoop
+
+_CHUNK = 65536
+_HIGH_WATER = 4 << 20  # bytes read and not yet written by the notices thread
+
+#: `f(pid, line) -> str | None`: the text to print instead of the default, or None for nothing.
+OutputHook = Callable[[int, str], "str | None"]
+
+
+class OutputReader:
+    """Reads one worker's output pipe. Methods run on the leader; `_print` on the notices thread."""
+
+    def __init__(
+        self,
+        loop: IoLoop,
+        descriptor: int,
+        pid: int,
+        notices: SerialQueue,
+        hook: Callable[[], OutputHook | None],
+        early: bytes = b"",
+    ) -> None:
+        self.tail: collections.deque[str] = collections.deque(maxlen=config.OUTPUT_LINES)
+        self.ended = False
+        self.on_end: Callable[[], object] | None = None
+        self._loop = loop
+        self._descriptor = descriptor
+        self._pid = pid
+        self._notices = notices
+        self._hook = hook
+        self._partial = b""
+        self._waiting = 0  # bytes handed to the notices thread; leader adds, notices thread subtracts via call_soon
+        self._paused = False
+        os.set_blocking(descriptor, False)
+        if early:
+            self._take(early)
+        loop.register(descriptor, self._on_readable)
+
+    def _on_readable(self) -> None:
+        try:
+            data = os.read(self._descriptor, _CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+        else:
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        if len(self._partial) > _HIGH_WATER:  # no line end in sight: do not hold it for ever
+            lines.append(self._partial)
+            self._partial = b""
+        if lines:
+            self._hand_over(lines)
+
+    def _hand_over(self, lines: list[bytes]) -> None:
+        texts = [line.decode("utf-8", "replace") for line in lines]
+        self.tail.extend(texts)
+        size = sum(map(len, lines)) + len(lines)
+        self._waiting += size
+        self._notices.put(lambda: self._print(texts, size))
+        if self._waiting > _HIGH_WATER and not self._paused and not self.ended:
+            self._paused = True
+            self._loop.unregister(self._descriptor)
+
+    def _print(self, texts: list[str], size: int) -> None:
+        hook = self._hook()
+        prefix = f"      From worker {self._pid}:\t"
+        pieces: list[str] = []
+        for text in texts:
+            line: str | None = text
+            if hook is not None:
+                line = hook(self._pid, text)
+                if line is not None:
+                    pieces.append(line if line.endswith("\n") else line + "\n")
+            else:
+                pieces.append(text + "\n" if text.startswith("      From worker ") else f"{prefix}{text}\n")
+        stream: Any = sys.stdout
+        try:
+            if stream is not None and pieces:
+                stream.write("".join(pieces))
+                stream.flush()
+        except (OSError, ValueError):
+            pass  # the user's stdout is closed: nobody can read it
+        finally:
+            self._loop.call_soon(lambda: self._written(size))
+
+    def _written(self, size: int) -> None:
+        self._waiting -= size
+        if self._paused and self._waiting < _HIGH_WATER // 2:
+            self._paused = False
+            if not self.ended:
+                self._loop.register(self._descriptor, self._on_readable)
+
+    def drain(self) -> None:
+        """Read what is there now (the worker is dead; somebody else may still hold its pipe)."""
+        while not self.ended:
+            try:
+                data = os.read(self._descriptor, _CHUNK)
+            except OSError:
+                return
+            if not data:
+                self.close()
+                return
+            self._take(data)
+
+    def close(self) -> None:
+        """The end of the pipe, or nobody wants it any more."""
+        if self.ended:
+            return
+        self.ended = True
+        self._loop.unregister(self._descriptor)
+        os.close(self._descriptor)
+        if self._partial:
+            rest, self._partial = self._partial, b""
+            self._hand_over([rest])
+        if self.on_end is not None:
+            self.on_end()
+
+    def close_descriptor(self) -> None:
+        """In a forked child: only close what was inherited."""
+        if not self.ended:
+            self.ended = True
+            os.close(self._descriptor)

@@ -1,0 +1,382 @@
+"""Where calls run: the task loop of a worker (layer 3).
+
+    leader:       CALLS frame -> inbox        RECALL -> tail of the inbox, tail of the running span -> RECALLED
+    main thread:  inbox -> decode -> run -> encode -> journal  --flush--> RESULTS
+    helpers:      the same, while the main thread's task waits for another call and has given its slot away
+
+The main thread runs the calls, because only there can a C call be interrupted. While it has nothing to do it leads the
+I/O loop itself; while it runs a call, the I/O thread takes over after a few milliseconds.
+
+Durability: a finished result is in the journal (shared with the master on the same host) before the next call starts,
+and the number of the started call as well. So whatever kills this process, the master knows exactly which call was
+running, and loses no finished one. Where memory cannot be shared, results are sent before the next call starts.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pickle import dumps
+from typing import Any
+
+from distpool import config
+from distpool.transport.journal import Journal
+from distpool.transport.link import Link
+from distpool.transport.segments import Segments
+from distpool.wire import codec, messages
+from distpool.wire.failures import encode_exception
+from distpool.wire.frames import Frame, Kind
+from distpool.wire.functions import decode_function
+from distpool.wire.messages import CHUNK, CHUNK_OF_SCALARS, ERROR, ONE, ONE_FRESH, RESULT, SPAN_OF_SCALARS, UNSENDABLE, VALUE
+
+_SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
+_JOURNALED = config.JOURNAL_SIZE // 4  # larger results are sent at once
+_BACKLOG = 4 << 20  # a worker does not produce results faster than the master reads them
+
+
+class _Item:
+    """A received record that waits or runs."""
+
+    __slots__ = ("buffers", "elements", "flags", "index", "number", "payload", "sequence", "stop")
+
+    def __init__(self, sequence: int, number: int, elements: int, flags: int, payload: bytes, buffers: list[Any]) -> None:
+        self.sequence = sequence
+        self.number = number
+        self.elements = elements
+        self.flags = flags
+        self.payload = payload
+        self.buffers = buffers
+        self.index = 0  # spans: the element that runs, published by the runner
+        self.stop = elements  # spans: elements from here on were recalled
+
+
+class _Received:
+    """A function as it came; decoding runs user code and so waits for the first call."""
+
+    __slots__ = ("buffers", "data", "function")
+
+    def __init__(self, data: bytes, buffers: list[Any]) -> None:
+        self.data = data
+        self.buffers = buffers
+        self.function: Any = None
+
+
+class TaskRunner:
+    """Runs the calls that one link brings."""
+
+    def __init__(self, link: Link, journal: Journal, segments: Segments, spawn: Callable[[Callable[[], object]], None]) -> None:
+        self.link = link
+        self.journal = journal
+        self.segments = segments
+        self.interruptible = False  # the main thread is inside user code: SIGINT may raise there
+        self.leaving = False  # SHUTDOWN came, or the master is gone
+        self.running: dict[int, Any] = {}  # thread id -> item that runs there
+        self._spawn = spawn
+        self._lock = threading.Lock()  # protects _inbox, the started mark, and appends to the journal
+        self._flushing = threading.Lock()  # one flush at a time, so that RESULTS frames are in journal order
+        self._inbox: collections.deque[_Item] = collections.deque()
+        self._functions: dict[int, _Received] = {}
+        self._sent = 0  # absolute journal offset that has been sent
+        self._flushed = 0.0
+        self._busy = 0.0  # seconds of running time since the last flush, and how many calls
+        self._ran = 0
+        self._started = 0  # highest sequence number started
+        self._blocked = 0  # tasks that wait for other calls; protected by _lock
+        self._helpers = 0  # helper threads that consume the inbox; protected by _lock
+        self._initializer: _Received | None = None
+
+    # -- frames (leader) ---------------------------------------------------------------------------------------
+
+    def on_calls(self, frame: Frame) -> None:
+        first, count = messages.CALLS.unpack(frame.control)
+        buffers = [self.segments.open(buffer) for buffer in frame.buffers]
+        items = []
+        body = frame.body if isinstance(frame.body, bytes) else bytes(frame.body)
+        for sequence, number, elements, flags, payload, parts in messages.call_records(body, first, count):
+            items.append(_Item(sequence, number, elements, flags, payload, buffers[:parts]))
+            if parts:
+                del buffers[:parts]
+        with self._lock:
+            self._inbox.extend(items)
+            helpers = min(self._blocked - self._helpers, len(self._inbox)) if self._blocked else 0
+            self._helpers += max(0, helpers)
+        for _ in range(helpers):
+            self._spawn(self._help)
+
+    def on_function(self, frame: Frame) -> None:
+        message = messages.Function.unpack(frame.control)
+        buffers = [self.segments.open(buffer, private=True) for buffer in frame.buffers]
+        self._functions[message.number] = _Received(bytes(frame.body), buffers)
+
+    def on_forget(self, frame: Frame) -> None:
+        for number in messages.Forget.unpack(frame.control).numbers:
+            self._functions.pop(number, None)
+
+    def on_initialize(self, frame: Frame) -> None:
+        buffers = [self.segments.open(buffer) for buffer in frame.buffers]
+        self._initializer = _Received(bytes(frame.body), buffers)
+
+    def on_recall(self, frame: Frame) -> None:
+        message = messages.Recall.unpack(frame.control)
+        wanted = set(message.sequences)
+        with self._lock:
+            taken = self._take_listed(wanted) if wanted else self._take_tail(message.count)
+        self.link.send(Kind.RECALLED, messages.Recalled(taken, message.sequences).pack())
+
+    def _take_listed(self, wanted: set[int]) -> list[list[int]]:
+        taken = [item for item in self._inbox if item.sequence in wanted]
+        for item in taken:
+            self._inbox.remove(item)
+        return [[item.sequence, item.elements] for item in taken]
+
+    def _take_tail(self, count: int) -> list[list[int]]:
+        taken: list[list[int]] = []
+        while count > 0 and self._inbox:
+            item = self._inbox[-1]
+            if item.elements > count and item.flags in (messages.SPAN, SPAN_OF_SCALARS):
+                keep = item.stop - count
+                if keep > 0:
+                    taken.append([item.sequence + keep, item.stop - keep])
+                    item.stop = keep
+                    return taken
+            self._inbox.pop()
+            taken.append([item.sequence, item.stop])
+            count -= item.stop
+        for item in list(self.running.values()):
+            if count <= 0:
+                break
+            # The runner publishes `index` after it has compared it with `stop`; it may be one ahead of what we see.
+            keep = max(item.index + 2, item.stop - count)
+            if item.elements > 1 and item.flags in (messages.SPAN, SPAN_OF_SCALARS) and keep < item.stop:
+                taken.append([item.sequence + keep, item.stop - keep])
+                count -= item.stop - keep
+                item.stop = keep
+        return taken
+
+    def on_shutdown(self, frame: Frame) -> None:
+        self.leaving = True
+
+    def tick(self) -> float | None:
+        """Called by the I/O thread: send what waits; how long it may sleep."""
+        if self.journal.written != self._sent:
+            self.flush()
+        return config.GRACE if self._inbox or self.journal.written != self._sent else None
+
+    # -- the loop (main thread) --------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Run calls until the master says goodbye; returns the exit status."""
+        loop = self.link.loop
+        while True:
+            item = self._next()
+            if item is not None:
+                self._run(item)
+                continue
+            self.flush()
+            if self._initializer is not None:
+                self._initialize()
+            elif self.leaving:
+                self.link.drain(config.worker_timeout())
+                return 0
+            else:
+                loop.lead(self._has_work)
+
+    def _has_work(self) -> bool:
+        return bool(self._inbox) or self.leaving or self._initializer is not None
+
+    def _next(self) -> _Item | None:
+        with self._lock:
+            if not self._inbox or self._initializer is not None:
+                return None
+            item = self._inbox.popleft()
+            self._mark_started(item.sequence)
+            self.running[threading.get_ident()] = item
+            return item
+
+    def _mark_started(self, sequence: int) -> None:
+        if sequence >= self._started:  # helpers may overtake: it is a high-water mark
+            self._started = sequence
+            self.journal.set_started(sequence)
+
+    def _help(self) -> None:
+        """A helper thread: runs calls while a task of this process waits."""
+        while True:
+            with self._lock:
+                if self._helpers > self._blocked or not self._inbox:
+                    self._helpers -= 1
+                    return
+            item = self._next()
+            if item is not None:
+                self._run(item)
+                self.flush()
+
+    @contextlib.contextmanager
+    def slot_given_away(self) -> Iterator[None]:
+        """While the calling task waits for another call: the master may send one more, a helper runs it."""
+        with self._lock:
+            self._blocked += 1
+            more = bool(self._inbox) and self._helpers < self._blocked
+            self._helpers += more
+        self.flush()
+        self.link.send(Kind.BLOCKED, messages.Blocked(1).pack())
+        if more:
+            self._spawn(self._help)
+        was, self.interruptible = self.interruptible, False
+        try:
+            yield
+        finally:
+            self.interruptible = was
+            with self._lock:
+                self._blocked -= 1
+            self.link.send(Kind.BLOCKED, messages.Blocked(-1).pack())
+
+    def _initialize(self) -> None:
+        waiting, self._initializer = self._initializer, None
+        assert waiting is not None
+        try:
+            function, arguments = codec.decode(waiting.data, waiting.buffers)
+            function(*arguments)
+        except BaseException as error:
+            self.link.send(Kind.INITIALIZED, messages.Initialized(False).pack(), encode_exception(error))
+        else:
+            self.link.send(Kind.INITIALIZED, messages.Initialized(True).pack())
+
+    # -- one item ----------------------------------------------------------------------------------------------
+
+    def _run(self, item: _Item) -> None:
+        begin = time.perf_counter()
+        try:
+            function = self._function(item)
+            if item.flags == ONE or item.flags == ONE_FRESH:
+                self._run_one(item, function)
+            else:
+                begin = self._run_many(item, function, begin)
+        except BaseException as error:  # also SystemExit and KeyboardInterrupt: they are the call's outcome
+            for sequence in range(item.sequence + item.index, item.sequence + item.stop):
+                self._fail(sequence, error)
+            del error
+        now = time.perf_counter()
+        self.running.pop(threading.get_ident(), None)
+        self._busy += now - begin
+        self._ran += item.flags not in (messages.SPAN, SPAN_OF_SCALARS)  # those are counted one by one
+        if not self._inbox or now - self._flushed > config.FLUSH_SECONDS:
+            self.flush()
+
+    def _function(self, item: _Item) -> Callable[..., Any]:
+        """The function, decoded once, or for each call if what it captured must be as it was sent."""
+        known = self._functions[item.number]
+        if item.flags == ONE_FRESH:
+            function = decode_function(known.data, known.buffers)
+        elif known.function is None:
+            function = known.function = decode_function(known.data, known.buffers)
+        else:
+            function = known.function
+        return function  # type: ignore[no-any-return]
+
+    def _run_one(self, item: _Item, function: Callable[..., Any]) -> None:
+        args, kwargs = codec.decode_args(item.payload, item.buffers)
+        item.payload, item.buffers = b"", []
+        value = self._call(function, args, kwargs)
+        del args, kwargs
+        self._succeed(item.sequence, value)
+
+    def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The user's code. Only here, and only on the main thread, may SIGINT raise."""
+        if threading.current_thread() is not threading.main_thread():
+            return function(*args, **kwargs)
+        self.interruptible = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.interruptible = False
+
+    def _run_many(self, item: _Item, function: Callable[..., Any], begin: float) -> float:
+        """A span or a chunk; returns from when on the time is not yet accounted for."""
+        arguments = codec.decode(item.payload, item.buffers)
+        item.payload, item.buffers = b"", []
+        if item.flags in (CHUNK, CHUNK_OF_SCALARS):
+            if item.flags == CHUNK:
+                value = [self._call(function, args, {}) for args in arguments]
+            else:
+                value = [self._call(function, (argument,), {}) for argument in arguments]
+            self._succeed(item.sequence, value)
+            return begin
+        single = item.flags == SPAN_OF_SCALARS
+        index = 0
+        while index < item.stop:  # `stop` shrinks when the tail is recalled
+            item.index = index
+            sequence = item.sequence + index
+            self._mark_started(sequence)
+            try:
+                value = self._call(function, (arguments[index],) if single else arguments[index], {})
+            except BaseException as error:
+                self._fail(sequence, error)
+                del error
+            else:
+                self._succeed(sequence, value)
+                del value
+            index += 1
+            item.index = index
+            now = time.perf_counter()
+            self._ran += 1
+            self._busy += now - begin
+            begin = now
+            if now - self._flushed > config.FLUSH_SECONDS:
+                self.flush()
+        return begin
+
+    # -- outcomes ----------------------------------------------------------------------------------------------
+
+    def _succeed(self, sequence: int, value: Any) -> None:
+        try:
+            if type(value) in _SCALARS:
+                data, buffers = dumps(value, 5), None
+            else:
+                data, buffers = codec.encode(value, self.link.peer)
+        except BaseException as error:
+            self._record(sequence, UNSENDABLE, encode_exception(error), None)
+            return
+        self._record(sequence, VALUE, data, buffers)
+
+    def _fail(self, sequence: int, error: BaseException) -> None:
+        self._record(sequence, ERROR, encode_exception(error), None)
+
+    def _record(self, sequence: int, status: int, data: bytes, buffers: list[Any] | None) -> None:
+        if buffers or len(data) > _JOURNALED:
+            self._send_large(sequence, status, data, buffers or [])
+            return
+        record = RESULT.pack(sequence, 1, len(data), 0, status) + data
+        while True:
+            with self._lock:
+                if self.journal.append(record):
+                    break
+            self.flush()
+        if not self.journal.shared:
+            self.flush()
+
+    def _send_large(self, sequence: int, status: int, data: bytes, buffers: list[Any]) -> None:
+        """Send at once and wait until the kernel has it: it would be lost with this process otherwise."""
+        self.flush()
+        staged = [self.segments.stage(buffer, self.link) for buffer in buffers]
+        head = RESULT.pack(sequence, 1, len(data), len(staged), status)
+        control = messages.RESULTS.pack(self._sent, 0.0, 0)
+        self.link.send(Kind.RESULTS, control, head + data, staged)
+        self.link.drain()
+
+    def flush(self) -> None:
+        """Send the results that the journal holds."""
+        with self._flushing:
+            data = self.journal.pending()
+            self._flushed = time.perf_counter()
+            if not data:
+                return
+            busy, self._busy = self._busy, 0.0
+            ran, self._ran = self._ran, 0
+            self._sent += len(data)
+            self.link.send(Kind.RESULTS, messages.RESULTS.pack(self._sent, busy, ran), data)
+            self.journal.mark_sent(self._sent)
+        if self.link.backlog > _BACKLOG and not self.link.loop.leads:
+            self.link.drain()

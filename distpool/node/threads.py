@@ -1,0 +1,97 @@
+"""Cached daemon threads for whatever may run user code or block: callbacks, decoding, further concurrent calls (layer 3).
+
+    anybody --run(f)--> an idle thread of the cache, else a new one
+
+A thread that has had nothing to do for `IDLE` seconds ends. The hand-over is one `SimpleQueue.put`, which is safe in
+finalizers and signal handlers too. Threads are daemons: at interpreter exit the executors finish their work first
+(`threading._register_atexit`), and nothing else may hold the program up.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+log = logging.getLogger("distpool.threads")
+
+IDLE = 10.0
+
+
+class ThreadCache:
+    """`run(f)` calls `f()` on a thread of its own, at once: never queued behind another `f`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._idle: collections.deque[queue.SimpleQueue[Callable[[], object]]] = collections.deque()  # atomic ends
+        self._count = 0
+
+    def run(self, function: Callable[[], object]) -> None:
+        """Call `function()` on another thread; what it raises is logged. RuntimeError if no thread can be started."""
+        try:
+            box = self._idle.pop()
+        except IndexError:
+            box = queue.SimpleQueue()
+            self._count += 1
+            thread = threading.Thread(target=self._serve, args=(box,), name=f"{self._name}-{self._count}", daemon=True)
+            box.put(function)
+            thread.start()
+        else:
+            box.put(function)
+
+    def _serve(self, box: queue.SimpleQueue[Callable[[], object]]) -> None:
+        while True:
+            try:
+                function = box.get(timeout=IDLE)
+            except queue.Empty:
+                try:
+                    self._idle.remove(box)
+                except ValueError:  # taken this very moment: the function is on its way
+                    function = box.get()
+                else:
+                    return
+            try:
+                function()
+            except Exception:
+                log.exception("error on a library thread")
+            del function
+            self._idle.append(box)
+
+
+class SerialQueue:
+    """Runs functions one after another, in order, on a thread of the cache: for output and notices to users."""
+
+    def __init__(self, threads: ThreadCache) -> None:
+        self._threads = threads
+        self._waiting: collections.deque[Callable[[], object]] = collections.deque()
+        self._lock = threading.Lock()  # protects _active
+        self._active = False
+
+    def put(self, function: Callable[[], object]) -> None:
+        """Run `function()` after all that were put before."""
+        with self._lock:
+            self._waiting.append(function)
+            if self._active:
+                return
+            self._active = True
+        self._threads.run(self._work)
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._active = False
+                    return
+                function = self._waiting.popleft()
+            try:
+                function()
+            except Exception:
+                log.exception("error while handing something to the user")
+
+    def join(self, timeout: float) -> bool:
+        """Wait until everything put so far has run; False after `timeout` seconds."""
+        done = threading.Event()
+        self.put(done.set)
+        return done.wait(timeout)

@@ -1,0 +1,1 @@
+"""References: futures, and the values and channels behind them (layer 4)."""

@@ -1,0 +1,294 @@
+"""`Future`: a `concurrent.futures.Future` that costs next to nothing until somebody needs more (layer 4).
+
+    scheduler (leader thread)  --_settle(outcome)-->  Future  <--result(), wait, callbacks, await--  user threads
+
+The standard library's Future makes a Condition and three lists when it is born and takes a lock at each step (3.3 us).
+This one is born empty; `_condition`, `_waiters`, `_done_callbacks` come into being when they are first touched
+(`__getattr__`), so that `concurrent.futures.wait`, `as_completed` and `asyncio.wrap_future`, which reach into them, work.
+
+Who has to see whom: the settler first writes `_state`, then looks whether anybody waits; a waiter first registers,
+then looks at `_state`. Whatever the order, one of them sees the other. Lists are emptied with `pop`, which is atomic,
+so each sleeper is woken and each callback run exactly once.
+
+The value stays serialised (`_raw`) until somebody asks: decoding runs user code, which must not run on the leader, and
+whoever never asks never pays.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import _base
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+from distpool.wire import codec
+from distpool.wire.failures import decode_exception
+from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
+
+T = TypeVar("T")
+log = logging.getLogger("distpool.futures")
+
+if TYPE_CHECKING:
+    from distpool.transport.ioloop import IoLoop
+
+PENDING: str = _base.PENDING  # type: ignore[attr-defined]
+RUNNING: str = _base.RUNNING  # type: ignore[attr-defined]
+CANCELLED: str = _base.CANCELLED  # type: ignore[attr-defined]
+CANCELLED_AND_NOTIFIED: str = _base.CANCELLED_AND_NOTIFIED  # type: ignore[attr-defined]
+FINISHED: str = _base.FINISHED  # type: ignore[attr-defined]
+_DONE = (FINISHED, CANCELLED_AND_NOTIFIED, CANCELLED)
+
+
+class Outcome(NamedTuple):
+    """How a call ended, still serialised: `status` is VALUE, ERROR or UNSENDABLE (messages), or RAISED_HERE."""
+
+    status: int
+    data: Any  # bytes; the exception itself for RAISED_HERE
+    buffers: Any  # out-of-band buffers of the value
+    pid: int  # where it ended
+
+
+#: `Outcome.data` is an exception object of this process.
+RAISED_HERE = -1
+
+
+class PendingCall(Protocol):
+    """What a future needs of the call behind it while that is pending."""
+
+    loop: IoLoop | None
+
+    def cancel(self) -> bool:
+        """Recall the call; True if it will not run."""
+
+    def started(self) -> bool:
+        """Whether the call is known to have left the queue."""
+
+    def waiting(self) -> AbstractContextManager[object]:
+        """Entered by a thread that waits for this call (inside tasks: gives the slot away)."""
+
+
+class Future(concurrent.futures.Future[T]):
+    """The pending result of a call: a `concurrent.futures.Future` in every respect, also awaitable.
+
+    `result(timeout=None)` gives the value or raises what the call raised (the worker's traceback text as
+    `__cause__`), `TimeoutError` after `timeout` seconds. `cancel()` is True only for a call that has not started.
+
+    Example: `future = executor.submit(pow, 2, 10); assert future.result() == 1024`
+    """
+
+    _state = PENDING
+    _raw: Outcome | None = None
+    _result: Any = None
+    _exception: BaseException | None = None
+    _call: PendingCall | None = None
+    _cause: Callable[[str], BaseException] | None = None
+
+    def __init__(self) -> None:
+        # Deliberately not calling the base: everything it makes is made on first use.
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_condition":
+            call = self._call
+            if call is not None and call.loop is not None:
+                call.loop.hurry()  # somebody is about to wait without leading
+            return self.__dict__.setdefault(name, threading.Condition())
+        if name in ("_waiters", "_done_callbacks", "_sleepers"):
+            return self.__dict__.setdefault(name, [])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    # -- settling (leader thread, or whoever settles) ----------------------------------------------------------
+
+    def _settle(self, raw: Outcome) -> bool:
+        """Store the outcome and wake whoever waits. True if callbacks are left for a thread that may run user code."""
+        if self._state in _DONE:
+            return False
+        self._raw = raw
+        return self._finish(FINISHED)
+
+    def _finish(self, state: str) -> bool:
+        call, self._call = self._call, None
+        self._state = state
+        found = self.__dict__
+        if "_sleepers" in found:
+            for sleeper in list(found["_sleepers"]):
+                sleeper.release()
+        if "_condition" in found:
+            with self._condition:
+                self._notify_waiters()
+                self._condition.notify_all()
+        del call
+        return bool(found.get("_done_callbacks"))
+
+    def _notify_waiters(self) -> None:
+        for waiter in self._waiters:
+            if self._state != FINISHED:
+                waiter.add_cancelled(self)
+            elif self._exception is not None or (self._raw is not None and self._raw.status != VALUE):
+                waiter.add_exception(self)
+            else:
+                waiter.add_result(self)
+
+    def _run_callbacks(self) -> None:
+        callbacks = self._done_callbacks
+        while callbacks:
+            try:
+                callback = callbacks.pop(0)
+            except IndexError:  # another thread took the last one
+                return
+            try:
+                callback(self)
+            except Exception:
+                log.exception("exception calling callback for %r", self)
+
+    # -- the public face ---------------------------------------------------------------------------------------
+
+    def done(self) -> bool:
+        """Whether the call has ended or was cancelled."""
+        return self._state in _DONE
+
+    def running(self) -> bool:
+        """Whether the call has been handed to a worker and has not ended."""
+        call = self._call
+        return self._state == RUNNING or (self._state == PENDING and call is not None and call.started())
+
+    def cancelled(self) -> bool:
+        """Whether the call was cancelled before it started."""
+        return self._state in (CANCELLED, CANCELLED_AND_NOTIFIED)
+
+    def cancel(self) -> bool:
+        """Cancel the call if it has not started (it is recalled from the worker if it was sent ahead)."""
+        if self._state in _DONE:
+            return self.cancelled()
+        call = self._call
+        if call is not None:
+            if not call.cancel():
+                return False
+        elif self._state == RUNNING:
+            return False
+        if self._finish(CANCELLED_AND_NOTIFIED):
+            self._run_callbacks()
+        return True
+
+    def result(self, timeout: float | None = None) -> T:
+        """The value; raises the call's exception, `CancelledError`, or `TimeoutError` after `timeout` seconds."""
+        if self._state not in _DONE and not self._await(timeout):
+            raise TimeoutError
+        try:
+            if self._state != FINISHED:
+                raise concurrent.futures.CancelledError
+            if self._raw is not None:
+                self._decode()
+            if self._exception is not None:
+                raise self._exception
+            return self._result  # type: ignore[no-any-return]
+        finally:
+            self = None  # type: ignore[assignment]  # break the cycle exception -> traceback -> frame -> future
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The exception that the call raised, or `None`; `CancelledError` and `TimeoutError` as for `result`."""
+        if self._state not in _DONE and not self._await(timeout):
+            raise TimeoutError
+        if self._state != FINISHED:
+            raise concurrent.futures.CancelledError
+        if self._raw is not None:
+            self._decode()
+        return self._exception
+
+    def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:  # type: ignore[override]
+        """Call `fn(self)` when the future is done: on a library thread, or here and now if it is done already."""
+        self._done_callbacks.append(fn)
+        call = self._call
+        if self._state in _DONE:
+            self._run_callbacks()
+        elif call is not None and call.loop is not None:
+            call.loop.hurry()
+
+    def __await__(self) -> Generator[Any, None, T]:
+        import asyncio  # not before somebody awaits: it is a heavy import
+
+        return asyncio.wrap_future(self).__await__()
+
+    # -- the stdlib's own way to fill a future -----------------------------------------------------------------
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """As in the standard library: for code that fills futures itself."""
+        if self.cancelled():
+            return False
+        if self._state != PENDING:
+            raise RuntimeError("Future in unexpected state")
+        self._state = RUNNING
+        return True
+
+    def set_result(self, result: T) -> None:
+        """Give the future its value; `InvalidStateError` if it is done."""
+        self._set(result, None)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """Let the future fail; `InvalidStateError` if it is done."""
+        self._set(None, exception)
+
+    def _set(self, result: Any, exception: BaseException | None) -> None:
+        if self._state in _DONE:
+            raise concurrent.futures.InvalidStateError(f"{self._state}: {self!r}")
+        self._result, self._exception = result, exception
+        if self._finish(FINISHED):
+            self._run_callbacks()
+
+    # -- waiting and decoding (user threads) -------------------------------------------------------------------
+
+    def _await(self, timeout: float | None) -> bool:
+        """Wait until done; False after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        call = self._call
+        if call is None or call.loop is None:
+            return self._sleep(deadline)
+        with call.waiting():
+            if call.loop.lead(self.done, deadline):
+                return self.done()
+            with call.loop.following():
+                return self._sleep(deadline)
+
+    def _sleep(self, deadline: float | None) -> bool:
+        sleeper = threading.Lock()
+        sleeper.acquire()
+        sleepers = self._sleepers
+        sleepers.append(sleeper)
+        if self._state not in _DONE:
+            sleeper.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic()))
+        sleepers.remove(sleeper)
+        return self._state in _DONE
+
+    def _decode(self) -> None:
+        """Turn `_raw` into the value or exception, once. A lock of each future: decoding runs user code."""
+        with self.__dict__.setdefault("_decoding", threading.Lock()):
+            raw = self._raw
+            if raw is None:
+                return
+            self._result, self._exception = self._open(raw)
+            self._raw = None
+
+    def _open(self, raw: Outcome) -> tuple[Any, BaseException | None]:
+        return open_outcome(raw, self._cause)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a pending distpool.Future cannot be pickled")
+
+
+def open_outcome(raw: Outcome, cause: Callable[[str], BaseException] | None = None) -> tuple[Any, BaseException | None]:
+    """`(value, None)` or `(None, exception)`; a value that cannot be rebuilt here is an exception as well."""
+    if raw.status == VALUE:
+        try:
+            return codec.decode(raw.data, raw.buffers), None
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            return None, error
+    if raw.status == RAISED_HERE:
+        return None, raw.data
+    assert raw.status in (ERROR, UNSENDABLE)
+    return None, decode_exception(raw.data, raw.pid, cause)

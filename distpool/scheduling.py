@@ -1,0 +1,476 @@
+"""Which waiting call goes to which worker (layer 7).
+
+    submit/feed (any thread) -> queue --dispatch--> Slot (one per worker) --CALLS--> worker
+    RESULTS (leader) -> entry.settle -> future / map          room again -> dispatch
+    worker idle, queue empty -> RECALL from the busiest -> queue -> dispatch
+    worker gone -> the call that was running fails, those that had not started run elsewhere -> replacement
+
+Window: a slot holds calls worth `config.WINDOW_SECONDS` of measured running time, at least 2 and at most 1024; the
+last calls of a queue are shared out in smaller portions. A call with a time limit travels alone.
+
+Who runs what: `_dispatch` runs under `_lock`, on the leader or in a submitting thread. A submitter never waits for the
+lock (`_pump`): it leaves a note and the holder looks again. So user code in a finalizer, run by the collector inside
+the locked region, can submit without deadlock. Nothing under `_lock` runs user code.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from distpool.errors import DistpoolError
+from distpool.node.node import Node, existing
+from distpool.refs.refs import RAISED_HERE, Outcome
+from distpool.slots import Slot
+from distpool.wire import messages
+from distpool.wire.frames import Frame, Kind
+from distpool.work import Call, MapRun
+
+log = logging.getLogger("distpool.scheduling")
+
+_STEAL_DELAY = 0.002  # seconds that calls sit in a busy worker before an idle one may have them
+_CANCEL_PATIENCE = 2.0  # seconds to wait for a worker's answer to a recall
+
+
+class Scheduler:
+    """The queue and the workers of one executor."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.loop = node.loop
+        self.slots: dict[int, Slot] = {}  # pid -> worker that may run calls; changed on the leader
+        self.closing = False  # no new calls; workers go when everything is done
+        self.failure: Callable[[], BaseException] | None = None  # broken: every call fails with this
+        self.on_idle: Callable[[], object] | None = None  # leader: everything is done and `closing` is set
+        self.on_retire: Callable[[Slot], object] | None = None  # leader: a worker has run all it may
+        self.handlers: dict[int, Callable[[Slot, Frame], object]] = {}  # kinds of upper layers
+        self._queue: collections.deque[Any] = collections.deque()  # Calls and MapRuns; append is atomic, rest: _lock
+        self._lock = threading.Lock()  # protects the queue's head, the slots' tables and Call.slot
+        self._wanted = False  # somebody could not get the lock and wants a dispatch
+        self._stealing = False  # a timer for `_steal` is set; leader only
+        self._recalls: dict[int, tuple[Call, threading.Event]] = {}  # cancellations that wait; leader and canceller
+
+    def check_process(self) -> None:
+        """RuntimeError in a forked child, which has none of the workers."""
+        if existing() is not self.node:
+            raise RuntimeError(
+                "this executor belongs to the process that forked this one (or to an ended cluster): make a new one here"
+            )
+
+    # -- calls in (any thread) ---------------------------------------------------------------------------------
+
+    def stage(self, buffers: list[Any]) -> list[Any]:
+        """Copies of out-of-band buffers: shared memory where possible. Later changes by the caller do not matter."""
+        staged: list[Any] = []
+        for buffer in buffers:
+            lease = self.node.segments.put(buffer)
+            staged.append(lease if lease is not None else bytes(buffer))
+        return staged
+
+    def enqueue(self, entry: Any) -> None:
+        """Add a Call, or a MapRun that has new elements."""
+        if type(entry) is MapRun and entry.queued:
+            pass
+        else:
+            if type(entry) is MapRun:
+                entry.queued = True
+            self._queue.append(entry)
+        if self.failure is not None:
+            self.loop.call_soon(self._fail_queue)
+        elif any_room(self.slots):
+            self.pump()
+
+    def pump(self) -> None:
+        """Dispatch what can be dispatched; here if possible, else on the leader."""
+        self._wanted = True
+        if not self.loop.enter_critical():
+            self.loop.call_soon(self.pump)
+            return
+        try:
+            while self._wanted and self._lock.acquire(blocking=False):
+                try:
+                    self._wanted = False
+                    self._dispatch()
+                finally:
+                    self._lock.release()
+        finally:
+            self.loop.leave_critical()
+
+    def cancel(self, call: Call) -> bool:
+        """True if the call will not run: it waited here, or its worker gave it back."""
+        self.check_process()
+        with self._lock:
+            slot = call.slot
+            if slot is None:
+                call.cancelled = True
+                call.release()
+                return True
+            if slot.has_surely_started(call.sequence) or slot.inflight.get(call.sequence) is not call:
+                return False
+            event = threading.Event()
+            call.cancelled = True
+            self._recalls[call.sequence] = call, event
+        slot.member.link.send(Kind.RECALL, messages.Recall(0, [call.sequence]).pack())
+        if slot.member.journal is not None:
+            slot.member.journal.raise_attention()
+        if not self.loop.lead(event.is_set) and not self.loop.leads:
+            with self.loop.following():
+                event.wait(_CANCEL_PATIENCE)
+        recalled = call.slot is None
+        if not recalled:
+            call.cancelled = False
+        return recalled
+
+    # -- dispatch (under _lock) --------------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        queue = self._queue
+        progress = True
+        while queue and progress:
+            progress = False
+            if not self._clean_head():
+                break
+            slots = [slot for slot in self.slots.values() if slot.usable]
+            slots.sort(key=lambda slot: slot.load)
+            for slot in slots:
+                if not self._clean_head():
+                    break
+                count = self._share(slot, queue[0])
+                if count > 0 and self._fill(slot, count):
+                    progress = True
+        for slot in self.slots.values():
+            slot.pinned_turn(self)
+
+    def _clean_head(self) -> bool:
+        """Remove what needs no worker from the head of the queue; False when nothing is left."""
+        queue = self._queue
+        while queue:
+            head = queue[0]
+            if type(head) is MapRun:
+                if head.remaining > 0 and not head.closed:
+                    return True
+                queue.popleft()
+                head.queued = False
+                if head.remaining > 0 and not head.closed:  # fed this very moment
+                    head.queued = True
+                    queue.append(head)
+            elif head.cancelled:
+                queue.popleft()
+            elif head.policy is not None and head.policy.pids is not None:
+                queue.popleft()
+                self._pin(head)
+            else:
+                return True
+        return False
+
+    def _pin(self, call: Call) -> None:
+        """A call that only certain workers may run waits at the least loaded of them."""
+        pids = call.policy.pids  # type: ignore[union-attr]
+        candidates = [slot for pid, slot in self.slots.items() if pid in pids and not slot.retiring]  # type: ignore[operator]
+        if candidates:
+            min(candidates, key=lambda slot: slot.load + len(slot.pinned)).pinned.append(call)
+            return
+        error = RuntimeError(f"none of the workers {sorted(pids)} is a living worker of this executor")  # type: ignore[arg-type]
+        self.loop.call_soon(lambda: self._settle(call, 0, Outcome(RAISED_HERE, error, (), 1)))
+
+    def _share(self, slot: Slot, head: Any) -> int:
+        room = slot.room(head.timing.mean)
+        if room <= 0:
+            return 0
+        if head.policy is not None if type(head) is Call else False:
+            return 1 if slot.load == 0 else 0
+        waiting = head.remaining if type(head) is MapRun else len(self._queue)
+        return min(room, max(1, math.ceil(waiting / (2 * len(self.slots)))))
+
+    def _fill(self, slot: Slot, count: int) -> bool:
+        """Send up to `count` calls from the head of the queue as one frame."""
+        queue, entries = self._queue, []
+        while count > 0 and self._clean_head():
+            head = queue[0]
+            if type(head) is MapRun:
+                taken = head.take(count)
+                entries.extend(taken)
+                count -= sum(entry.elements for entry in taken)
+                continue
+            if head.policy is not None:
+                if not entries and slot.load == 0:
+                    entries.append(queue.popleft())
+                break
+            entries.append(queue.popleft())
+            count -= 1
+        if entries:
+            slot.send(self, entries)
+        return bool(entries)
+
+    # -- frames from workers (leader) --------------------------------------------------------------------------
+
+    def on_frame(self, slot: Slot, frame: Frame) -> None:
+        """A frame that this worker sent."""
+        kind = frame.kind
+        if kind == Kind.RESULTS:
+            self._on_results(slot, frame)
+        elif kind == Kind.RECALLED:
+            self._on_recalled(slot, messages.Recalled.unpack(frame.control))
+        elif kind == Kind.BLOCKED:
+            slot.blocked += messages.Blocked.unpack(frame.control).change
+            self.pump()
+        else:
+            handler = self.handlers.get(kind)
+            if handler is not None:
+                handler(slot, frame)
+
+    def _on_results(self, slot: Slot, frame: Frame) -> None:
+        offset, busy, ran = messages.RESULTS.unpack(frame.control)
+        slot.journal_offset = offset
+        timing = self._settle_records(slot, frame.body, frame.buffers)
+        if ran and timing is not None:
+            mean = busy / ran
+            timing.mean = mean if timing.mean < 0 else 0.7 * timing.mean + 0.3 * mean
+        self._after_results(slot)
+
+    def _settle_records(self, slot: Slot, body: Any, raw_buffers: list[Any]) -> Any:
+        """Settle what these records say; returns the timing of the last one."""
+        segments, pid = slot.member.segments, slot.pid
+        timing = None
+        buffers = [segments.open(buffer) for buffer in raw_buffers] if raw_buffers else []
+        done = 0
+        for sequence, _, status, payload, parts in messages.result_records(body):
+            found = slot.find(sequence)
+            if found is None:
+                continue
+            entry, index = found
+            done += 1
+            timing = entry.timing
+            outcome: Any
+            if type(entry) is Call:
+                outcome = Outcome(status, bytes(payload), buffers[:parts], pid)
+                policy = entry.policy
+                if policy is not None:
+                    slot.stop_clock()
+                    if status != messages.VALUE and entry.attempt < policy.retries:
+                        self._consider_retry(entry, outcome)
+                        continue
+            elif status == messages.VALUE and not parts:
+                outcome = bytes(payload)
+            else:
+                outcome = Outcome(status, bytes(payload), buffers[:parts], pid)
+            del buffers[:parts]
+            self._settle(entry, index, outcome)
+            slot.count(status)
+        slot.load -= done
+        slot.recent = True
+        return timing
+
+    def _settle(self, entry: Any, index: int, outcome: Any) -> None:
+        future = entry.settle(index, outcome)
+        if future is not None:
+            self.node.deliver(future._run_callbacks)
+
+    def _after_results(self, slot: Slot) -> None:
+        if self._queue or slot.pinned:
+            self.pump()
+        if not slot.inflight:
+            if slot.retiring or slot.exhausted:
+                if self.on_retire is not None:
+                    self.on_retire(slot)
+            elif not self._queue:
+                self._consider_stealing()
+        if self.closing:
+            self.check_done()
+
+    def check_done(self) -> None:
+        """Leader: tell `on_idle` when nothing is left to do."""
+        if self.closing and not self._queue and self.on_idle is not None and not self.busy:
+            self.on_idle()
+
+    @property
+    def busy(self) -> bool:
+        """Whether calls wait or run."""
+        return (
+            bool(self._queue and self._any_waiting())
+            or self.retrying > 0
+            or any(slot.inflight or slot.pinned for slot in list(self.slots.values()))
+        )
+
+    retrying = 0  # calls between two attempts; leader only
+
+    def _any_waiting(self) -> bool:
+        return any(
+            (entry.remaining > 0 and not entry.closed) if type(entry) is MapRun else not entry.cancelled
+            for entry in list(self._queue)
+        )
+
+    # -- retries -----------------------------------------------------------------------------------------------
+
+    def _consider_retry(self, call: Call, outcome: Outcome) -> None:
+        """Ask the user's `retry_check` on a library thread, then run the call again or settle it."""
+        self.retrying += 1
+        self.node.deliver(lambda: self._decide_retry(call, outcome))
+
+    def _decide_retry(self, call: Call, outcome: Outcome) -> None:
+        policy = call.policy
+        assert policy is not None
+        again = False
+        try:
+            _, error = call.future._open(outcome)
+            again = error is not None and policy.may_retry(error)
+        except Exception as failure:  # the user's retry_check raised: that error counts
+            outcome = Outcome(RAISED_HERE, failure, (), 1)
+        if not again:
+            self.loop.call_soon(lambda: self._end_retry(call, outcome))
+            return
+        call.attempt += 1
+        log.warning("retrying %s (attempt %d)", call.function.name, call.attempt + 1)
+        self.loop.call_later(policy.delay(call.attempt), lambda: self._end_retry(call, None))
+
+    def _end_retry(self, call: Call, outcome: Outcome | None) -> None:
+        self.retrying -= 1
+        if outcome is None and self.failure is None:
+            call.slot = None
+            self.enqueue(call)
+        else:
+            assert outcome is not None or self.failure is not None
+            final = outcome or Outcome(RAISED_HERE, self.failure(), (), 1)  # type: ignore[misc]
+            self._settle(call, 0, final)
+        self.check_done()
+
+    # -- recall ------------------------------------------------------------------------------------------------
+
+    def _consider_stealing(self) -> None:
+        if not self._stealing and any(slot.load > 1 for slot in self.slots.values()):
+            self._stealing = True
+            self.loop.call_later(_STEAL_DELAY, self._steal)
+
+    def _steal(self) -> None:
+        """Some worker idles while another one sits on calls that have not started: take half of them back."""
+        self._stealing = False
+        slots = [slot for slot in self.slots.values() if slot.usable or slot.load]
+        if self._queue or not any(slot.load == 0 and slot.usable for slot in slots):
+            return
+        victims = [slot for slot in slots if slot.load > 1 and not slot.recalling]
+        if victims:
+            victim = max(victims, key=lambda slot: slot.load)
+            victim.recalling = True
+            victim.member.link.send(Kind.RECALL, messages.Recall(max(1, victim.load // 2), []).pack())
+            if victim.member.journal is not None:
+                victim.member.journal.raise_attention()
+        elif any(slot.recalling for slot in slots):
+            self._consider_stealing()
+
+    def _on_recalled(self, slot: Slot, message: messages.Recalled) -> None:
+        got_any = bool(message.ranges)
+        with self._lock:
+            for first, count in message.ranges:
+                found = slot.take_back(first, count)
+                if found is not None:
+                    entry, index = found
+                    slot.load -= count
+                    entry.put_back(index, count, self._queue)
+        for sequence in message.asked:
+            waiting = self._recalls.pop(sequence, None)
+            if waiting is not None:
+                waiting[1].set()
+        if not message.asked:
+            slot.recalling = False
+        self.pump()
+        if got_any or not message.asked:
+            if any(other.load == 0 and other.usable for other in self.slots.values()) and (got_any or slot.recent):
+                slot.recent = False
+                self._consider_stealing()
+        if self.closing:
+            self.check_done()
+
+    # -- workers come and go (leader) --------------------------------------------------------------------------
+
+    def add(self, slot: Slot) -> None:
+        """A worker is ready for calls."""
+        self.slots[slot.pid] = slot
+        self.pump()
+
+    def lost(self, slot: Slot, make_error: Callable[[bool], BaseException]) -> None:
+        """The worker is gone. `make_error(maybe_ran)` makes the exception for a call that it took along."""
+        self._read_journal(slot)
+        slot.gone = True
+        failed = []
+        with self._lock:
+            self.slots.pop(slot.pid, None)
+            ended = slot.stop_clock()
+            for entry, index, count, ran in reversed(slot.unfinished()):
+                if ran:
+                    failed.extend((entry, number) for number in range(index, index + count))
+                else:
+                    entry.put_back(index, count, self._queue)
+            for call in slot.pinned:
+                self._queue.append(call)
+        for entry, index in failed:
+            error: BaseException = TimeoutError(slot.timeout_text) if ended else make_error(True)
+            outcome = Outcome(RAISED_HERE, error, (), slot.pid)
+            if type(entry) is Call and entry.policy is not None and entry.attempt < entry.policy.retries:
+                self._consider_retry(entry, outcome)
+            else:
+                self._settle(entry, index, outcome)
+        for sequence, (call, event) in list(self._recalls.items()):
+            if call.slot is None or call.slot is slot:
+                self._recalls.pop(sequence, None)
+                event.set()
+        self.pump()
+        self.check_done()
+
+    def _read_journal(self, slot: Slot) -> None:
+        """Results that were finished but not sent are in the shared journal."""
+        journal = slot.member.journal
+        if journal is not None:
+            try:
+                rest = journal.read_from(slot.journal_offset)
+                self._settle_records(slot, rest, [])
+            except (ValueError, DistpoolError):
+                log.exception("the journal of worker %d cannot be read", slot.pid)
+
+    def fail_all(self, make_error: Callable[[], BaseException]) -> None:
+        """Broken: everything that waits or runs fails with this error, and so does all that comes."""
+        self.failure = make_error
+        for slot in list(self.slots.values()):
+            with self._lock:
+                unfinished = list(slot.unfinished())
+                pinned, slot.pinned = list(slot.pinned), collections.deque()
+            for entry, index, count, _ in unfinished:
+                for number in range(index, index + count):
+                    self._settle(entry, number, Outcome(RAISED_HERE, make_error(), (), 1))
+            for call in pinned:
+                self._settle(call, 0, Outcome(RAISED_HERE, make_error(), (), 1))
+        self._fail_queue()
+
+    def _fail_queue(self) -> None:
+        while self._queue and self.failure is not None:
+            with self._lock:
+                entry = self._queue.popleft() if self._queue else None
+            if type(entry) is MapRun:
+                entry.queued = False
+                entry.fail_rest(Outcome(RAISED_HERE, self.failure(), (), 1))
+            elif entry is not None and not entry.cancelled:
+                self._settle(entry, 0, Outcome(RAISED_HERE, self.failure(), (), 1))
+        self.check_done()
+
+    def cancel_waiting(self) -> None:
+        """Cancel everything that has not started (`shutdown(cancel_futures=True)`). Not on the leader."""
+        with self._lock:
+            calls = [entry for entry in self._queue if type(entry) is Call]
+            ahead = [(slot, [e for e in slot.inflight.values() if type(e) is Call]) for slot in self.slots.values()]
+        for call in calls:
+            call.future.cancel()
+        for slot, sent in ahead:
+            for call in sent:
+                if not slot.has_surely_started(call.sequence):
+                    call.future.cancel()
+
+
+def any_room(slots: dict[int, Slot]) -> bool:
+    """Whether some worker could take a call right now (a hint: not under the lock)."""
+    for slot in list(slots.values()):
+        if slot.usable and slot.load < slot.limit:
+            return True
+    return False

@@ -1,0 +1,253 @@
+"""One worker as the scheduler sees it: what it has been sent and how much more it may have (layer 7).
+
+    Slot.send(entries)  ->  FUNCTION frames for functions it does not know, one CALLS frame
+    Slot.find(sequence) <-  RESULTS, RECALLED: which entry, which element of it
+
+Calls of one link carry consecutive sequence numbers, in the order in which the worker starts them. The tables are
+protected by the scheduler's lock where it adds and the leader removes; dict operations are atomic.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from distpool import config
+from distpool.node.group import Member
+from distpool.transport.shm import Lease, map_private
+from distpool.wire import messages
+from distpool.wire.frames import Kind
+from distpool.wire.functions import EncodedFunction
+
+if TYPE_CHECKING:
+    from distpool.scheduling import Scheduler
+
+_MAX_WINDOW = 1024
+_MAX_FUNCTIONS = 256  # functions by value that a worker keeps
+_MAX_FUNCTION_BYTES = 256 << 20
+_LONG = 0.05  # seconds: for calls that take this long, sending ahead saves nothing
+
+
+class Slot:
+    """The scheduler's record of one worker."""
+
+    def __init__(self, member: Member, max_tasks: int | None = None) -> None:
+        self.member = member
+        self.pid = member.pid
+        self.inflight: dict[int, Any] = {}  # first sequence number -> entry, in the order of sending
+        self.load = 0  # calls sent and not answered
+        self.limit = 2  # calls it may have, as last computed
+        self.blocked = 0  # tasks there that wait for other calls
+        self.pinned: collections.deque[Any] = collections.deque()
+        self.retiring = False  # gets no more calls
+        self.recalling = False
+        self.recent = False  # it has answered since the last recall
+        self.gone = False
+        self.journal_offset = 0  # bytes of its journal that have come over the link
+        self.done = 0
+        self.failed = 0
+        self.timeout_text = ""
+        self._remaining = max_tasks  # calls it may still be sent
+        self._next = 1
+        self._functions: collections.OrderedDict[int, int] = collections.OrderedDict()  # number -> bytes
+        self._function_bytes = 0
+        self._clock: Any = None  # timer of the call with a time limit
+        self._timed_out = False
+
+    # -- how much more -----------------------------------------------------------------------------------------
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may be sent calls at all now."""
+        return not (self.retiring or self.gone or self._clock is not None or self._remaining == 0)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it has been sent all the calls that it may run (`max_tasks_per_child`)."""
+        return self._remaining == 0
+
+    def room(self, mean: float) -> int:
+        """How many more calls of `mean` seconds (negative: unknown) it should have now."""
+        if not self.usable:
+            return 0
+        if mean > _LONG:
+            limit = 1
+        elif mean < 0 or mean > 0.002:
+            limit = 2
+        else:
+            limit = max(2, min(_MAX_WINDOW, int(config.WINDOW_SECONDS / max(mean, 1e-7))))
+        self.limit = limit + self.blocked
+        room = self.limit - self.load
+        return room if self._remaining is None else min(room, self._remaining)
+
+    # -- sending (scheduler's lock held) -----------------------------------------------------------------------
+
+    def send(self, scheduler: Scheduler, entries: list[Any]) -> None:
+        """Send these entries as one frame."""
+        link = self.member.link
+        assert link is not None
+        first = self._next
+        records = []
+        buffers: list[Any] = []
+        for entry in entries:
+            function = entry.function
+            if function.number not in self._functions:
+                self._send_function(function)
+            self.inflight[self._next] = entry
+            policy = entry.policy
+            if hasattr(entry, "slot"):
+                entry.sequence = self._next
+                entry.slot = self
+                if policy is not None and policy.timeout is not None:
+                    self._start_clock(scheduler, policy.timeout, function.name)
+            self._next += entry.elements
+            self.load += entry.elements
+            if self._remaining is not None:
+                self._remaining -= entry.elements
+            records.append(entry.record)
+            if entry.buffers:
+                buffers.extend(self._lend(buffer) for buffer in entry.buffers)
+        link.send(Kind.CALLS, messages.CALLS.pack(first, len(records)), b"".join(records), buffers)
+
+    def pinned_turn(self, scheduler: Scheduler) -> None:
+        """Send calls that only this worker may run, as far as there is room."""
+        while self.pinned:
+            call = self.pinned[0]
+            if call.cancelled:
+                self.pinned.popleft()
+                continue
+            if self.room(call.timing.mean) <= 0 or (call.policy.timeout is not None and self.load):
+                return
+            self.send(scheduler, [self.pinned.popleft()])
+
+    def _lend(self, buffer: Any) -> Any:
+        member = self.member
+        if not isinstance(buffer, Lease):
+            return buffer
+        if member.link is not None and member.link.shares_memory and member.segments is not None:
+            buffer.retain()
+            return member.segments.lend(buffer)
+        return bytes(map_private(buffer.path, buffer.size, buffer.nbytes))
+
+    def _send_function(self, function: EncodedFunction) -> None:
+        link = self.member.link
+        assert link is not None
+        link.send(
+            Kind.FUNCTION, messages.Function(function.number, function.name).pack(), function.data, function.buffers
+        )
+        self._functions[function.number] = function.size
+        self._function_bytes += function.size
+        if len(self._functions) > _MAX_FUNCTIONS or self._function_bytes > _MAX_FUNCTION_BYTES:
+            self._forget_functions(function.number)
+
+    def _forget_functions(self, keep: int) -> None:
+        needed = {entry.function.number for entry in self.inflight.values()}
+        needed.add(keep)
+        gone = []
+        for number in list(self._functions):
+            if len(self._functions) <= _MAX_FUNCTIONS // 2 and self._function_bytes <= _MAX_FUNCTION_BYTES // 2:
+                break
+            if number not in needed:
+                self._function_bytes -= self._functions.pop(number)
+                gone.append(number)
+        if gone and self.member.link is not None:
+            self.member.link.send(Kind.FORGET, messages.Forget(gone).pack())
+
+    # -- time limits -------------------------------------------------------------------------------------------
+
+    def _start_clock(self, scheduler: Scheduler, seconds: float, name: str) -> None:
+        self.timeout_text = f"{name} ran for more than {seconds} seconds"
+        self._clock = scheduler.loop.call_later(seconds, self._time_is_up)
+
+    def _time_is_up(self) -> None:
+        if self._clock is not None:
+            self._timed_out = True
+            self.member.kill(self.timeout_text)
+
+    def stop_clock(self) -> bool:
+        """The call with a time limit has ended; True if it was ended by the limit."""
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+        return self._timed_out
+
+    # -- answers (leader) --------------------------------------------------------------------------------------
+
+    def find(self, sequence: int) -> tuple[Any, int] | None:
+        """The entry of a result with this sequence number, and the element's index in it; it is noted as done.
+
+        Elements of a span are run in order, and recalled from its end.
+        """
+        entry = self.inflight.get(sequence)
+        if entry is not None and entry.elements == 1:
+            del self.inflight[sequence]
+            return entry, 0
+        found = self._span_of(sequence)
+        if found is None:
+            return None
+        start, span = found
+        span.done = max(span.done, sequence - start + 1)
+        if span.done >= span.stop:
+            self.inflight.pop(start, None)
+        return span, sequence - start
+
+    def take_back(self, sequence: int, count: int) -> tuple[Any, int] | None:
+        """The entry whose `count` elements from this sequence number on were recalled, and the first one's index."""
+        entry = self.inflight.get(sequence)
+        if entry is not None and entry.elements == 1:
+            del self.inflight[sequence]
+            return entry, 0
+        found = self._span_of(sequence)
+        if found is None:
+            return None
+        start, span = found
+        span.stop = sequence - start
+        if span.done >= span.stop:
+            self.inflight.pop(start, None)
+        return span, sequence - start
+
+    def _span_of(self, sequence: int) -> tuple[int, Any] | None:
+        for start, entry in self.inflight.items():
+            if start <= sequence < start + entry.elements and entry.elements > 1:
+                return start, entry
+        return None
+
+    def has_started(self, sequence: int) -> bool:
+        """Whether the call is known to have started; on another host: whether it was sent."""
+        journal = self.member.journal
+        return journal is None or journal.started >= sequence
+
+    def has_surely_started(self, sequence: int) -> bool:
+        """Whether the call is known to have started."""
+        journal = self.member.journal
+        return journal is not None and journal.started >= sequence
+
+    def unfinished(self) -> list[tuple[Any, int, int, bool]]:
+        """Empty the table: `(entry, first element, elements, whether they may have run)`, in order.
+
+        Without a shared journal the first unanswered call counts as running: results of others were sent before it.
+        """
+        journal = self.member.journal
+        entries = list(self.inflight.items())
+        self.inflight.clear()
+        self.load = 0
+        if journal is not None:
+            started = journal.started
+        else:
+            started = entries[0][0] + entries[0][1].done if entries else 0
+        parts: list[tuple[Any, int, int, bool]] = []
+        for start, entry in entries:
+            ran = max(entry.done, min(entry.stop, started - start + 1))
+            if ran > entry.done:
+                parts.append((entry, entry.done, ran - entry.done, True))
+            if entry.stop > ran:
+                parts.append((entry, ran, entry.stop - ran, False))
+        return parts
+
+    def count(self, status: int) -> None:
+        """One more call has ended here."""
+        if status == messages.VALUE:
+            self.done += 1
+        else:
+            self.failed += 1

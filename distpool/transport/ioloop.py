@@ -1,0 +1,420 @@
+"""The I/O loop: one selector, its timers, and the question which thread runs it (layer 2).
+
+    leader    the one thread that polls, reads sockets and runs handlers, under `_leading`
+    I/O thread   leads whenever nobody else does (daemon; started by the first `start`)
+    claimant  a thread that waits for a result takes the lead from the I/O thread and reads the answer itself:
+              that saves two thread hand-overs of about 13 us (and twice that across CPUs) per lonely call
+
+Handlers run on the leader, whichever thread that is; so handlers never run concurrently and must never run user code
+or block. When a claimant leaves, the I/O thread does not take over at once (that would cost the hand-over which was
+to be saved) but after `config.GRACE` seconds without a leader, or immediately if other threads wait for handlers.
+
+Ctrl-C: handlers must not be torn by a KeyboardInterrupt in the main thread. The main thread therefore leads only while
+our own SIGINT handler is installed, which raises inside the poll and otherwise defers (`_Interrupts`). It is installed
+only over Python's default handler; if the user has one of his own, the main thread does not lead. Tried and rejected:
+`pthread_sigmask` (the Python-level handler still runs in the main thread), a handler installed for good (asyncio and
+IPython look at `signal.getsignal`).
+"""
+
+from __future__ import annotations
+
+import _signal  # the C functions: `signal.signal` costs 7 us for its enum conversions, this 1 us
+import collections
+import contextlib
+import heapq
+import itertools
+import logging
+import os
+import select
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from distpool import config
+
+log = logging.getLogger("distpool.ioloop")
+_SIGINT = 2
+
+
+class Timer:
+    """A call at a later time; `cancel()` may be called from any thread, any number of times."""
+
+    __slots__ = ("callback", "cancelled", "when")
+
+    def __init__(self, when: float, callback: Callable[[], object]) -> None:
+        self.when = when
+        self.callback = callback
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """The callback will not run any more (if it has not begun)."""
+        self.cancelled = True
+
+
+class _Interrupts:
+    """Defers Ctrl-C while the main thread is inside our bookkeeping. Used by the main thread only."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.pending = False
+        self.may_raise = False
+        self._previous: Any = None
+
+    def handler(self, signum: int, frame: Any) -> None:
+        if self.may_raise:
+            self.may_raise = False
+            raise KeyboardInterrupt
+        self.pending = True
+
+    def enter(self) -> bool:
+        """Install the deferring handler; False if a handler of the user's own is there."""
+        if self.depth:
+            self.depth += 1
+            return True
+        if _signal.getsignal(_SIGINT) is not _signal.default_int_handler:
+            return False
+        self._previous = _signal.signal(_SIGINT, self.handler)
+        self.depth = 1
+        return True
+
+    def leave(self) -> None:
+        """Undo `enter`; raises the KeyboardInterrupt that came meanwhile."""
+        self.depth -= 1
+        if self.depth:
+            return
+        _signal.signal(_SIGINT, self._previous)
+        if self.pending:
+            self.pending = False
+            raise KeyboardInterrupt
+
+
+class IoLoop:
+    """Selector, timers and the leader's lock. Every public method may be called from any thread."""
+
+    def __init__(self, name: str = "distpool-io") -> None:
+        self._name = name
+        self._poller: Any = _Epoll() if hasattr(select, "epoll") else _Selector()
+        self._leading = threading.Lock()  # held by the leader while it polls and runs handlers
+        self._handlers: dict[int, Callable[[int], None]] = {}  # descriptor -> handler; changed by any thread (atomic)
+        self._soon: collections.deque[Callable[[], object]] = collections.deque()
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._timer_lock = threading.Lock()  # protects _timers
+        self._order = itertools.count()
+        self._claims = 0  # claimants that wait for the lead; only a hint for the I/O thread
+        self._claimed = False  # a claimant leads (not the I/O thread); only a hint
+        self._turns = 0  # how often a claimant has led; only a hint
+        self._followers = 0  # threads that wait for handlers without leading; only a hint
+        self._hurry = threading.Event()  # the I/O thread shall lead at once
+        self._thread: threading.Thread | None = None
+        self._leader_id = 0
+        self._stopped = False
+        self._interrupts = _Interrupts()
+        self.owns_interrupts = False  # workers: their own SIGINT handler never raises inside the library
+        # Called by the I/O thread before each poll; returns how long the poll may take (workers: flush of results).
+        self.on_tick: Callable[[], float | None] | None = None
+        self.on_crash: Callable[[BaseException], object] | None = None
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        self._woken = False
+        self.register(self._wake_reader, self._drain_wakes)
+
+    # -- registration ------------------------------------------------------------------------------------------
+
+    def register(self, source: Any, on_readable: Callable[[], None]) -> None:
+        """Call `on_readable()` on the leader whenever `source` (socket or descriptor) is readable or at its end."""
+        descriptor = source if isinstance(source, int) else source.fileno()
+        self._handlers[descriptor] = lambda events: on_readable()
+        self._poller.add(descriptor)
+
+    def register_link(self, source: Any, handler: Callable[[int], None]) -> None:
+        """As `register`, but the handler gets 1 for readable, 2 for writable, 3 for both."""
+        descriptor = source.fileno()
+        self._handlers[descriptor] = handler
+        self._poller.add(descriptor)
+
+    def want_write(self, source: Any, wanted: bool) -> None:
+        """Report also when `source` can be written (or no longer)."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            self._poller.modify(source.fileno(), wanted)
+
+    def unregister(self, source: Any) -> None:
+        """Forget `source`; call it before closing it. Unknown sources are ignored."""
+        descriptor = source if isinstance(source, int) else source.fileno()
+        if self._handlers.pop(descriptor, None) is not None:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                self._poller.remove(descriptor)
+
+    # -- work for the leader -----------------------------------------------------------------------------------
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        """Run `callback()` on the leader, soon."""
+        self._soon.append(callback)
+        self.wake()
+
+    def call_later(self, seconds: float, callback: Callable[[], object]) -> Timer:
+        """Run `callback()` on the leader after `seconds`."""
+        timer = Timer(time.monotonic() + seconds, callback)
+        with self._timer_lock:
+            heapq.heappush(self._timers, (timer.when, next(self._order), timer))
+            first = self._timers[0][2] is timer
+        if first and self._leader_id != threading.get_ident():
+            self.wake()
+        return timer
+
+    def wake(self) -> None:
+        """Make the leader come out of its poll."""
+        if not self._woken:
+            self._woken = True
+            with contextlib.suppress(OSError):  # full: it will wake anyway; closed: nobody is there
+                self._wake_writer.send(b"\0")
+
+    def _drain_wakes(self) -> None:
+        self._woken = False
+        with contextlib.suppress(BlockingIOError):
+            self._wake_reader.recv(4096)
+
+    @property
+    def leads(self) -> bool:
+        """Whether the calling thread is the leader."""
+        return self._leader_id == threading.get_ident()
+
+    # -- leading -----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the I/O thread (once)."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run_thread, name=self._name, daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the I/O thread and close what the loop owns. Called in the process that made the loop."""
+        self._stopped = True
+        self._hurry.set()
+        self._woken = False
+        self.wake()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(5.0)
+        self.close_descriptors()
+
+    def close_descriptors(self) -> None:
+        """Only close, never unregister: right also in a forked child, where the selector is shared with the parent."""
+        self._poller.close()
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+    def lead(self, until: Callable[[], bool], deadline: float | None = None) -> bool:
+        """Run the loop in this thread until `until()` holds or `deadline` (monotonic seconds) has passed.
+
+        False: this thread may not lead now (another claimant does, or it is the main thread and Ctrl-C belongs to the
+        user): the caller has to wait by other means, and the I/O thread will run the handlers.
+        """
+        main = threading.current_thread() is threading.main_thread()
+        interrupts = self._interrupts if main and not self.owns_interrupts else None
+        # From here on Ctrl-C may only strike inside the poll: between `acquire` and `try` it would leave the lock held.
+        if interrupts is not None and not interrupts.enter():
+            return False
+        try:
+            if not self._leading.acquire(blocking=False) and not self._claim(deadline):
+                return False
+            try:
+                self._leader_id = threading.get_ident()
+                self._turns += 1
+                self._lead(until, deadline, interrupts)
+            finally:
+                self._leader_id = 0
+                self._leading.release()
+                if self._followers:
+                    self._hurry.set()
+        finally:
+            if interrupts is not None:
+                interrupts.leave()
+        return True
+
+    def _claim(self, deadline: float | None) -> bool:
+        """Take the lead from the I/O thread, which is asked to step back; False if another claimant has it."""
+        if self._claims or self._leader_id == threading.get_ident() or self._claimed:
+            return False
+        self._claims += 1
+        try:
+            self.wake()
+            patience = 0.25 if deadline is None else max(0.0, min(0.25, deadline - time.monotonic()))
+            return self._leading.acquire(timeout=patience)
+        finally:
+            self._claims -= 1
+
+    def _lead(self, until: Callable[[], bool], deadline: float | None, interrupts: _Interrupts | None) -> None:
+        self._claimed = True
+        try:
+            while not until():
+                timeout = None
+                if deadline is not None:
+                    timeout = deadline - time.monotonic()
+                    if timeout <= 0:
+                        break
+                self._run_once(timeout, interrupts)
+        finally:
+            self._claimed = False
+
+    def _run_once(self, timeout: float | None, interrupts: _Interrupts | None = None) -> None:
+        timeout = self._next_timeout(timeout)
+        if interrupts is not None:
+            if interrupts.pending:
+                interrupts.pending = False
+                raise KeyboardInterrupt
+            interrupts.may_raise = True
+            ready = self._poller.poll(timeout)
+            interrupts.may_raise = False
+        else:
+            ready = self._poller.poll(timeout)
+        handlers = self._handlers
+        for descriptor, events in ready:
+            handler = handlers.get(descriptor)
+            if handler is not None:
+                try:
+                    handler(events)
+                except Exception as error:  # a defect of ours: everything that waits must hear of it
+                    self._crashed(error)
+        if self._soon or self._timers:
+            self._run_due()
+
+    def _next_timeout(self, timeout: float | None) -> float | None:
+        if self._soon:
+            return 0.0
+        if self._timers:
+            with self._timer_lock:
+                while self._timers and self._timers[0][2].cancelled:
+                    heapq.heappop(self._timers)
+                if self._timers:
+                    wait = max(0.0, self._timers[0][0] - time.monotonic())
+                    return wait if timeout is None else min(wait, timeout)
+        return timeout
+
+    def _run_due(self) -> None:
+        soon = self._soon
+        for _ in range(len(soon)):
+            self._guarded(soon.popleft())
+        while self._timers and self._timers[0][0] <= time.monotonic():
+            with self._timer_lock:
+                if not self._timers:
+                    break
+                timer = heapq.heappop(self._timers)[2]
+            if not timer.cancelled:
+                self._guarded(timer.callback)
+
+    def _guarded(self, callback: Callable[[], object]) -> None:
+        try:
+            callback()
+        except Exception as error:
+            self._crashed(error)
+
+    def _crashed(self, error: Exception) -> None:
+        log.error("internal error in the I/O loop", exc_info=error)
+        if self.on_crash is not None:
+            self.on_crash(error)
+
+    # -- the I/O thread ----------------------------------------------------------------------------------------
+
+    def _run_thread(self) -> None:
+        try:
+            while not self._stopped:
+                with self._leading:
+                    self._leader_id = threading.get_ident()
+                    try:
+                        while not self._stopped and not self._claims:
+                            self._run_once(self.on_tick() if self.on_tick is not None else None)
+                    finally:
+                        self._leader_id = 0
+                self._step_back()
+        except (OSError, ValueError) as error:  # the descriptors were closed under us: only at exit and after fork
+            if not self._stopped:
+                self._crashed(error)
+
+    def _step_back(self) -> None:
+        """Return when this thread should lead again: nobody has led for a while, or somebody hurries us.
+
+        Ticks only while claimants come and go; behind a claimant that stays, we block on the lock itself.
+        """
+        self._hurry.clear()
+        while not self._stopped:
+            turns = self._turns
+            if self._hurry.wait(config.GRACE):
+                return
+            if turns == self._turns:
+                return  # a sitting leader (we then wait on its lock) or none at all
+
+    def hurry(self) -> None:
+        """Let the I/O thread lead at once, if it has stepped back and nobody leads."""
+        self._hurry.set()
+
+    @contextlib.contextmanager
+    def following(self) -> Any:
+        """While this thread waits for handlers without leading, leaders that leave wake the I/O thread at once."""
+        self._followers += 1
+        self._hurry.set()
+        try:
+            yield
+        finally:
+            self._followers -= 1
+
+    def enter_critical(self) -> bool:
+        """Defer Ctrl-C in the main thread until `leave_critical`. False: impossible here, let the leader do it."""
+        if self.owns_interrupts or threading.current_thread() is not threading.main_thread():
+            return True
+        return self._interrupts.enter()
+
+    def leave_critical(self) -> None:
+        """End of what `enter_critical` began; raises a KeyboardInterrupt that came meanwhile."""
+        if not self.owns_interrupts and threading.current_thread() is threading.main_thread():
+            self._interrupts.leave()
+
+
+class _Epoll:
+    """epoll itself: `selectors` costs 3-5 us more per round."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+
+    def add(self, descriptor: int) -> None:
+        self._epoll.register(descriptor, select.EPOLLIN)
+
+    def modify(self, descriptor: int, writing: bool) -> None:
+        self._epoll.modify(descriptor, select.EPOLLIN | (select.EPOLLOUT if writing else 0))
+
+    def remove(self, descriptor: int) -> None:
+        self._epoll.unregister(descriptor)
+
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        found = self._epoll.poll(timeout)
+        out = select.EPOLLOUT
+        return [(fd, (1 if events & ~out else 0) | (2 if events & out else 0)) for fd, events in found]
+
+    def close(self) -> None:
+        self._epoll.close()
+
+
+class _Selector:
+    """The portable poller (kqueue, poll, select)."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+
+    def add(self, descriptor: int) -> None:
+        self._selector.register(descriptor, selectors.EVENT_READ)
+
+    def modify(self, descriptor: int, writing: bool) -> None:
+        self._selector.modify(descriptor, selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0))
+
+    def remove(self, descriptor: int) -> None:
+        self._selector.unregister(descriptor)
+
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        return [(key.fd, events & 3) for key, events in self._selector.select(timeout)]
+
+    def close(self) -> None:
+        if os.name == "posix":
+            self._selector.close()

@@ -1,0 +1,272 @@
+"""A link: one framed, authenticated connection to one peer (layer 2).
+
+    any thread --send--> outbox --(inline, non-blocking)--> socket
+    leader: socket readable --> FrameReader --> Handshake until READY --> on_frame(link, frame)
+    leader: socket writable --> rest of the outbox
+
+Sending never blocks: what the socket does not take at once stays in the outbox and is written by the leader. A side
+that both reads and writes with blocking calls stops for ever when both sides send much. `drain` is the back-pressure
+for those who may wait (a worker's task threads), never for the leader.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from distpool import config
+from distpool.errors import AuthenticationError, ProtocolError
+from distpool.transport.ioloop import IoLoop
+from distpool.wire.frames import Frame, FrameReader, Kind, pack_frame
+from distpool.wire.protocol import Handshake, Role
+
+_GATHER = 64  # buffers per sendmsg; Linux allows 1024
+
+
+class Link:
+    """One connection. `on_ready(link)`, `on_frame(link, frame)` and `on_closed(link, reason)` run on the leader."""
+
+    def __init__(
+        self,
+        loop: IoLoop,
+        sock: socket.socket,
+        handshake: Handshake,
+        on_ready: Callable[[Link], None],
+        on_frame: Callable[[Link, Frame], None],
+        on_closed: Callable[[Link, BaseException | None], None],
+    ) -> None:
+        self.loop = loop
+        self.peer: Any = None  # who is at the other end: set by the node
+        self.shares_memory = False  # whether the peer can map our segments: set by the node
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.handshake = handshake
+        self._sock = sock
+        self._on_ready = on_ready
+        self._on_frame = on_frame
+        self._on_closed = on_closed
+        self._reader = FrameReader()
+        self._outbox: collections.deque[memoryview] = collections.deque()
+        self._queue: collections.deque[list[Any]] = collections.deque()  # frames not yet begun; append is atomic
+        self._write_lock = threading.Lock()  # protects _outbox, _writing and the order of bytes on the socket
+        self._writing = False  # the leader has been asked to write when the socket has room
+        self._closed = False
+        self._drained = threading.Event()
+        self._drained.set()
+
+    def open(self) -> None:
+        """Start the handshake and take part in the loop."""
+        self._sock.setblocking(False)
+        with contextlib.suppress(OSError):
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # fails on Unix sockets
+        self.loop.register_link(self._sock, self._on_event)
+        parts = self.handshake.begin()
+        if parts:
+            self.send_parts(parts)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is gone."""
+        return self._closed
+
+    # -- sending (any thread) ----------------------------------------------------------------------------------
+
+    def send(self, kind: Kind, control: bytes = b"", body: Any = b"", buffers: Any = ()) -> bool:
+        """Send one frame; False if the link is closed (whoever waits for an answer hears of it by `on_closed`)."""
+        return self.send_parts(pack_frame(kind, control, body, buffers))
+
+    def send_parts(self, parts: list[Any]) -> bool:
+        """Send the parts of one frame, in order and unmixed with other frames.
+
+        Never waits for a lock: who finds it taken leaves the frame in the queue, and the holder looks again after
+        releasing. A plain lock would deadlock when the collector runs a user's `__del__` inside the locked region
+        and that calls us again.
+        """
+        if self._closed:
+            return False
+        self._queue.append(parts)
+        self._pump()
+        return not self._closed
+
+    def _pump(self) -> None:
+        queue, lock = self._queue, self._write_lock
+        while queue and lock.acquire(blocking=False):
+            try:
+                while queue:
+                    self._write_parts(queue.popleft())
+                if self._outbox and not self._writing and not self._closed:
+                    self._drained.clear()
+                    self._writing = True
+                    self.loop.want_write(self._sock, True)
+            finally:
+                lock.release()
+
+    def _write_parts(self, parts: list[Any]) -> None:
+        """Called with `_write_lock` held."""
+        if self._closed:
+            return
+        outbox = self._outbox
+        if outbox or len(parts) > 1:
+            waiting = bool(outbox)
+            outbox.extend(memoryview(part).cast("B") for part in parts if len(part))
+            if not waiting:
+                self._write_some()
+            return
+        data = parts[0]
+        try:
+            sent = self._sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            return  # the reading side sees the end of the stream and reports it, once
+        self.bytes_out += sent
+        if sent < len(data):
+            outbox.append(memoryview(data)[sent:])
+
+    def _write_some(self) -> None:
+        """Write as much as the socket takes. Called with `_write_lock` held."""
+        outbox = self._outbox
+        while outbox:
+            try:
+                if len(outbox) > 1 and hasattr(self._sock, "sendmsg"):
+                    sent = self._sock.sendmsg([outbox[i] for i in range(min(len(outbox), _GATHER))])
+                else:
+                    sent = self._sock.send(outbox[0])
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                outbox.clear()  # nobody will read it; the end of the stream is reported by the reading side
+                return
+            self.bytes_out += sent
+            while sent:
+                first = outbox[0]
+                if sent >= len(first):
+                    sent -= len(first)
+                    outbox.popleft()
+                else:
+                    outbox[0] = first[sent:]
+                    sent = 0
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Wait until everything is in the kernel (or the link is closed). Not on the leader."""
+        if self._idle() or self.loop.lead(self._idle):
+            return True
+        with self.loop.following():
+            while not self._idle():
+                if not self._drained.wait(timeout):
+                    return False
+        return True
+
+    def _idle(self) -> bool:
+        return self._closed or not (self._queue or self._outbox or self._write_lock.locked())
+
+    @property
+    def backlog(self) -> int:
+        """Bytes accepted and not yet in the kernel."""
+        return sum(len(part) for part in list(self._outbox))
+
+    # -- receiving (leader) ------------------------------------------------------------------------------------
+
+    def _on_event(self, events: int) -> None:
+        if events & 2:
+            self._on_writable()
+        if events & 1:
+            self._on_readable()
+
+    def _on_writable(self) -> None:
+        if not self._write_lock.acquire(blocking=False):
+            return  # somebody is writing right now; the poller reports again
+        try:
+            if self._closed:
+                return
+            self._write_some()
+            if not self._outbox:
+                self._writing = False
+                self.loop.want_write(self._sock, False)
+                self._drained.set()
+        finally:
+            self._write_lock.release()
+        self._pump()
+
+    def _on_readable(self) -> None:
+        if self._closed:
+            return
+        try:
+            frames = self._read()
+            if frames is None:
+                self.close(None)
+                return
+            while frames:
+                for frame in frames:
+                    if self.handshake.ready:
+                        self._on_frame(self, frame)
+                    else:
+                        self._shake(frame)
+                frames = self._reader.feed(b"") if self._reader.again else []
+        except BlockingIOError:
+            return
+        except (ProtocolError, AuthenticationError, OSError) as error:
+            self.close(error)
+
+    def _read(self) -> list[Frame] | None:
+        """Frames that one read completed; `None` at the end of the stream."""
+        target = self._reader.target()
+        if target is None:
+            data = self._sock.recv(config.READ_SIZE)
+            self.bytes_in += len(data)
+            return self._reader.feed(data) if data else None
+        count = self._sock.recv_into(target)
+        self.bytes_in += count
+        return self._reader.filled(count) if count else None
+
+    def _shake(self, frame: Frame) -> None:
+        try:
+            parts = self.handshake.receive(frame)
+        except AuthenticationError:
+            if self.handshake.role is Role.ACCEPTOR:
+                self.send(Kind.REFUSED)
+            raise
+        if parts:
+            self.send_parts(parts)
+        if self.handshake.ready:
+            self._reader.unlock()
+            self._on_ready(self)
+
+    def read_rest(self) -> None:
+        """Read what the kernel still holds after the peer's death; ends with the link closed."""
+        while not self._closed:
+            before = self.bytes_in
+            self._on_readable()
+            if self.bytes_in == before:
+                self.close(None)
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def close(self, reason: BaseException | None = None) -> None:
+        """Close the connection and report it, once. Any thread; `on_closed` runs on the leader."""
+        if not self.loop.leads:
+            self.loop.call_soon(lambda: self.close(reason))
+            return
+        if self._closed:
+            return
+        self._closed = True
+        self.loop.unregister(self._sock)
+        # A thread that is writing this very moment may use the descriptor: `shutdown` first, the number stays ours
+        # until that thread has let go of the lock (its `send` cannot block, so this is short).
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        with self._write_lock:
+            self._sock.close()
+            self._outbox.clear()
+            self._queue.clear()
+        self._drained.set()
+        self._on_closed(self, reason)
+
+    def close_descriptor(self) -> None:
+        """In a forked child: only close what was inherited."""
+        self._closed = True
+        self._sock.close()

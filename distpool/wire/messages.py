@@ -1,0 +1,244 @@
+"""The content of control frames: one dataclass per message, no pickle (layer 1).
+
+Two forms. Messages of the hot path (`CALLS`, `RESULTS`) are lists of fixed records, packed by hand below. All others
+are dataclasses whose fields travel as JSON: they are rare, and JSON cannot run code.
+
+    CALLS    control: first sequence number, how many records; body: records  CALL | payload
+    RESULTS  control: journal offset, busy seconds, calls run;  body: records  RESULT | payload
+
+Calls of one link carry consecutive sequence numbers, so that "which call had started when the worker died" is one
+number. A record may stand for `count` consecutive elements of a map: then it takes as many sequence numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
+
+from distpool.errors import ProtocolError
+from distpool.wire.frames import Kind
+
+CALLS = struct.Struct("<QI")  # first sequence number, number of records
+CALL = struct.Struct("<IIQHB")  # function number, elements, payload bytes, buffers, flags
+RESULTS = struct.Struct("<QdI")  # absolute journal offset behind these records, seconds of running time, calls run
+RESULT = struct.Struct("<QIQHB")  # sequence number, elements, payload bytes, buffers, status
+SEQUENCE = struct.Struct("<Q")
+
+#: Flags of a CALL record.
+ONE, SPAN = 0, 1  # one call: payload is (args, kwargs) · a list of argument tuples, one call each
+SPAN_OF_SCALARS = 2  # a list of single arguments, one call each
+CHUNK = 3  # a list of argument tuples that succeed or fail together (the stdlib's chunk)
+CHUNK_OF_SCALARS = 4
+ONE_FRESH = 5  # as ONE, with a function that captured something mutable: decoded anew for each call
+#: Status of a RESULT record. UNSENDABLE: the call returned, but its value could not be serialised.
+VALUE, ERROR, VALUES, UNSENDABLE = 0, 1, 2, 3
+
+
+def call_records(body: bytes, first: int, count: int) -> Iterator[tuple[int, int, int, int, bytes, int]]:
+    """Yield `(sequence number, function number, elements, flags, payload, buffers)` of a CALLS body."""
+    offset, sequence, end = 0, first, len(body)
+    for _ in range(count):
+        if end - offset < CALL.size:
+            raise ProtocolError("CALLS is shorter than its records say")
+        number, elements, length, buffers, flags = CALL.unpack_from(body, offset)
+        offset += CALL.size
+        if end - offset < length:
+            raise ProtocolError("CALLS is shorter than its records say")
+        yield sequence, number, elements, flags, body[offset : offset + length], buffers
+        offset += length
+        sequence += elements
+
+
+def result_records(body: Any) -> Iterator[tuple[int, int, int, Any, int]]:
+    """Yield `(sequence number, elements, status, payload, buffers)` of a RESULTS body (or of a journal)."""
+    unpack, size = RESULT.unpack_from, RESULT.size
+    offset, end = 0, len(body)
+    while offset < end:
+        if end - offset < size:
+            raise ProtocolError("RESULTS is shorter than its records say")
+        sequence, elements, length, buffers, status = unpack(body, offset)
+        offset += size
+        stop = offset + length
+        if stop > end:
+            raise ProtocolError("RESULTS is shorter than its records say")
+        yield sequence, elements, status, body[offset:stop], buffers
+        offset = stop
+
+
+@dataclasses.dataclass(slots=True)
+class Message:
+    """Base of the JSON messages. `pack()` gives the control part; `unpack` checks names and types."""
+
+    kind: ClassVar[Kind]
+
+    def pack(self) -> bytes:
+        """The control part of the frame."""
+        return json.dumps([getattr(self, field.name) for field in dataclasses.fields(self)]).encode()
+
+    @classmethod
+    def unpack(cls, control: bytes) -> Self:
+        """The message; `ProtocolError` when the control part does not fit it."""
+        try:
+            values = json.loads(control)
+            message = cls(*values)
+        except (ValueError, TypeError) as error:
+            raise ProtocolError(f"malformed {cls.__name__}: {error}") from None
+        return message
+
+
+@dataclasses.dataclass(slots=True)
+class Join(Message):
+    """Master -> worker, after authentication: who you are and what you need to know."""
+
+    kind: ClassVar[Kind] = Kind.JOIN
+    pid: int
+    versions: list[str]
+    authkey: str  # hex
+    journal: str  # path of the shared journal, "" for none
+    journal_size: int
+    segments: str  # directory for segments where memory files do not exist, "" for none
+    topology: str = "all_to_all"
+    name: str = ""
+
+
+@dataclasses.dataclass(slots=True)
+class Joined(Message):
+    """Worker -> master: ready; what this worker is."""
+
+    kind: ClassVar[Kind] = Kind.JOINED
+    versions: list[str]
+    ospid: int
+    host: str
+    shares_memory: bool  # whether the journal, and so any segment, could be mapped
+
+
+@dataclasses.dataclass(slots=True)
+class Function(Message):
+    """Master -> worker: the function `number`; its pickle is the body."""
+
+    kind: ClassVar[Kind] = Kind.FUNCTION
+    number: int
+    name: str
+
+
+@dataclasses.dataclass(slots=True)
+class Forget(Message):
+    """Master -> worker: these function numbers are not used any more."""
+
+    kind: ClassVar[Kind] = Kind.FORGET
+    numbers: list[int]
+
+
+@dataclasses.dataclass(slots=True)
+class Recall(Message):
+    """Master -> worker: give back calls that have not started: the listed ones, or the last `count`."""
+
+    kind: ClassVar[Kind] = Kind.RECALL
+    count: int
+    sequences: list[int]
+
+
+@dataclasses.dataclass(slots=True)
+class Recalled(Message):
+    """Worker -> master: pairs (first sequence number, elements) that were taken back and will not run here."""
+
+    kind: ClassVar[Kind] = Kind.RECALLED
+    ranges: list[list[int]]
+    asked: list[int]
+
+
+@dataclasses.dataclass(slots=True)
+class Initialize(Message):
+    """Master -> worker: run the initializer (body: function and arguments) before any call."""
+
+    kind: ClassVar[Kind] = Kind.INITIALIZE
+    name: str
+
+
+@dataclasses.dataclass(slots=True)
+class Initialized(Message):
+    """Worker -> master: the initializer returned (`ok`) or raised (body: the exception)."""
+
+    kind: ClassVar[Kind] = Kind.INITIALIZED
+    ok: bool
+
+
+@dataclasses.dataclass(slots=True)
+class Shutdown(Message):
+    """Master -> worker: finish what was sent, then exit."""
+
+    kind: ClassVar[Kind] = Kind.SHUTDOWN
+    reason: str
+
+
+@dataclasses.dataclass(slots=True)
+class SegmentsFree(Message):
+    """Receiver -> sender of segments: the last views of these are gone."""
+
+    kind: ClassVar[Kind] = Kind.SEGMENTS_FREE
+    segments: list[int]
+
+
+@dataclasses.dataclass(slots=True)
+class Blocked(Message):
+    """Worker -> master: `change` more (or fewer) of my running calls wait for other calls: send that many more."""
+
+    kind: ClassVar[Kind] = Kind.BLOCKED
+    change: int
+
+
+@dataclasses.dataclass(slots=True)
+class Submit(Message):
+    """Worker -> owner of an executor: run this call (body: function and arguments) for my request `request`."""
+
+    kind: ClassVar[Kind] = Kind.SUBMIT
+    request: int
+    executor: str
+    name: str
+    function_bytes: int
+    options: dict[str, Any] | None
+
+
+@dataclasses.dataclass(slots=True)
+class Outcome(Message):
+    """Owner of an executor -> worker: how request `request` ended (body: value or exception)."""
+
+    kind: ClassVar[Kind] = Kind.OUTCOME
+    request: int
+    status: int
+
+
+@dataclasses.dataclass(slots=True)
+class Cancel(Message):
+    """Worker -> owner of an executor: cancel request `request` if it has not started."""
+
+    kind: ClassVar[Kind] = Kind.CANCEL
+    request: int
+
+
+@dataclasses.dataclass(slots=True)
+class Cancelled(Message):
+    """Owner of an executor -> worker: whether request `request` was cancelled."""
+
+    kind: ClassVar[Kind] = Kind.CANCELLED
+    request: int
+    done: bool
+
+
+@dataclasses.dataclass(slots=True)
+class Interrupt(Message):
+    """Master -> worker: raise KeyboardInterrupt in what runs there."""
+
+    kind: ClassVar[Kind] = Kind.INTERRUPT
+
+
+MESSAGES: dict[int, type[Message]] = {
+    int(cls.kind): cls
+    for cls in (
+        Join, Joined, Function, Forget, Recall, Recalled, Initialize, Initialized, Shutdown,
+        SegmentsFree, Blocked, Submit, Outcome, Cancel, Cancelled, Interrupt,
+    )
+}  # fmt: skip

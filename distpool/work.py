@@ -1,0 +1,440 @@
+"""What waits to run: single calls, and maps whose elements are cut into spans when a worker has room (layer 7).
+
+    submit  ->  Call     one record, one future
+    map     ->  MapRun   feed() adds elements; take() cuts a span or records for one frame; results come back by index
+
+User objects are serialised in the thread that submits or feeds, never at dispatch, which runs on the leader. The only
+exception are exact scalars (`SCALARS`): pickling them runs no user code, so a whole span of them goes into one pickle,
+cut as long as the measured time per call allows.
+
+Entries in flight (`Call`, `Element`, `Span`) share three methods: `elements`, `settle(index, outcome)`, `put_back`.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pickle import dumps
+from typing import TYPE_CHECKING, Any
+
+from distpool.refs.refs import RAISED_HERE, Outcome
+from distpool.wire import codec
+from distpool.wire.functions import EncodedFunction
+from distpool.wire.messages import CALL, CHUNK, CHUNK_OF_SCALARS, ONE, SPAN, SPAN_OF_SCALARS
+
+if TYPE_CHECKING:
+    from distpool.scheduling import Scheduler, Slot
+    from distpool.transport.ioloop import IoLoop
+
+SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
+_NOT_WAITING: AbstractContextManager[object] = contextlib.nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How calls of an executor view are treated; see `ClusterExecutor.options`."""
+
+    timeout: float | None = None
+    retries: int = 0
+    retry_delays: tuple[float, ...] | None = None
+    retry_check: Any = None
+    pids: frozenset[int] | None = None
+    keep: bool = False
+    label: str | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether calls need no special treatment by the scheduler."""
+        return self.timeout is None and not self.retries and self.pids is None
+
+    def may_retry(self, error: BaseException) -> bool:
+        """Whether `error` may be retried (user code: not on the leader)."""
+        check = self.retry_check
+        if check is None:
+            return isinstance(error, Exception)
+        if isinstance(check, type | tuple):
+            return isinstance(error, check)
+        return bool(check(error))
+
+    def delay(self, attempt: int) -> float:
+        """Seconds before attempt number `attempt` (1 = first retry)."""
+        delays = self.retry_delays
+        return float(delays[min(attempt, len(delays)) - 1]) if delays else 0.0
+
+
+class Call:
+    """One submitted call."""
+
+    __slots__ = ("attempt", "buffers", "cancelled", "function", "future", "policy", "record", "scheduler", "sequence", "slot")
+
+    elements = 1
+    done, stop = 0, 1  # an entry of one element: nothing of it is done, nothing was recalled
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        function: EncodedFunction,
+        record: bytes,
+        buffers: list[Any],
+        future: Any,
+        policy: Policy | None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.function = function
+        self.record = record
+        self.buffers = buffers
+        self.future = future
+        self.policy = policy
+        self.attempt = 0
+        self.slot: Slot | None = None
+        self.sequence = 0
+        self.cancelled = False
+
+    @property
+    def timing(self) -> EncodedFunction:
+        """Whose `mean` tells the seconds per call."""
+        return self.function
+
+    @property
+    def loop(self) -> IoLoop | None:
+        """The loop whose leader settles the future."""
+        return self.scheduler.loop
+
+    def cancel(self) -> bool:
+        """Recall the call; True if it will not run."""
+        return self.scheduler.cancel(self)
+
+    def started(self) -> bool:
+        """Whether a worker is known to have begun it (same host), or has it (other hosts)."""
+        slot = self.slot
+        return slot is not None and slot.has_started(self.sequence)
+
+    def waiting(self) -> AbstractContextManager[object]:
+        """In the owner of the executor a waiting thread holds no slot."""
+        self.scheduler.check_process()
+        return _NOT_WAITING
+
+    def settle(self, index: int, outcome: Outcome) -> Any:
+        """Store the outcome; returns the future if callbacks are left to run."""
+        self.release()
+        future = self.future
+        return future if future._settle(outcome) else None
+
+    def release(self) -> None:
+        """Let go of staged buffers: the call will not be sent again."""
+        if self.buffers:
+            release_all(self.buffers)
+            self.buffers = []
+
+    def put_back(self, first: int, count: int, queue: collections.deque[Any]) -> None:
+        """The call has not started: it runs elsewhere."""
+        self.slot = None
+        if self.cancelled:
+            self.release()
+        else:
+            queue.appendleft(self)
+
+
+class Element:
+    """One element of a map that travels as a record of its own."""
+
+    __slots__ = ("buffers", "function", "index", "record", "run", "timing")
+
+    elements = 1
+    done, stop = 0, 1
+    policy = None
+
+    def __init__(self, run: MapRun, index: int, record: bytes, buffers: list[Any]) -> None:
+        self.run = run
+        self.function = run.function
+        self.timing = run.timing
+        self.index = index
+        self.record = record
+        self.buffers = buffers
+
+    def settle(self, index: int, outcome: Outcome) -> Any:
+        if self.buffers:
+            release_all(self.buffers)
+        self.run.settle(self.index, outcome)
+        return None
+
+    def put_back(self, first: int, count: int, queue: collections.deque[Any]) -> None:
+        self.run.put_back(_Records(self.index, [(self.record, self.buffers)]), queue)
+
+
+class Span:
+    """Consecutive scalar elements of a map that travel in one record."""
+
+    __slots__ = ("done", "elements", "function", "index", "items", "run", "stop", "timing")
+
+    buffers = ()
+    policy = None
+
+    def __init__(self, run: MapRun, index: int, items: list[Any]) -> None:
+        self.run = run
+        self.function = run.function
+        self.timing = run.timing
+        self.index = index
+        self.items = items
+        self.elements = self.stop = len(items)
+        self.done = 0  # elements answered; they are answered in order
+
+    @property
+    def record(self) -> bytes:
+        payload = dumps(self.items, 5)
+        flags = self.run.span_flags
+        return CALL.pack(self.function.number, len(self.items), len(payload), 0, flags) + payload
+
+    def settle(self, index: int, outcome: Outcome) -> Any:
+        self.run.settle(self.index + index, outcome)
+        return None
+
+    def put_back(self, first: int, count: int, queue: collections.deque[Any]) -> None:
+        """Elements `first` to `first + count` have not started."""
+        self.run.put_back(_Scalars(self.index + first, self.items[first : first + count]), queue)
+
+
+class _Scalars:
+    """Fed elements that are exact scalars (or tuples of them, one per iterable)."""
+
+    __slots__ = ("index", "items")
+
+    def __init__(self, index: int, items: list[Any]) -> None:
+        self.index = index
+        self.items = items
+
+    def take(self, run: MapRun, count: int) -> list[Any]:
+        part, self.items = self.items[:count], self.items[count:]
+        span = Span(run, self.index, part)
+        self.index += len(part)
+        return [span]
+
+
+class _Records:
+    """Fed elements that were serialised one by one: pairs (record, buffers)."""
+
+    __slots__ = ("index", "items")
+
+    def __init__(self, index: int, items: list[Any]) -> None:
+        self.index = index
+        self.items = items
+
+    def take(self, run: MapRun, count: int) -> list[Any]:
+        part, self.items = self.items[:count], self.items[count:]
+        entries = [Element(run, self.index + offset, *item) for offset, item in enumerate(part)]
+        self.index += len(part)
+        return entries
+
+
+class Timing:
+    """Measured seconds per element, like the `mean` of a function; -1.0: not known yet."""
+
+    __slots__ = ("mean",)
+
+    def __init__(self) -> None:
+        self.mean = -1.0
+
+
+class MapRun:
+    """One running map: elements in, outcomes by index out.
+
+    A user's thread calls `feed`, `wait_for`, `next_ready`, `close`; the scheduler `take`, `put_back`, `settle`.
+    `results` maps index -> Outcome, or the bare pickle (bytes) of a plain value. Its operations are atomic.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        function: EncodedFunction,
+        *,
+        single: bool,
+        ordered: bool = True,
+        chunked: bool = False,
+    ) -> None:
+        self.scheduler = scheduler
+        self.function = function
+        self.span_flags = SPAN_OF_SCALARS if single else SPAN
+        self.single = single
+        #: Whose `mean` tells the seconds per element: chunks take longer than calls of the same function.
+        self.timing: Any = Timing() if chunked else function
+        self.fed = 0  # elements taken from the input
+        self.settled = 0
+        self.results: dict[int, Any] = {}
+        self.ready: collections.deque[int] | None = None if ordered else collections.deque()
+        self.on_settled: Callable[[int], object] | None = None  # leader: called with each index
+        self.closed = False
+        self.queued = False  # in the scheduler's queue
+        self._blocks: collections.deque[Any] = collections.deque()  # protected by the scheduler's lock, except append
+        self._taken = 0  # elements that left `_blocks` (or never got there); scheduler's lock, or the feeding thread
+        self._sleepers: list[Any] = []
+
+    # -- feeding (user's thread) -------------------------------------------------------------------------------
+
+    def feed(self, arguments: list[Any]) -> None:
+        """Add elements: bare arguments for one iterable (`single`), else tuples. Serialises them here and now."""
+        if not arguments:
+            return
+        if _all_scalars(arguments, self.single):
+            self._append(_Scalars(self.fed, arguments), len(arguments))
+            return
+        records: list[Any] = []
+        for argument in arguments:
+            args = (argument,) if self.single else argument
+            records.append(self._record(lambda args=args: codec.encode_args(args, {}), ONE))
+        self._append_records(records)
+
+    def feed_chunk(self, chunk: list[Any]) -> None:
+        """Add one element that stands for a whole chunk: it succeeds or fails as one, its value is a list."""
+        flags = CHUNK_OF_SCALARS if self.single else CHUNK
+        if _all_scalars(chunk, self.single):
+            self._append_records([self._record(lambda: (dumps(chunk, 5), ()), flags)])
+        else:
+            self._append_records([self._record(lambda: codec.encode(chunk), flags)])
+
+    def _record(self, encode: Callable[[], tuple[bytes, Any]], flags: int) -> Any:
+        """`(record, buffers)`, or the exception: it is that element's outcome."""
+        try:
+            data, buffers = encode()
+            staged = self.scheduler.stage(buffers) if buffers else []
+        except Exception as error:
+            return error
+        return CALL.pack(self.function.number, 1, len(data), len(staged), flags) + data, staged
+
+    def _append_records(self, records: list[Any]) -> None:
+        start, good = self.fed, []
+        for offset, record in enumerate(records):
+            if isinstance(record, Exception):
+                if good:
+                    self._append(_Records(start, good), len(good))
+                    good = []
+                self.fed += 1
+                self._taken += 1
+                self.settle(self.fed - 1, Outcome(RAISED_HERE, record, (), 1))
+                start = self.fed
+            else:
+                good.append(record)
+            del offset
+        if good:
+            self._append(_Records(start, good), len(good))
+
+    def _append(self, block: Any, count: int) -> None:
+        self.fed += count
+        self._blocks.append(block)
+        self.scheduler.enqueue(self)
+
+    # -- dispatch (scheduler's lock held) ----------------------------------------------------------------------
+
+    @property
+    def remaining(self) -> int:
+        """Elements fed and not yet sent."""
+        return self.fed - self._taken
+
+    def take(self, count: int) -> list[Any]:
+        """Up to `count` elements as entries for one frame; empty when there are none."""
+        blocks = self._blocks
+        if self.closed:
+            blocks.clear()
+        if not blocks:
+            return []
+        block = blocks[0]
+        entries: list[Any] = block.take(self, count)
+        self._taken += sum(entry.elements for entry in entries)
+        if not block.items:
+            blocks.popleft()
+        return entries
+
+    def put_back(self, block: Any, queue: collections.deque[Any]) -> None:
+        """Elements that have not started come back: they go first."""
+        if self.closed:
+            return
+        self._blocks.appendleft(block)
+        self._taken -= len(block.items)
+        if self not in queue:
+            queue.appendleft(self)
+
+    def fail_rest(self, outcome: Outcome) -> None:
+        """Nothing of this map will be sent any more."""
+        while self._blocks:
+            block = self._blocks.popleft()
+            self._taken += len(block.items)
+            for offset in range(len(block.items)):
+                self.settle(block.index + offset, outcome)
+
+    # -- results -----------------------------------------------------------------------------------------------
+
+    def settle(self, index: int, outcome: Any) -> None:
+        """Element `index` has ended (leader; or the feeding thread, if it could not be serialised)."""
+        if self.closed:
+            return
+        self.results[index] = outcome
+        self.settled += 1
+        if self.ready is not None:
+            self.ready.append(index)
+        if self.on_settled is not None:
+            self.on_settled(index)
+        if self._sleepers:
+            self.wake()
+
+    def wake(self) -> None:
+        """Wake the consumers."""
+        for sleeper in list(self._sleepers):
+            with contextlib.suppress(RuntimeError):
+                sleeper.release()
+
+    def wait_for(self, index: int, deadline: float | None = None) -> bool:
+        """Wait until element `index` has ended; False after `deadline` (monotonic seconds)."""
+        return self.wait_until(lambda: index in self.results, deadline)
+
+    def wait_until(self, until: Callable[[], bool], deadline: float | None = None) -> bool:
+        """Wait for a condition that changes with `settle`; False after `deadline`."""
+        if until():
+            return True
+        self.scheduler.check_process()
+        loop = self.scheduler.loop
+        if loop.lead(until, deadline):
+            return until()
+        sleeper = threading.Semaphore(0)
+        self._sleepers.append(sleeper)
+        try:
+            with loop.following():
+                while not until():
+                    timeout = None if deadline is None else deadline - time.monotonic()
+                    if timeout is not None and timeout <= 0:
+                        return False
+                    sleeper.acquire(timeout=timeout)
+        finally:
+            self._sleepers.remove(sleeper)
+        return True
+
+    def close(self) -> None:
+        """Nobody wants the rest: drop what was not sent, recall what has not started."""
+        if not self.closed:
+            self.abandon()
+            self.scheduler.pump()
+
+    def abandon(self) -> None:
+        """As `close`, but safe in a finalizer: what waits is dropped when the queue is next looked at."""
+        self.closed = True
+        self.results.clear()
+
+
+def release_all(buffers: Iterable[Any]) -> None:
+    """Give staged buffers back to the pool."""
+    for buffer in buffers:
+        release = getattr(buffer, "release", None)
+        if release is not None and not isinstance(buffer, memoryview):
+            release()
+
+
+def _all_scalars(arguments: list[Any], single: bool) -> bool:
+    if single:
+        return SCALARS.issuperset(map(type, arguments))
+    return all(SCALARS.issuperset(map(type, argument)) for argument in arguments)
+
+
+__all__ = ["SCALARS", "Call", "Element", "MapRun", "Policy", "Span", "Timing"]
