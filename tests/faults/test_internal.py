@@ -1,0 +1,68 @@
+"""Row F18: an error inside the library's own threads ends every pending call with that error.
+
+The error is thrown into the library's threads from outside (`PyThreadState_SetAsyncExc`), so that the test knows
+nothing about their code: only that their names begin with "distpool".
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from .helpers import NOISE, Gate
+from .programs import Program
+
+SOURCE = """
+import ctypes
+kind, host, port = sys.argv[1:]
+address = host, int(port)
+
+class InjectedFault(Exception):
+    pass
+
+runner = Runner(kind, 2)
+assert runner.call(helpers.square, 3) == 9
+running = [runner.submit(helpers.hold, address, number) for number in range(2)]
+queued = [runner.submit(helpers.square, number) for number in range(50)]
+helpers.hold(address, "main")
+names = [thread.name for thread in threading.enumerate()]
+victims = [thread for thread in threading.enumerate() if thread.name.startswith("distpool") and "io" in thread.name]
+assert victims, names
+for victim in victims:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(victim.ident), ctypes.py_object(InjectedFault))
+begin = time.monotonic()
+late = None
+try:
+    late = runner.submit(helpers.square, 1)  # wakes the thread, which meets its fault
+except Exception as error:
+    print("submit", type(error).__name__)
+import traceback
+faults = 0
+for call in running + queued:
+    error = runner.error(call, 20)
+    faults += "InjectedFault" in "".join(traceback.format_exception(error))
+print("faults", faults)
+print("seconds", time.monotonic() - begin)
+if late is not None:
+    try:
+        print("late", runner.value(late, 20))
+    except BaseException as error:
+        print("late", type(error).__name__)
+try:
+    print("later", runner.call(helpers.square, 2))
+except Exception as error:
+    print("later", type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize("again", range(3))
+def test_fault_on_the_io_thread(kind: str, gate: Gate, again: int) -> None:
+    with Program(SOURCE, [kind, *gate.address]) as program:
+        arrivals = gate.arrivals(3)
+        next(arrival for arrival in arrivals if arrival.tag == "main").release()
+        outcome = program.finish()
+    facts = dict(line.split(" ", 1) for line in outcome.stdout.splitlines())
+    assert outcome.returncode == 0, outcome.stderr
+    assert facts["faults"] == "52", outcome.stdout
+    assert float(facts["seconds"]) <= 1 * NOISE
+    assert facts["later"] in ("4", "BrokenProcessPool", "ProcessExitedException", "RuntimeError")
+    outcome.assert_nothing_left()

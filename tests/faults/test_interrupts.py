@@ -1,0 +1,215 @@
+"""Row F11: Ctrl-C at any moment gives one `KeyboardInterrupt`, and leaves an executor that works."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from .helpers import NOISE, PATIENCE, Gate
+from .programs import Program
+
+BOUND = 1.0
+
+OPERATIONS = {
+    "executor": ["result", "wait", "map", "pmap", "imap_unordered", "exception", "shutdown", "with", "with a map"],
+    "pool": ["get", "wait", "apply", "map", "imap", "imap_unordered", "pmap", "join", "with", "with a map"],
+}
+ENDING = ("shutdown", "join", "with", "with a map")
+"""Operations after which the executor cannot be used again."""
+CASES = [(kind, operation) for kind, operations in OPERATIONS.items() for operation in operations]
+
+WAITING = """
+kind, operation, host, port = sys.argv[1:5]
+address = host, int(port)
+
+def block():
+    raw = runner.raw
+    hold = helpers.hold
+    if operation == "result":
+        raw.submit(hold, address).result()
+    elif operation == "exception":
+        raw.submit(hold, address).exception()
+    elif operation == "wait" and kind == "executor":
+        import concurrent.futures
+        concurrent.futures.wait([raw.submit(hold, address)])
+    elif operation == "wait":
+        raw.apply_async(hold, (address,)).wait()
+    elif operation == "get":
+        raw.apply_async(hold, (address,)).get()
+    elif operation == "apply":
+        raw.apply(hold, (address,))
+    elif operation in ("map", "imap", "imap_unordered"):
+        list(getattr(raw, operation)(hold, [address] * 10))
+    elif operation == "pmap":
+        raw.pmap(hold, [address] * 10)
+    elif operation == "shutdown":
+        raw.submit(hold, address)
+        raw.shutdown(wait=True)
+    elif operation == "join":
+        raw.apply_async(hold, (address,))
+        raw.close()
+        raw.join()
+    elif operation == "with":
+        with raw:
+            runner.value(runner.submit(hold, address), None)
+    elif operation == "with a map":
+        with raw:
+            list(raw.map(hold, [address] * 10))
+"""
+
+ENDS = WAITING + """
+runner = Runner(kind, 2)
+block()
+"""
+
+GOES_ON = WAITING + """
+caught = 0
+runner = Runner(kind, 2)
+assert runner.call(helpers.square, 2) == 4
+try:
+    block()
+except KeyboardInterrupt:
+    caught += 1
+if operation not in ("shutdown", "join", "with", "with a map"):
+    assert runner.call(helpers.square, 3) == 9
+    print("usable", caught, flush=True)
+    helpers.hold(address, "main")
+    calls = [runner.submit(helpers.square, number) for number in range(100)]
+    assert [runner.value(call) for call in calls] == [number * number for number in range(100)]
+    runner.close()
+print("end", caught)
+"""
+
+
+@pytest.mark.parametrize(("kind", "operation"), CASES)
+def test_uncaught(kind: str, operation: str, gate: Gate) -> None:
+    """Gone within a second, by the signal as any Python program, with one traceback in total."""
+    with Program(ENDS, [kind, operation, *gate.address]) as program:
+        gate.arrival()
+        program.interrupt()
+        begin = time.monotonic()
+        outcome = program.finish()
+        took = time.monotonic() - begin
+    assert outcome.returncode == -signal.SIGINT, outcome.stderr
+    assert outcome.stderr.count("Traceback (most recent call last)") == 1, outcome.stderr
+    assert outcome.stderr.rstrip().endswith("KeyboardInterrupt")
+    assert "During handling" not in outcome.stderr
+    outcome.assert_nothing_left()
+    assert took <= BOUND * NOISE
+
+
+@pytest.mark.parametrize(("kind", "operation"), CASES)
+def test_caught(kind: str, operation: str, gate: Gate) -> None:
+    """One `KeyboardInterrupt` here, none on the workers; the executor goes on."""
+    with Program(GOES_ON, [kind, operation, *gate.address]) as program:
+        arrival = gate.arrival()
+        program.interrupt()
+        begin = time.monotonic()
+        arrival.release()
+        while arrival.tag != "main" and operation not in ENDING:
+            arrival = gate.arrival()
+            arrival.release()
+        assert time.monotonic() - begin <= BOUND * NOISE
+        gate.close()  # whoever else is held, or comes later, goes on
+        outcome = program.finish()
+    assert outcome.stderr == ""
+    assert outcome.stdout.endswith("end 1\n"), outcome.stdout
+    outcome.assert_clean()
+
+
+RANDOM = """
+import random
+kind, operation, rounds, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+random.seed(seed)
+identity = helpers.identity
+wake, trigger = os.pipe()
+
+def shoot():
+    while os.read(wake, 1):
+        time.sleep(random.random() * 0.004)  # the random moment
+        os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=shoot, daemon=True).start()
+runner = Runner(kind, 2)
+raw = runner.raw
+expected = list(range(12))
+
+def act():
+    if operation == "submit":
+        calls = [runner.submit(identity, number) for number in expected]
+        return [runner.value(call) for call in calls]
+    if operation == "one":
+        return [runner.call(identity, number) for number in expected]
+    if operation == "map":
+        return list(raw.map(identity, expected))
+    if operation == "imap_unordered":
+        return sorted(raw.imap_unordered(identity, expected))
+    if operation == "pmap":
+        return raw.pmap(identity, expected)
+    if operation == "big":
+        return [value[0] for value in raw.map(identity, [[number, bytes(300_000)] for number in expected])]
+
+assert act() == expected
+caught = lost = wrong = 0
+for round_ in range(rounds):
+    try:
+        os.write(trigger, b"x")
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            wrong += act() != expected
+        lost += 1
+    except KeyboardInterrupt:
+        caught += 1
+    assert runner.call(identity, round_) == round_
+calls = [runner.submit(identity, number) for number in range(1000)]
+assert [runner.value(call) for call in calls] == list(range(1000))
+assert len(runner.executor.workers) == 2
+runner.close()
+print("caught", caught, "lost", lost, "wrong", wrong)
+"""
+
+
+@pytest.mark.time_limit(150)
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ["one", "submit", "map", "imap_unordered", "pmap", "big"])
+def test_thousand_random_moments(kind: str, operation: str) -> None:
+    """Every interrupt is seen once; no frame is torn: all later results are right."""
+    with Program(RANDOM, [kind, operation, 1000, 7]) as program:
+        outcome = program.finish(120)
+    assert outcome.stderr == ""
+    assert outcome.stdout == "caught 1000 lost 0 wrong 0\n"
+    outcome.assert_clean()
+
+
+SHIELDED = """
+kind, host, port = sys.argv[1:4]
+address = host, int(port)
+runner = Runner(kind, 2)
+calls = [runner.submit(helpers.hold, address, number) for number in range(2)]
+try:
+    helpers.hold(address, "main")
+    while True:
+        time.sleep(100)
+except KeyboardInterrupt:
+    pass
+helpers.hold(address, "caught")
+print([runner.value(call) for call in calls])
+runner.close()
+"""
+
+
+def test_workers_do_not_see_the_interrupt(kind: str, gate: Gate) -> None:
+    """Ctrl-C belongs to the program: what runs on the workers goes on to its end."""
+    with Program(SHIELDED, [kind, *gate.address]) as program:
+        arrivals = gate.arrivals(3)
+        program.interrupt()
+        next(arrival for arrival in arrivals if arrival.tag == "main")
+        arrivals.append(gate.arrival(PATIENCE))
+        for arrival in arrivals:
+            if arrival.tag != "main":
+                arrival.release()
+        outcome = program.finish()
+    outcome.assert_clean()
+    assert outcome.stdout == "[0, 1]\n"

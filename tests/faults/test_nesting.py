@@ -1,0 +1,196 @@
+"""Rows F16, F17: tasks that submit, tasks that make pools, tasks that wait for each other."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+
+import distpool
+
+from . import helpers
+from .helpers import NOISE, PATIENCE, Gate, at_most
+from .runners import Runner, assert_squares
+
+
+def fib(executor: Any, number: int) -> int:
+    """Every call but the leaves submits two to the same executor and waits for them."""
+    if number < 2:
+        return number
+    first = executor.submit(fib, executor, number - 1)
+    second = executor.submit(fib, executor, number - 2)
+    value: int = first.result() + second.result()
+    return value
+
+
+def fib_by_map(executor: Any, number: int) -> int:
+    return number if number < 2 else sum(executor.map(fib_by_map, [executor] * 2, [number - 1, number - 2]))
+
+
+# ------------------------------------------------------------------------------------------------------------------ F16
+
+
+@pytest.mark.parametrize("function", [fib, fib_by_map])
+def test_recursion_on_two_workers(runner: Runner, function: Callable[[Any, int], int]) -> None:
+    with at_most(10, "fib(12)"):
+        assert runner.submit(function, runner.executor, 12).value(10 * NOISE) == 144
+
+
+def test_recursion_on_one_worker(make_runner: Callable[..., Runner]) -> None:
+    runner = make_runner(1)
+    with at_most(10, "fib(9)"):
+        assert runner.submit(fib, runner.executor, 9).value(10 * NOISE) == 34
+
+
+def test_captured_executor(runner: Runner) -> None:
+    """A closure over the executor is a handle as well."""
+    executor = runner.executor
+
+    def act(number: int) -> int:
+        value: int = executor.submit(helpers.square, number).result()
+        return value + 1
+
+    assert [runner.submit(act, number).value() for number in range(5)] == [1, 2, 5, 10, 17]
+
+
+def test_error_and_death_inside(runner: Runner) -> None:
+    """What fails inside arrives where it was submitted, one level up."""
+    executor = runner.executor
+
+    def act(how: str) -> str:
+        inner = executor.submit(helpers.fail, "inside") if how == "error" else executor.submit(helpers.die, how)
+        return type(inner.exception()).__name__
+
+    assert runner.submit(act, "error").value() == "ValueError"
+    assert runner.submit(act, "SIGKILL").value() == "ProcessExitedException"
+
+
+def test_pool_is_not_sent(make_runner: Callable[..., Runner], kind: str) -> None:
+    if kind != "pool":
+        pytest.skip("executors are sent")
+    runner = make_runner(1)
+    error = runner.submit(helpers.identity, runner.raw).error()
+    assert isinstance(error, (NotImplementedError, distpool.SerializationError))
+    assert "pool objects cannot be passed" in f"{error} {error.__cause__}"
+
+
+def nested_executor(number: int) -> list[int]:
+    with distpool.ClusterExecutor(1) as inner:
+        return list(inner.map(helpers.square, range(number)))
+
+
+def nested_pool(number: int) -> list[int]:
+    with distpool.DistPool(1) as inner:
+        values: list[int] = inner.map(helpers.square, range(number))
+        return values
+
+
+def nested_stdlib_executor(number: int) -> list[int]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as inner:
+        return list(inner.map(helpers.square, range(number)))
+
+
+def nested_stdlib_pool(number: int) -> list[int]:
+    with multiprocessing.get_context("spawn").Pool(1) as inner:
+        return inner.map(helpers.square, range(number))
+
+
+@pytest.mark.parametrize("function", [nested_executor, nested_pool, nested_stdlib_executor, nested_stdlib_pool])
+def test_pool_made_inside_a_task(runner: Runner, function: Callable[[int], list[int]]) -> None:
+    with at_most(10, "a nested pool"):
+        calls = [runner.submit(function, number) for number in (3, 4)]
+        assert [call.value(10 * NOISE) for call in calls] == [[0, 1, 4], [0, 1, 4, 9]]
+    assert_squares([runner.submit(helpers.square, number) for number in range(20)])
+
+
+# ------------------------------------------------------------------------------------------------------------------ F17
+
+
+@pytest.mark.parametrize("between", [0, 1, 5, 20])
+def test_two_tasks_that_wait_for_each_other(runner: Runner, gate: Gate, between: int) -> None:
+    """Both have to run at once, though short calls before them made the windows wide."""
+    assert_squares([runner.submit(helpers.square, number) for number in range(300)])
+    for _ in range(10):
+        first = runner.submit(helpers.hold, gate.address, "first")
+        fillers = [runner.submit(helpers.square, number) for number in range(between)]
+        second = runner.submit(helpers.hold, gate.address, "second")
+        arrivals = gate.arrivals(2, 2 * NOISE)
+        for arrival in arrivals:
+            arrival.release()
+        assert (first.value(), second.value()) == ("first", "second")
+        assert_squares(fillers)
+
+
+def test_the_other_worker_is_busy_for_a_moment(runner: Runner, gate: Gate) -> None:
+    """While one worker is held both go to the other; the one let go has to take the second."""
+    assert_squares([runner.submit(helpers.square, number) for number in range(300)])
+    for _ in range(10):
+        held = runner.submit(helpers.hold, gate.address, "held")
+        holder = gate.arrival(2 * NOISE)
+        pair = [runner.submit(helpers.hold, gate.address, name) for name in ("first", "second")]
+        first = gate.arrival(2 * NOISE)
+        holder.release()
+        second = gate.arrival(2 * NOISE)
+        assert {first.tag, second.tag} == {"first", "second"}
+        first.release()
+        second.release()
+        assert [call.value() for call in pair] == ["first", "second"]
+        assert held.value() == "held"
+
+
+def test_a_long_task_keeps_nobody_behind_it(runner: Runner, gate: Gate) -> None:
+    """One worker is held for good; everything else passes by."""
+    assert_squares([runner.submit(helpers.square, number) for number in range(300)])
+    calls = [runner.submit(helpers.square, number) for number in range(50)]
+    held = runner.submit(helpers.hold, gate.address, "held")
+    calls += [runner.submit(helpers.square, number) for number in range(50, 100)]
+    arrival = gate.arrival()
+    with at_most(2, "ninety-nine short calls"):
+        assert_squares(calls)
+    arrival.release()
+    assert held.value() == "held"
+
+
+def test_tasks_in_one_map_that_wait_for_each_other(runner: Runner, gate: Gate) -> None:
+    """Neighbours of one map, which a batch would put behind one another."""
+    address = gate.address
+    list(runner.raw.map(helpers.square, range(300)))
+    results: list[list[int]] = []
+
+    def consume() -> None:
+        results.append(list(runner.raw.map(lambda number: helpers.hold(address, number), range(6), chunksize=1)))
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    for _ in range(3):
+        for arrival in gate.arrivals(2, 2 * NOISE):
+            arrival.release()
+    consumer.join(PATIENCE)
+    assert results == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_through_a_channel(runner: Runner) -> None:
+    """The same through the package's own channels."""
+    channel_class = getattr(distpool, "RemoteChannel", None)
+    if channel_class is None:
+        pytest.skip("channels do not exist yet")
+    there, back = channel_class(), channel_class()
+
+    def ask(question: Any, answer: Any) -> int:
+        question.put(20)
+        return int(answer.take())
+
+    def reply(question: Any, answer: Any) -> int:
+        number = int(question.take())
+        answer.put(number + 1)
+        return number
+
+    assert_squares([runner.submit(helpers.square, number) for number in range(300)])
+    with at_most(2, "ten pairs"):
+        for _ in range(10):
+            calls = runner.submit(ask, there, back), runner.submit(reply, there, back)
+            assert [call.value(2 * NOISE) for call in calls] == [21, 20]
