@@ -648,7 +648,9 @@ def test_close_if_idle(launcher: Launcher) -> None:
     assert os.path.dirname(process.address[1]) != directory
     # A second zygote shares the directory; the end of the first must leave it.
     finish(list(launcher.launch(order(argv=[sys.executable, "-O"]))))
+    (other,) = set(zygotes()) - {psutil.Process(process.ospid).parent()}
     launcher.close_if_idle()
+    assert wait_gone([other.pid]) == []
     assert len(zygotes()) == 1
     assert os.path.exists(process.address[1])
     finish([process])
@@ -707,7 +709,12 @@ def start_master(
 ) -> tuple[subprocess.Popen[str], list[int], str]:
     path = [str(HERE), str(HERE.parent), *sys.path]
     code = MASTER.format(path=path, method=method, transport=transport, busy=busy, more=more)
-    master = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    master = subprocess.Popen(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert master.stdout is not None and master.stderr is not None
     words = master.stdout.readline().split()
     assert words, master.stderr.read()
@@ -756,7 +763,7 @@ if not child:
     launcher.forget_after_fork()
     loop.close_descriptors()
     for process in processes: os.close(process.output)
-    left = [n for n in os.listdir("/proc/self/fd") if int(n) > 2 and n in before and os.path.lexists("/proc/self/fd/" + n)]
+    left = [n for n in before if int(n) > 2 and os.path.lexists("/proc/self/fd/" + n)]
     try:
         next(launcher.launch(spec))
     except t.LaunchWorkerError:

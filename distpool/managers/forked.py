@@ -101,8 +101,7 @@ class ForkServer:
 
     def _start(self, spec: LaunchSpec, control: socket.socket, output: int) -> subprocess.Popen[bytes]:
         arguments = f"{control.fileno()}, {os.getpid()}, {spec.directory!r}, {spec.entry!r}, own"
-        path = [] if spec.own_path else spec.sys_path
-        code = boot_code(f"from distpool.zygote import main; main({arguments})", path)
+        code = boot_code(f"from distpool.zygote import main; main({arguments})", spec.sys_path, spec.own_path)
         return subprocess.Popen(
             [*spec.argv, "-c", code],
             stdin=subprocess.DEVNULL,

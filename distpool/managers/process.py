@@ -168,12 +168,14 @@ def last_lines(data: bytes, count: int) -> str:
     return "\n".join(data.decode(errors="replace").splitlines()[-count:])
 
 
-def boot_code(call: str, path: list[str]) -> str:
+def boot_code(call: str, path: list[str], foreign: bool = False) -> str:
     """Text for `python -c` that imports distpool and makes `call`, in which `own` is the interpreter's own sys.path.
 
-    Modules are looked up in `path` first, so that the same ones are found as here; without it, in the interpreter's.
+    Modules are looked up in `path`, so that the same ones are found as here; by a `foreign` interpreter (and where
+    `path` is empty) in its own first.
     """
+    found = f"own + {path!r}" if foreign else f"{path!r} or own[:]"
     return (
-        f"import sys; own = [p for p in sys.path if p]; sys.path[:] = {path!r} or own; "
+        f"import sys; own = [p for p in sys.path if p]; sys.path[:] = {found}; "
         f"sys.path += [{PACKAGE!r}] * ({PACKAGE!r} not in sys.path); {call}"
     )
