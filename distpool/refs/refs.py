@@ -6,9 +6,10 @@ The standard library's Future makes a Condition and three lists when it is born 
 This one is born empty; `_condition`, `_waiters`, `_done_callbacks` come into being when they are first touched
 (`__getattr__`), so that `concurrent.futures.wait`, `as_completed` and `asyncio.wrap_future`, which reach into them, work.
 
-Who has to see whom: the settler first writes `_state`, then looks whether anybody waits; a waiter first registers,
-then looks at `_state`. Whatever the order, one of them sees the other. Lists are emptied with `pop`, which is atomic,
-so each sleeper is woken and each callback run exactly once.
+Who has to see whom: the settler first writes `_state`, then looks whether anybody sleeps; a sleeper first registers,
+then looks at `_state`. Whatever the order, one of them sees the other. Callbacks are taken with `pop`, which is atomic,
+so each runs exactly once. Where a Condition exists, the state changes under it, as the standard library's waiters
+expect (tried: state first, waiters notified later: `as_completed` then saw a future twice).
 
 The value stays serialised (`_raw`) until somebody asks: decoding runs user code, which must not run on the leader, and
 whoever never asks never pays.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -41,6 +43,20 @@ CANCELLED: str = _base.CANCELLED  # type: ignore[attr-defined]
 CANCELLED_AND_NOTIFIED: str = _base.CANCELLED_AND_NOTIFIED  # type: ignore[attr-defined]
 FINISHED: str = _base.FINISHED  # type: ignore[attr-defined]
 _DONE = (FINISHED, CANCELLED_AND_NOTIFIED, CANCELLED)
+
+
+#: Makes "no condition, so set the state" one step against "make the condition". Nothing is allocated under it, so the
+#: collector cannot run user code there.
+_settling = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    global _settling
+    _settling = threading.Lock()  # another thread may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Outcome(NamedTuple):
@@ -96,7 +112,9 @@ class Future(concurrent.futures.Future[T]):
             call = self._call
             if call is not None and call.loop is not None:
                 call.loop.hurry()  # somebody is about to wait without leading
-            return self.__dict__.setdefault(name, threading.Condition())
+            condition = threading.Condition()
+            with _settling:
+                return self.__dict__.setdefault(name, condition)
         if name in ("_waiters", "_done_callbacks", "_sleepers"):
             return self.__dict__.setdefault(name, [])
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -112,15 +130,19 @@ class Future(concurrent.futures.Future[T]):
 
     def _finish(self, state: str) -> bool:
         call, self._call = self._call, None
-        self._state = state
         found = self.__dict__
+        with _settling:
+            condition = found.get("_condition")
+            if condition is None:
+                self._state = state
+        if condition is not None:
+            with condition:
+                self._state = state
+                self._notify_waiters()
+                condition.notify_all()
         if "_sleepers" in found:
             for sleeper in list(found["_sleepers"]):
                 sleeper.release()
-        if "_condition" in found:
-            with self._condition:
-                self._notify_waiters()
-                self._condition.notify_all()
         del call
         return bool(found.get("_done_callbacks"))
 
