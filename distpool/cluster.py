@@ -1,6 +1,6 @@
 """Membership: starting processes through a manager and making members of them (layer 9).
 
-    launch thread:  manager.launch(params) -> WorkerConfig --call_soon--> leader: Group.add, Member.start
+launch thread:  manager.launch(params) -> WorkerConfig --call_soon--> leader: Group.add, Member.start
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback  # type: ignore[attr-defined]
+from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
 from typing import Any
 
 from distpool.cluster import launcher, start_workers
@@ -26,6 +26,7 @@ from distpool.wire.failures import failure_info
 from distpool.wire.frames import Frame, Kind
 
 log = logging.getLogger("distpool.crew")
+remote_traceback: Any = _RemoteTraceback  # typeshed has its argument wrong
 
 _PATIENCE = 5.0  # seconds that a worker has to exit when asked
 _ATTEMPTS = 3  # launches that may fail in a row
@@ -69,7 +70,9 @@ class Crew:
     def start(self, count: int) -> None:
         """Launch `count` more workers in the background. Any thread."""
         self._launching += count
-        start_workers(self.node, self._manager(count), self._params, self._prepare, lambda n, e: self._launched(count, n, e))
+        start_workers(
+            self.node, self._manager(count), self._params, self._prepare, lambda n, e: self._launched(count, n, e)
+        )
 
     # -- coming up ---------------------------------------------------------------------------------------------
 
@@ -88,7 +91,9 @@ class Crew:
         if self._failures < _ATTEMPTS and missing > 0 and self._replace:
             self.start(missing)
         elif not self.members and not self._launching:
-            self._fail(lambda: error if isinstance(error, Exception) else LaunchWorkerError("localhost", "", str(error)))
+            self._fail(
+                lambda: error if isinstance(error, Exception) else LaunchWorkerError("localhost", "", str(error))
+            )
 
     def _prepare(self, member: Member) -> None:
         self.members[member.pid] = member
@@ -118,7 +123,7 @@ class Crew:
 
         def make_error() -> BaseException:
             error = BrokenProcessPool(f"the initializer failed on worker {slot.pid}: {info.type_name}: {info.message}")
-            error.__cause__ = _RemoteTraceback(info.traceback)
+            error.__cause__ = remote_traceback(f'\n"""\n{info.traceback}"""')
             return error
 
         self._break(make_error)
@@ -142,7 +147,7 @@ class Crew:
         if slot is None:
             if not self._dismissed:
                 self._launch_failed(member.launch_error())
-        elif self._dismissed or slot.retiring or slot.exhausted and not slot.inflight:
+        elif self._dismissed or slot.retiring or (slot.exhausted and not slot.inflight):
             self.scheduler.lost(slot, lambda ran: self._exit_error(member, ran))
             self._refill()
         else:
@@ -196,8 +201,7 @@ class Crew:
         for slot in sorted(staying, key=lambda slot: slot.load)[: max(0, surplus)]:
             slot.retiring = True
             if slot.load:
-                assert slot.member.link is not None
-                slot.member.link.send(Kind.RECALL, messages.Recall(slot.load, []).pack())
+                slot.recall(messages.Recall(slot.load, []))
             else:
                 self._retire(slot)
         self._refill()

@@ -151,7 +151,7 @@ class CompositeException(DistpoolError, ExceptionGroup):
     def __init__(self, exceptions: list[Exception], message: str | None = None) -> None:
         super().__init__(self.message, list(exceptions))
 
-    def derive(self, excs: Any) -> CompositeException:
+    def derive(self, excs: Any) -> Any:
         """The same group for a part of its exceptions (`ExceptionGroup.split`, `except*`)."""
         return CompositeException(list(excs), self.message)
 

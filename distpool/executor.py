@@ -76,7 +76,7 @@ class _Submitter(concurrent.futures.Executor):
 
     # -- maps --------------------------------------------------------------------------------------------------
 
-    def map(  # type: ignore[override]
+    def map(
         self,
         fn: Callable[..., Any],
         *iterables: Iterable[Any],
@@ -211,7 +211,7 @@ class _Submitter(concurrent.futures.Executor):
         """
         from distpool.pmap import pmap
 
-        return pmap(
+        values: list[Any] = pmap(
             f,
             *iterables,
             pool=self,
@@ -222,6 +222,7 @@ class _Submitter(concurrent.futures.Executor):
             retry_check=retry_check,
             progress=self._progress if progress is None else progress,
         )
+        return values
 
     def _with_progress(self, results: Iterator[Any], total: int | None = None) -> Iterator[Any]:
         if not self._progress:
@@ -266,7 +267,9 @@ class ClusterExecutor(_Submitter):
         if on_worker_exit not in ("replace", "break"):
             raise ValueError(f"on_worker_exit must be 'replace' or 'break', not {on_worker_exit!r}")
         plan: Plan = plan_for(hosts, max_workers, addprocs_options)
-        self._policy = make_policy(None, timeout=timeout, retries=retries, retry_delays=retry_delays, retry_check=retry_check)
+        self._policy = make_policy(
+            None, timeout=timeout, retries=retries, retry_delays=retry_delays, retry_check=retry_check
+        )
         self._progress = progress
         self._mp_context = mp_context if mp_context is not None else _SpawnContext()
         self._initializer = initializer
@@ -359,7 +362,8 @@ class ClusterExecutor(_Submitter):
         """
         from distpool.monitor import crew_stats
 
-        return crew_stats(self._crew)
+        rows: list[dict[str, Any]] = crew_stats(self._crew)
+        return rows
 
     # -- the end -----------------------------------------------------------------------------------------------
 

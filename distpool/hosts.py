@@ -53,7 +53,9 @@ def plan_for(hosts: Any, max_workers: int | None, options: dict[str, Any]) -> Pl
         return Plan(manager.n, lambda n: LocalManager(n, manager.restrict), options)
     if isinstance(hosts, float):
         raise TypeError(f"max_workers must be an int, not {type(hosts).__name__}")
-    raise TypeError(f"hosts={hosts!r}: this version starts local workers only (an int, None, 'local://N', LocalManager)")
+    raise TypeError(
+        f"hosts={hosts!r}: this version starts local workers only (int, None, local://N, LocalManager)"
+    )
 
 
 def check_count(count: Any) -> None:

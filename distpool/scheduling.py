@@ -58,7 +58,7 @@ class Scheduler:
         """RuntimeError in a forked child, which has none of the workers."""
         if existing() is not self.node:
             raise RuntimeError(
-                "this executor belongs to the process that forked this one (or to an ended cluster): make a new one here"
+                "this executor belongs to the process that forked this one: make a new one here"
             )
 
     # -- calls in (any thread) ---------------------------------------------------------------------------------
@@ -114,9 +114,7 @@ class Scheduler:
             event = threading.Event()
             call.cancelled = True
             self._recalls[call.sequence] = call, event
-        slot.member.link.send(Kind.RECALL, messages.Recall(0, [call.sequence]).pack())
-        if slot.member.journal is not None:
-            slot.member.journal.raise_attention()
+        slot.recall(messages.Recall(0, [call.sequence]))
         if not self.loop.lead(event.is_set) and not self.loop.leads:
             with self.loop.following():
                 event.wait(_CANCEL_PATIENCE)
@@ -234,9 +232,9 @@ class Scheduler:
 
     def _settle_records(self, slot: Slot, body: Any, raw_buffers: list[Any]) -> Any:
         """Settle what these records say; returns the timing of the last one."""
-        segments, pid = slot.member.segments, slot.pid
+        pid = slot.pid
         timing = None
-        buffers = [segments.open(buffer) for buffer in raw_buffers] if raw_buffers else []
+        buffers = slot.open(raw_buffers) if raw_buffers else []
         done = 0
         for sequence, _, status, payload, parts in messages.result_records(body):
             found = slot.find(sequence)
@@ -355,9 +353,7 @@ class Scheduler:
         if victims:
             victim = max(victims, key=lambda slot: slot.load)
             victim.recalling = True
-            victim.member.link.send(Kind.RECALL, messages.Recall(max(1, victim.load // 2), []).pack())
-            if victim.member.journal is not None:
-                victim.member.journal.raise_attention()
+            victim.recall(messages.Recall(max(1, victim.load // 2), []))
         elif any(slot.recalling for slot in slots):
             self._consider_stealing()
 
@@ -395,7 +391,7 @@ class Scheduler:
         """The worker is gone. `make_error(maybe_ran)` makes the exception for a call that it took along."""
         self._read_journal(slot)
         slot.gone = True
-        failed = []
+        failed: list[tuple[Any, int]] = []
         with self._lock:
             self.slots.pop(slot.pid, None)
             ended = slot.stop_clock()
@@ -470,7 +466,4 @@ class Scheduler:
 
 def any_room(slots: dict[int, Slot]) -> bool:
     """Whether some worker could take a call right now (a hint: not under the lock)."""
-    for slot in list(slots.values()):
-        if slot.usable and slot.load < slot.limit:
-            return True
-    return False
+    return any(slot.usable and slot.load < slot.limit for slot in list(slots.values()))

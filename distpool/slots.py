@@ -10,7 +10,6 @@ protected by the scheduler's lock where it adds and the leader removes; dict ope
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from distpool import config
@@ -153,6 +152,19 @@ class Slot:
                 gone.append(number)
         if gone and self.member.link is not None:
             self.member.link.send(Kind.FORGET, messages.Forget(gone).pack())
+
+    def recall(self, message: messages.Recall) -> None:
+        """Ask for calls that have not started. The worker looks at its socket before it starts the next one."""
+        member = self.member
+        if member.link is not None:
+            member.link.send(Kind.RECALL, message.pack())
+        if member.journal is not None:
+            member.journal.raise_attention()
+
+    def open(self, buffers: list[Any]) -> list[Any]:
+        """Received buffers as memory."""
+        segments = self.member.segments
+        return [segments.open(buffer) if segments is not None else buffer for buffer in buffers]
 
     # -- time limits -------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pickle import dumps
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import CALL, CHUNK, CHUNK_OF_SCALARS, ONE, SPAN, SPAN_OF_SCALARS
 
 if TYPE_CHECKING:
-    from distpool.scheduling import Scheduler, Slot
+    from distpool.scheduling import Scheduler
+    from distpool.slots import Slot
     from distpool.transport.ioloop import IoLoop
 
 SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
@@ -70,7 +72,10 @@ class Policy:
 class Call:
     """One submitted call."""
 
-    __slots__ = ("attempt", "buffers", "cancelled", "function", "future", "policy", "record", "scheduler", "sequence", "slot")
+    __slots__ = (
+        "attempt", "buffers", "cancelled", "function", "future",
+        "policy", "record", "scheduler", "sequence", "slot",
+    )  # fmt: skip
 
     elements = 1
     done, stop = 0, 1  # an entry of one element: nothing of it is done, nothing was recalled
@@ -285,7 +290,7 @@ class MapRun:
         records: list[Any] = []
         for argument in arguments:
             args = (argument,) if self.single else argument
-            records.append(self._record(lambda args=args: codec.encode_args(args, {}), ONE))
+            records.append(self._record(partial(codec.encode_args, args, {}), ONE))
         self._append_records(records)
 
     def feed_chunk(self, chunk: list[Any]) -> None:
@@ -306,8 +311,9 @@ class MapRun:
         return CALL.pack(self.function.number, 1, len(data), len(staged), flags) + data, staged
 
     def _append_records(self, records: list[Any]) -> None:
-        start, good = self.fed, []
-        for offset, record in enumerate(records):
+        start = self.fed
+        good: list[Any] = []
+        for record in records:
             if isinstance(record, Exception):
                 if good:
                     self._append(_Records(start, good), len(good))
@@ -318,7 +324,6 @@ class MapRun:
                 start = self.fed
             else:
                 good.append(record)
-            del offset
         if good:
             self._append(_Records(start, good), len(good))
 

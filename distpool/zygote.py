@@ -38,6 +38,7 @@ if sys.platform != "win32":
 FRAME = struct.Struct("!I")
 """Length of a control message in front of its JSON."""
 
+
 @dataclass
 class Birth:
     """What a newly forked child needs to become a worker."""

@@ -182,9 +182,7 @@ def launch(
         raise problem
 
 
-def _headers(
-    pending: list[_Starting], deadline: float
-) -> Iterator[tuple[_Starting, tuple[Any, ...] | None, bytes]]:
+def _headers(pending: list[_Starting], deadline: float) -> Iterator[tuple[_Starting, tuple[Any, ...] | None, bytes]]:
     """Each process as soon as its header has come: its address, and its other output so far.
 
     Address `None`: it ended, talked too much, or the deadline came. What is yielded has left `pending`.

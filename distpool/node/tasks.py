@@ -30,7 +30,17 @@ from distpool.wire import codec, messages
 from distpool.wire.failures import encode_exception
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.functions import decode_function
-from distpool.wire.messages import CHUNK, CHUNK_OF_SCALARS, ERROR, ONE, ONE_FRESH, RESULT, SPAN_OF_SCALARS, UNSENDABLE, VALUE
+from distpool.wire.messages import (
+    CHUNK,
+    CHUNK_OF_SCALARS,
+    ERROR,
+    ONE,
+    ONE_FRESH,
+    RESULT,
+    SPAN_OF_SCALARS,
+    UNSENDABLE,
+    VALUE,
+)
 
 _SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
 _JOURNALED = config.JOURNAL_SIZE // 4  # larger results are sent at once
@@ -42,7 +52,9 @@ class _Item:
 
     __slots__ = ("buffers", "elements", "flags", "index", "number", "payload", "sequence", "stop")
 
-    def __init__(self, sequence: int, number: int, elements: int, flags: int, payload: bytes, buffers: list[Any]) -> None:
+    def __init__(
+        self, sequence: int, number: int, elements: int, flags: int, payload: bytes, buffers: list[Any]
+    ) -> None:
         self.sequence = sequence
         self.number = number
         self.elements = elements
@@ -67,7 +79,9 @@ class _Received:
 class TaskRunner:
     """Runs the calls that one link brings."""
 
-    def __init__(self, link: Link, journal: Journal, segments: Segments, spawn: Callable[[Callable[[], object]], None]) -> None:
+    def __init__(
+        self, link: Link, journal: Journal, segments: Segments, spawn: Callable[[Callable[[], object]], None]
+    ) -> None:
         self.link = link
         self.journal = journal
         self.segments = segments
@@ -265,7 +279,7 @@ class TaskRunner:
         if not self._inbox or now - self._flushed > config.FLUSH_SECONDS:
             self.flush()
 
-    def _function(self, item: _Item) -> Callable[..., Any]:
+    def _function(self, item: _Item) -> Any:
         """The function, decoded once, or for each call if what it captured must be as it was sent."""
         known = self._functions[item.number]
         if item.flags == ONE_FRESH:
@@ -274,7 +288,7 @@ class TaskRunner:
             function = known.function = decode_function(known.data, known.buffers)
         else:
             function = known.function
-        return function  # type: ignore[no-any-return]
+        return function
 
     def _run_one(self, item: _Item, function: Callable[..., Any]) -> None:
         args, kwargs = codec.decode_args(item.payload, item.buffers)

@@ -1,4 +1,4 @@
-"""Cached daemon threads for whatever may run user code or block: callbacks, decoding, further concurrent calls (layer 3).
+"""Cached daemon threads for whatever may run user code or block: callbacks, decoding, further calls (layer 3).
 
     anybody --run(f)--> an idle thread of the cache, else a new one
 

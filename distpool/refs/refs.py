@@ -4,7 +4,7 @@
 
 The standard library's Future makes a Condition and three lists when it is born and takes a lock at each step (3.3 us).
 This one is born empty; `_condition`, `_waiters`, `_done_callbacks` come into being when they are first touched
-(`__getattr__`), so that `concurrent.futures.wait`, `as_completed` and `asyncio.wrap_future`, which reach into them, work.
+(`__getattr__`), so that `wait`, `as_completed` and `asyncio.wrap_future`, which reach into them, work.
 
 Who has to see whom: the settler first writes `_state`, then looks whether anybody sleeps; a sleeper first registers,
 then looks at `_state`. Whatever the order, one of them sees the other. Callbacks are taken with `pop`, which is atomic,
@@ -37,11 +37,11 @@ log = logging.getLogger("distpool.futures")
 if TYPE_CHECKING:
     from distpool.transport.ioloop import IoLoop
 
-PENDING: str = _base.PENDING  # type: ignore[attr-defined]
-RUNNING: str = _base.RUNNING  # type: ignore[attr-defined]
-CANCELLED: str = _base.CANCELLED  # type: ignore[attr-defined]
-CANCELLED_AND_NOTIFIED: str = _base.CANCELLED_AND_NOTIFIED  # type: ignore[attr-defined]
-FINISHED: str = _base.FINISHED  # type: ignore[attr-defined]
+PENDING: str = _base.PENDING
+RUNNING: str = _base.RUNNING
+CANCELLED: str = _base.CANCELLED
+CANCELLED_AND_NOTIFIED: str = _base.CANCELLED_AND_NOTIFIED
+FINISHED: str = _base.FINISHED
 _DONE = (FINISHED, CANCELLED_AND_NOTIFIED, CANCELLED)
 
 
@@ -75,16 +75,22 @@ RAISED_HERE = -1
 class PendingCall(Protocol):
     """What a future needs of the call behind it while that is pending."""
 
-    loop: IoLoop | None
+    @property
+    def loop(self) -> IoLoop | None:
+        """The loop whose leader settles the future."""
+        ...
 
     def cancel(self) -> bool:
         """Recall the call; True if it will not run."""
+        ...
 
     def started(self) -> bool:
         """Whether the call is known to have left the queue."""
+        ...
 
     def waiting(self) -> AbstractContextManager[object]:
         """Entered by a thread that waits for this call (inside tasks: gives the slot away)."""
+        ...
 
 
 class Future(concurrent.futures.Future[T]):
@@ -221,7 +227,7 @@ class Future(concurrent.futures.Future[T]):
             self._decode()
         return self._exception
 
-    def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:  # type: ignore[override]
+    def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
         """Call `fn(self)` when the future is done: on a library thread, or here and now if it is done already."""
         self._done_callbacks.append(fn)
         call = self._call

@@ -85,7 +85,7 @@ def pack_frame(kind: int, control: bytes = b"", body: Any = b"", buffers: Any = 
             return [b"".join((head, control, body))]
         return [head + control, body]
     table = []
-    blobs = []
+    blobs: list[Any] = []
     for buffer in buffers:
         if isinstance(buffer, SegmentRef):
             blob = _SEGMENT.pack(buffer.segment_id, buffer.size, buffer.nbytes) + buffer.path.encode()

@@ -2,8 +2,8 @@
 
                  connector (master, or the process that dials)        acceptor (worker)
     FRESH        HELLO  nonce_c                                ->
-                                                               <-     CHALLENGE  nonce_a, proof(cookie, nonce_c, nonce_a)
-    ASKED        PROOF  proof(cookie, nonce_a, nonce_c)        ->
+                                                               <-     CHALLENGE  nonce_a, proof(nonce_c, nonce_a)
+    ASKED        PROOF  proof(nonce_a, nonce_c)                ->
                                                                <-     JOIN... (both sides are READY)
 
 Both prove that they know the cookie, which itself never travels; nothing is unpickled and no frame of more than
