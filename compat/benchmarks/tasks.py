@@ -88,3 +88,9 @@ class Holder:
 
     def __call__(self, index: int) -> float:
         return float(self.array[index]) + index
+
+
+def burn_and_add(value: int) -> int:
+    """A short computation with a result that proves it."""
+    burn(0.001)
+    return value + 1
