@@ -23,6 +23,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     1: (
         *("wire.frames", "wire.messages", "wire.protocol"),
         *("wire.codec", "wire.byvalue", "wire.failures", "wire.fingerprint", "wire.functions"),
+        "progress",
     ),
     2: (
         *("transport.stream", "transport.ioloop", "transport.link", "transport.pump", "transport.segments"),
@@ -32,12 +33,12 @@ LAYERS: dict[int, tuple[str, ...]] = {
     4: ("refs.owner", "refs.refs", "refs.gc"),
     5: ("calls",),
     6: ("spawn", "pools"),
-    7: ("scheduling", "work", "pmap"),
+    7: ("work", "slots", "scheduling", "lazymap", "pmap"),
     8: (
         *("managers.base", "managers.launch", "managers.process", "managers.forked", "managers.executed"),
         *("managers.local", "managers.ssh"),
     ),
-    9: ("cluster",),
+    9: ("cluster", "crew", "hosts", "exits"),
     10: ("executor", "pool", "pool_results"),
     11: ("startup", "zygote", "worker", "monitor", "trace", "cli", "__main__", "__init__"),
 }
@@ -76,7 +77,11 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("node.group", "node.output"),
         ("node.node", "node.threads"),
         ("node.output", "node.threads"),
+        ("scheduling", "slots"),
         ("scheduling", "work"),
+        ("lazymap", "scheduling"),
+        ("lazymap", "work"),
+        ("pmap", "lazymap"),
         ("pmap", "scheduling"),
         ("pmap", "work"),
         ("managers.executed", "managers.base"),
@@ -87,6 +92,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("managers.launch", "managers.process"),
         ("managers.local", "managers.base"),
         ("managers.local", "managers.launch"),
+        ("crew", "cluster"),
         ("pool", "executor"),
         ("pool", "pool_results"),
         ("zygote", "startup"),
