@@ -27,7 +27,7 @@ from typing import Any
 
 from distpool import config
 from distpool.errors import LaunchWorkerError
-from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, boot_code, last_lines
+from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, boot_code, last_lines, unlink
 
 FRAME = struct.Struct("!I")
 """As in distpool.zygote, which is in a higher layer."""
@@ -67,6 +67,8 @@ class ForkServer:
         self.alive = True
         self.served = False
         self._ended = False
+        self._losing = False
+        self._epitaph = ""
         self._children: dict[int, LaunchedProcess] = {}
         self._requests: dict[int, _Request] = {}
         self._ids = itertools.count(1)
@@ -74,7 +76,7 @@ class ForkServer:
         self._batches: deque[list[int]] = deque()
         self._said = bytearray()
         self._outbox = bytearray()
-        # Protects `_children`, `_requests`, `alive`, `_ended` and `_outbox` (so that messages are not mixed).
+        # Protects `_children`, `_requests`, `alive`, `_losing`, `_ended`, `_outbox` (so that messages are not mixed).
         self._lock = threading.Lock()
         # Held while reading: by the leader, or by the thread that closes. Never together with a wait.
         self._reading = threading.Lock()
@@ -118,8 +120,8 @@ class ForkServer:
         """Yield `count` forked workers. LaunchWorkerError: refused, or too late; Gone: the zygote has ended."""
         request = _Request(count)
         with self._lock:
-            if not self.alive:
-                raise Gone("it was closed")
+            if self._ended:
+                raise Gone(self._epitaph)
             number = next(self._ids)
             self._requests[number] = request
         try:
@@ -291,24 +293,29 @@ class ForkServer:
     def _lost(self) -> None:
         """The zygote is at its end, and with it all its workers. Runs once."""
         with self._lock:
-            if self._ended:
+            if self._losing:
                 return
-            self._ended = True
+            self._losing = True
             self.alive = False
+        self._process.kill()  # it closes its end last of all, so this only makes the wait short
+        code = self._process.wait()
+        with self._lock:
+            self._ended = True
+            self._epitaph = f"the zygote process ended with code {code}"
             requests, self._requests = list(self._requests.values()), {}
             children, self._children = list(self._children.values()), {}
         self._loop.unregister(self._control)
         self._control.close()
-        self._process.kill()  # it closes its end last of all, so this only makes the wait short
-        code = self._process.wait()
         self._on_end(self)
         if self._startup >= 0:
             self._on_startup()
             self._close_startup()
         for request in requests:
-            request.answers.put(Gone(f"the zygote process ended with code {code}"))
+            request.answers.put(Gone(self._epitaph))
         for process in children:
             process.kill()
+            if process.address[0] == "unix":
+                unlink(process.address[1])
             process.ended(None)
 
     # --- the end ---

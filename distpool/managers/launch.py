@@ -24,7 +24,7 @@ from typing import Any
 from distpool.errors import LaunchWorkerError
 from distpool.managers import executed
 from distpool.managers.forked import ForkServer, Gone, key_of
-from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop
+from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, unlink
 
 __all__ = ["LaunchSpec", "LaunchedProcess", "Launcher"]
 
@@ -120,10 +120,7 @@ class Launcher:
         with self._lock:
             self._executed.discard(process)
         if process.launched is not None and process.launched.address[0] == "unix":
-            try:
-                os.unlink(process.launched.address[1])
-            except OSError:
-                pass  # the worker has done it
+            unlink(process.launched.address[1])
 
     # --- the directory ---
 
@@ -186,17 +183,19 @@ class Launcher:
             running, self._executed = list(self._executed), set()
             janitor, self._janitor = self._janitor, None
             directory, self._directory = self._directory, ""
-        for process in running:
-            process.close()
-        for zygote in zygotes:
-            zygote.close()
-        if directory:
-            shutil.rmtree(directory, ignore_errors=True)
-        if janitor is not None:
-            os.close(self._janitor_pipe)
-            self._janitor_pipe = -1
-            janitor.kill()  # nothing is left for it to do
-            janitor.wait()
+        try:
+            for process in running:
+                process.close()
+            for zygote in zygotes:
+                zygote.close()
+        finally:
+            if directory:
+                shutil.rmtree(directory, ignore_errors=True)
+            if janitor is not None:
+                os.close(self._janitor_pipe)
+                self._janitor_pipe = -1
+                janitor.kill()  # nothing is left for it to do
+                janitor.wait()
 
     def forget_after_fork(self) -> None:
         """In a forked child of the master: close inherited descriptors and forget all; the parent is not disturbed.

@@ -168,6 +168,14 @@ def last_lines(data: bytes, count: int) -> str:
     return "\n".join(data.decode(errors="replace").splitlines()[-count:])
 
 
+def unlink(path: str) -> None:
+    """Remove the file of a dead worker's socket, if it is still there."""
+    try:
+        os.unlink(path)
+    except OSError:
+        pass  # cleaned up already
+
+
 def boot_code(call: str, path: list[str], foreign: bool = False) -> str:
     """Text for `python -c` that imports distpool and makes `call`, in which `own` is the interpreter's own sys.path.
 
