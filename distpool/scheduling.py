@@ -19,6 +19,7 @@ import collections
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -233,6 +234,9 @@ class Scheduler:
     def _settle_records(self, slot: Slot, body: Any, raw_buffers: list[Any]) -> Any:
         """Settle what these records say; returns the timing of the last one."""
         pid = slot.pid
+        slot.since = time.monotonic()
+        if slot.member.tracer is not None:
+            slot.member.tracer.answered(pid, body)
         timing = None
         buffers = slot.open(raw_buffers) if raw_buffers else []
         done = 0

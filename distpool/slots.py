@@ -10,6 +10,7 @@ protected by the scheduler's lock where it adds and the leader removes; dict ope
 from __future__ import annotations
 
 import collections
+import time
 from typing import TYPE_CHECKING, Any
 
 from distpool import config
@@ -46,6 +47,7 @@ class Slot:
         self.journal_offset = 0  # bytes of its journal that have come over the link
         self.done = 0
         self.failed = 0
+        self.since = 0.0  # monotonic seconds: when a call was sent to it while it was idle, or its last results came
         self.timeout_text = ""
         self._remaining = max_tasks  # calls it may still be sent
         self._next = 1
@@ -87,6 +89,10 @@ class Slot:
         link = self.member.link
         assert link is not None
         first = self._next
+        if not self.load:
+            self.since = time.monotonic()
+        if self.member.tracer is not None:
+            self.member.tracer.sent(self.pid, first, entries)
         records = []
         buffers: list[Any] = []
         for entry in entries:

@@ -69,6 +69,8 @@ class Member:
         self.segments: Segments | None = None
         self.output: OutputReader | None = None
         self.reason = ""  # why we killed it, if we did
+        self.tracer: Any = None  # of a running `trace()`
+        self.meter: Any = None  # what `stats()` saw last
         self.on_joined: Callable[[Member], None] = lambda member: None
         self.on_frame: Callable[[Member, Frame], None] = lambda member, frame: None
         self.on_gone: Callable[[Member, BaseException | None], None] = lambda member, reason: None
@@ -164,6 +166,8 @@ class Member:
         elif self.state is State.CONNECTING:
             if frame.kind == Kind.JOINED:
                 self._on_join(link, messages.Joined.unpack(frame.control))
+        elif (handler := self.group.node.handlers.get(frame.kind)) is not None:
+            handler(link, frame)
         else:
             self.on_frame(self, frame)
 
@@ -185,6 +189,8 @@ class Member:
         self.segments = Segments(link, self.group.node.segments)
         self._deadline.cancel()
         self.move(State.READY)
+        for watcher in list(self.group.joined_watchers):
+            watcher(self)
         self.on_joined(self)
 
     # -- the end -----------------------------------------------------------------------------------------------
@@ -263,6 +269,9 @@ class Group:
         self.node = node
         self.members: dict[int, Member] = {}
         self.output_hook: OutputHook | None = None
+        self.joined_watchers: list[Callable[[Member], object]] = []  # upper layers; called on the leader
+        self.gone_watchers: list[Callable[[Member], object]] = []
+        self.last_pid = 1  # the highest pid given so far
         self.started_hooks: list[Callable[[Any], object]] = []
         self.exited_hooks: list[Callable[[Any], object]] = []
         node.on_fork.append(self._after_fork)
@@ -271,11 +280,14 @@ class Group:
         """A new member for a launched process; `start` it on the leader."""
         member = Member(self, next(self.node.next_pid), process, address)
         self.members[member.pid] = member
+        self.last_pid = member.pid
         return member
 
     def forget(self, member: Member) -> None:
         """The member is gone."""
         self.members.pop(member.pid, None)
+        for watcher in list(self.gone_watchers):
+            watcher(member)
 
     def _after_fork(self) -> None:
         for member in self.members.values():

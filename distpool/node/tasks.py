@@ -101,6 +101,7 @@ class TaskRunner:
         self._blocked = 0  # tasks that wait for other calls; protected by _lock
         self._helpers = 0  # helper threads that consume the inbox; protected by _lock
         self._initializer: _Received | None = None
+        self.find_function: Callable[[_Item], Any] = self.function_of  # a trace puts its own here
 
     # -- frames (leader) ---------------------------------------------------------------------------------------
 
@@ -263,7 +264,7 @@ class TaskRunner:
     def _run(self, item: _Item) -> None:
         begin = time.perf_counter()
         try:
-            function = self._function(item)
+            function = self.find_function(item)
             if item.flags == ONE or item.flags == ONE_FRESH:
                 self._run_one(item, function)
             else:
@@ -279,7 +280,7 @@ class TaskRunner:
         if not self._inbox or now - self._flushed > config.FLUSH_SECONDS:
             self.flush()
 
-    def _function(self, item: _Item) -> Any:
+    def function_of(self, item: _Item) -> Any:
         """The function, decoded once, or for each call if what it captured must be as it was sent."""
         known = self._functions[item.number]
         if item.flags == ONE_FRESH:

@@ -54,6 +54,10 @@ class Kind(enum.IntEnum):
     INTERRUPT = 26
     STACKS = 27
     STACKS_ARE = 28
+    USAGE = 29
+    USAGE_IS = 30
+    TRACE = 31
+    TRACED = 32
     # 40 and above: remote calls, references, channels and pools (layers 4 to 6).
     REQUEST = 40
     REPLY = 41

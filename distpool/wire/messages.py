@@ -26,6 +26,7 @@ CALL = struct.Struct("<IIQHB")  # function number, elements, payload bytes, buff
 RESULTS = struct.Struct("<QdI")  # absolute journal offset behind these records, seconds of running time, calls run
 RESULT = struct.Struct("<QIQHB")  # sequence number, elements, payload bytes, buffers, status
 SEQUENCE = struct.Struct("<Q")
+TIMED = struct.Struct("<QIIqqB")  # sequence number, element of a chunk, lane, begin and duration in ns, how it ended
 
 #: Flags of a CALL record.
 ONE, SPAN = 0, 1  # one call: payload is (args, kwargs) · a list of argument tuples, one call each
@@ -235,10 +236,67 @@ class Interrupt(Message):
     kind: ClassVar[Kind] = Kind.INTERRUPT
 
 
+@dataclasses.dataclass(slots=True)
+class Stacks(Message):
+    """Master -> worker: where are all your threads?"""
+
+    kind: ClassVar[Kind] = Kind.STACKS
+    request: int
+
+
+@dataclasses.dataclass(slots=True)
+class StacksAre(Message):
+    """Worker -> master: the answer to `Stacks`; body: text."""
+
+    kind: ClassVar[Kind] = Kind.STACKS_ARE
+    request: int
+
+
+@dataclasses.dataclass(slots=True)
+class Usage(Message):
+    """Master -> worker on another host: how much of it do you use?"""
+
+    kind: ClassVar[Kind] = Kind.USAGE
+    request: int
+
+
+@dataclasses.dataclass(slots=True)
+class UsageIs(Message):
+    """Worker -> master: seconds since it started, seconds of CPU used, bytes resident."""
+
+    kind: ClassVar[Kind] = Kind.USAGE_IS
+    request: int
+    age: float
+    cpu_seconds: float
+    memory: int
+
+
+@dataclasses.dataclass(slots=True)
+class Trace(Message):
+    """Master -> worker: begin (or end) to time each call, as trace `number`."""
+
+    kind: ClassVar[Kind] = Kind.TRACE
+    number: int
+    on: bool
+
+
+@dataclasses.dataclass(slots=True)
+class Traced(Message):
+    """Worker -> master: calls of trace `number` (body: `TIMED` records); `last`: no more will come.
+
+    `clock`: nanoseconds from this process's `perf_counter_ns` to its wall clock."""
+
+    kind: ClassVar[Kind] = Kind.TRACED
+    number: int
+    clock: int
+    last: bool
+
+
 MESSAGES: dict[int, type[Message]] = {
     int(cls.kind): cls
     for cls in (
         Join, Joined, Function, Forget, Recall, Recalled, Initialize, Initialized, Shutdown,
         SegmentsFree, Blocked, Submit, Outcome, Cancel, Cancelled, Interrupt,
+        Stacks, StacksAre, Usage, UsageIs, Trace, Traced,
     )
 }  # fmt: skip
