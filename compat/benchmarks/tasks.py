@@ -33,7 +33,7 @@ def rendezvous(directory: str, count: int, ident: int) -> int:
     """Return the worker's ospid once ``count`` calls stand here at the same time: each needs a worker of its own."""
     open(os.path.join(directory, f"{ident}"), "w").close()
     pause = 0.0005 if count <= 8 else 0.004
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 20
     while len(os.listdir(directory)) < count:
         if time.monotonic() > deadline:
             raise TimeoutError(f"only {len(os.listdir(directory))} of {count} workers came")

@@ -218,14 +218,14 @@ class Mpire(PoolBed):
     """mpire"""
 
     module = "mpire"
-    options = ("initializer", "initargs", "max_tasks")
+    options = ("initializer", "initargs")
     task_timeout = True
 
-    def start(self, initializer: Any = None, initargs: tuple[Any, ...] = (), max_tasks: int | None = None) -> None:
+    def start(self, initializer: Any = None, initargs: tuple[Any, ...] = ()) -> None:
         import mpire
 
         self.pool = mpire.WorkerPool(n_jobs=2, keep_alive=True)
-        self.more: dict[str, Any] = {"worker_lifespan": max_tasks} if max_tasks else {}
+        self.more: dict[str, Any] = {}
         if initializer:
             import functools
 
