@@ -197,6 +197,8 @@ def prepare(settings: dict[str, Any], own_path: list[str]) -> None:
     clean = ModuleType("__main__")
     clean.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = clean
+    if "__mp_main__" in sys.modules:  # multiprocessing's name for it
+        sys.modules["__mp_main__"] = clean
 
 
 def _forget_directories() -> None:

@@ -24,6 +24,7 @@ import psutil
 import pytest
 
 from distpool.errors import LaunchWorkerError
+from distpool.managers import executed
 from distpool.managers.launch import LaunchedProcess, Launcher, LaunchSpec
 from distpool.managers.local import LocalManager
 from distpool.transport.ioloop import IoLoop
@@ -412,6 +413,26 @@ def test_without_pidfd_a_thread_waits(launcher: Launcher, loop: IoLoop, monkeypa
     assert exit_of(process) == 4
     process.kill()
     os.close(process.output)
+
+
+def test_headers_read_by_threads(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, where pipes cannot be polled."""
+    monkeypatch.setattr(executed, "_headers", executed._headers_by_threads)
+    processes = list(launcher.launch(order(3, "exec", "tcp")))
+    assert len(processes) == 3
+    finish(processes)
+    with pytest.raises(LaunchWorkerError, match="within 0.5 seconds"):
+        list(launcher.launch(order(2, "exec", argv=["/bin/sh", "-c", "exec sleep 60"], timeout=0.5)))
+
+
+def test_modules_load_where_there_is_no_fork() -> None:
+    code = (
+        "import sys, subprocess, tempfile, selectors, cloudpickle; sys.platform = 'win32'; import os, select, fcntl; "
+        "del os.fork, os.pidfd_open, select.poll, sys.modules['fcntl'], fcntl; sys.modules['fcntl'] = None; "
+        "import distpool.startup, distpool.managers.launch, distpool.managers.local; print('loaded')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "loaded\n"
 
 
 # --- launches that fail -----------------------------------------------------------------------------------------------
