@@ -390,6 +390,8 @@ class Scheduler:
         """A worker is ready for calls."""
         self.slots[slot.pid] = slot
         self.pump()
+        if not slot.load:  # others may have been sent what this one could run
+            self._consider_stealing()
 
     def lost(self, slot: Slot, make_error: Callable[[bool], BaseException]) -> None:
         """The worker is gone. `make_error(maybe_ran)` makes the exception for a call that it took along."""
