@@ -135,16 +135,16 @@ def assert_squares(calls: Iterable[Call], but: int | None = None) -> None:
             assert call.value() == index * index
 
 
-def assert_all_work(runner: Runner, gate: Gate, seconds: float, workers: int | None = None) -> None:
-    """That many tasks run at the same time again (each holds its worker), within that time."""
-    count = runner.workers if workers is None else workers
+def assert_all_work(runner: Runner, seconds: float) -> None:
+    """All workers run a task at the same time again (each is held), within that time."""
+    gate = Gate()
+    count = runner.workers
     begin = time.monotonic()
     calls = [runner.submit(helpers.hold, gate.address, index) for index in range(count)]
     arrivals = gate.arrivals(count, seconds * NOISE)
     took = time.monotonic() - begin
     assert len({arrival.ospid for arrival in arrivals}) == count
-    for arrival in arrivals:
-        arrival.release()
+    gate.close()
     assert sorted(call.value() for call in calls) == list(range(count))
     assert len(runner.executor.workers) == count
     assert took <= seconds * NOISE

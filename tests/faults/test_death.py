@@ -44,7 +44,7 @@ def test_fourth_of_eight_dies(runner: Runner, gate: Gate, how: str) -> None:
     assert error.worker_id in known
     assert_squares(calls, but=3)
     assert runner.submit(helpers.square, 9).value() == 81
-    assert_all_work(runner, gate, 1)
+    assert_all_work(runner, 1)
     assert error.worker_id not in runner.executor.workers
 
 
@@ -54,7 +54,7 @@ def test_single_worker_dies_and_is_replaced(make_runner: Callable[..., Runner], 
     calls = [runner.submit(helpers.square_or_die, number, 3, how, gate.address) for number in range(8)]
     assert_is_exit(calls[3].error(), how, "last words of 3")
     assert_squares(calls, but=3)
-    assert_all_work(runner, gate, 1)
+    assert_all_work(runner, 1)
 
 
 def test_functions_that_travel_by_value(runner: Runner) -> None:
@@ -88,7 +88,7 @@ def test_map_raises_at_the_bad_element(runner: Runner, gate: Gate, how: str) -> 
             next(results)
     if runner.kind == "pool":  # the stdlib's imap goes on behind an element that failed
         assert list(results) == [16, 25, 36, 49]
-    assert_all_work(runner, gate, 1)
+    assert_all_work(runner, 1)
 
 
 @pytest.mark.parametrize("chunksize", [None, 1, 4])
@@ -132,7 +132,7 @@ def test_idle_worker_killed_from_outside(runner: Runner, gate: Gate) -> None:
         os.kill(ospid, signal.SIGKILL)
     calls = [runner.submit(helpers.square, number) for number in range(100)]
     assert_squares(calls)
-    assert_all_work(runner, gate, 1)
+    assert_all_work(runner, 1)
 
 
 def test_every_worker_killed_while_busy(runner: Runner, gate: Gate) -> None:
@@ -142,7 +142,7 @@ def test_every_worker_killed_while_busy(runner: Runner, gate: Gate) -> None:
     with at_most(1, "two errors"):
         errors = [call.error() for call in calls]
     assert all(isinstance(error, distpool.ProcessExitedException) for error in errors)
-    assert_all_work(runner, gate, 1)
+    assert_all_work(runner, 1)
 
 
 def test_ten_deaths_in_a_row(runner: Runner, gate: Gate) -> None:
@@ -155,7 +155,7 @@ def test_ten_deaths_in_a_row(runner: Runner, gate: Gate) -> None:
         ]
         assert isinstance(calls[1].error(), distpool.ProcessExitedException)
         assert_squares(calls, but=1)
-    assert_all_work(runner, gate, 1)
+    assert_all_work(runner, 1)
 
 
 def test_death_under_the_rule_of_the_stdlib(make_runner: Callable[..., Runner], gate: Gate) -> None:
@@ -186,7 +186,7 @@ def test_one_death_among_fifty_sent_ahead(runner: Runner, gate: Gate, tmp_path: 
     assert error.maybe_ran is True
     assert_squares(calls, but=20)
     assert helpers.noted(path) == {str(number): 1 for number in range(50)}
-    assert_all_work(runner, gate, 1)
+    assert_all_work(runner, 1)
 
 
 def test_both_workers_die_before_forty_eight_others(runner: Runner, gate: Gate, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_calls_bound_to_the_dead_worker_say_that_they_never_ran(runner: Runner, 
     assert (error.worker_id, error.maybe_ran) == (pid, True)
     assert all(isinstance(error, distpool.ProcessExitedException) and not error.maybe_ran for error in errors)
     assert not path.exists()
-    assert_all_work(runner, gate, 1)
+    assert_all_work(runner, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------------- F3

@@ -151,7 +151,7 @@ def test_clock_set_back(make_runner: Callable[..., Runner], gate: Gate, monkeypa
     assert free.value() == "held"
     monkeypatch.setattr(time, "time", lambda: true() + 3600)
     assert_squares([runner.submit(helpers.square, number) for number in range(20)])
-    assert_all_work(runner, gate, 1)
+    assert_all_work(runner, 1)
 
 
 LOCALE = """

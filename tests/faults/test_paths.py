@@ -58,7 +58,7 @@ def test_deaths(runner: Runner, gate: Gate) -> None:
         assert error.exitcode == code
         assert "last words of 3" in error.output
         assert_squares(calls, but=3)
-    assert_all_work(runner, gate, 1)
+    assert_all_work(runner, 1)
 
 
 def test_death_among_many(runner: Runner, gate: Gate, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_timeouts(make_runner: Callable[..., Runner], gate: Gate) -> None:
         arrival = gate.arrival()
         assert is_timeout(bad.error(1.5 * NOISE))
         arrival.wait_gone(1.5 * NOISE)
-    assert_all_work(runner, gate, 1)
+    assert_all_work(runner, 1)
 
 
 def test_failing_initializer(make_runner: Callable[..., Runner]) -> None:

@@ -168,8 +168,7 @@ def test_kill_every_fifty_milliseconds(runner: Runner, gate: Gate, batch_size: i
     assert got == [number * number for number in range(20_000)]
     assert kills >= 20
     assert grown <= 50 << 20, f"{grown >> 20} MiB grown"
-    assert_all_work(runner, gate2 := Gate(), 2)
-    gate2.close()
+    assert_all_work(runner, 2)
 
 
 def slow_square(address: helpers.Address, number: int) -> int:

@@ -32,7 +32,7 @@ def test_endless_task(make_runner: Callable[..., Runner], gate: Gate, how: str) 
     arrival.wait_gone(1.5 * NOISE)
     assert not psutil.wait_procs([process], timeout=1.5 * NOISE)[1], "the process outlived its time limit"
     assert_squares(calls)
-    assert_all_work(runner, gate, 1)
+    assert_all_work(runner, 1)
 
 
 def test_message_names_the_limit(make_runner: Callable[..., Runner], gate: Gate) -> None:
@@ -64,7 +64,7 @@ def test_every_attempt_has_its_own_limit(make_runner: Callable[..., Runner], gat
     arrivals = gate.arrivals(3, 3 * 1.5 * NOISE)
     assert len({arrival.ospid for arrival in arrivals}) == 3
     assert is_timeout(call.error(1.5 * NOISE))
-    assert_all_work(runner, gate, 1)
+    assert_all_work(runner, 1)
 
 
 def test_calls_sent_ahead_run_elsewhere(make_runner: Callable[..., Runner], gate: Gate, tmp_path: Path) -> None:
