@@ -34,6 +34,8 @@ _HOME = {
     "Future": "refs.refs",
     "LocalManager": "managers.local",
     "WorkerConfig": "managers.base",
+    "dump_stacks": "monitor",
+    "stats": "monitor",
 }
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from distpool.executor import ClusterExecutor
     from distpool.managers.base import ClusterManager, WorkerConfig
     from distpool.managers.local import LocalManager
+    from distpool.monitor import dump_stacks, stats
     from distpool.refs.refs import Future
 
 __all__ = [
@@ -73,6 +76,8 @@ __all__ = [
     "VersionMismatchError",
     "WorkerConfig",
     "__version__",
+    "dump_stacks",
+    "stats",
 ]
 
 logging.getLogger("distpool").addHandler(logging.NullHandler())

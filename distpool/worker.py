@@ -21,6 +21,7 @@ from typing import Any
 
 from distpool import config
 from distpool.node import node as nodes
+from distpool.node.observe import Observer
 from distpool.node.tasks import TaskRunner
 from distpool.transport.journal import Journal
 from distpool.transport.link import Link
@@ -39,6 +40,7 @@ class Worker:
         self.node = nodes.become_worker(settings["cookie"])
         self.loop = self.node.loop
         self.runner: TaskRunner | None = None
+        self.observer: Observer | None = None
         self._listener = listener
         self._joined = threading.Event()
         self._segments: Segments | None = None
@@ -55,7 +57,11 @@ class Worker:
         assert self.runner is not None
         self.loop.on_tick = self.runner.tick
         self.loop.start()
-        return self.runner.run()
+        code = self.runner.run()
+        if self.observer is not None:
+            self.observer.stop()
+            self.runner.link.drain(timeout)
+        return code
 
     def _on_sigint(self, signum: int, frame: Any) -> None:
         if self.runner is not None and self.runner.interruptible:
@@ -113,6 +119,7 @@ class Worker:
         self._segments = Segments(link, node.segments)
         self.runner = runner = TaskRunner(link, journal, self._segments, node.threads.run)
         node.runner = runner
+        self.observer = Observer(node, link, runner)
         segments = self._segments
         node.handlers.update(
             {

@@ -20,6 +20,8 @@ EXECUTORS = {"ClusterExecutor", "DistPool", "Future", "pmap", "pgenerate", "Expo
 
 MANAGERS = {"ClusterManager", "LocalManager", "WorkerConfig"}
 
+WATCH = {"dump_stacks", "stats"}
+
 ERRORS = {
     "AuthenticationError",
     "CapturedException",
@@ -34,7 +36,7 @@ ERRORS = {
     "VersionMismatchError",
 }
 
-PUBLIC = EXECUTORS | ERRORS | MANAGERS | {"__version__"}
+PUBLIC = EXECUTORS | ERRORS | MANAGERS | WATCH | {"__version__"}
 
 MEMBERSHIP = {
     "addprocs",
@@ -99,7 +101,7 @@ POOLS_AND_MANAGERS = {
     "start_worker",
 }
 
-WATCHING = {"debug", "dump_stacks", "plot_trace", "stats", "trace"}
+WATCHING = {"debug", "plot_trace", "trace"}
 
 NOT_YET = MEMBERSHIP | CALLS | POOLS_AND_MANAGERS | WATCHING
 

@@ -29,7 +29,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("transport.stream", "transport.ioloop", "transport.link", "transport.pump", "transport.segments"),
         *("transport.shm", "transport.views", "transport.memfile", "transport.liveness", "transport.journal"),
     ),
-    3: ("node.requests", "node.tasks", "node.group", "node.node", "node.output", "node.threads"),
+    3: ("node.requests", "node.tasks", "node.observe", "node.group", "node.node", "node.output", "node.threads"),
     4: ("refs.owner", "refs.refs", "refs.gc"),
     5: ("calls",),
     6: ("spawn", "pools"),
@@ -39,8 +39,8 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("managers.local", "managers.ssh"),
     ),
     9: ("cluster", "crew", "hosts", "exits"),
-    10: ("executor", "pool", "pool_results"),
-    11: ("startup", "zygote", "worker", "monitor", "trace", "cli", "__main__", "__init__"),
+    10: ("executor", "pool", "pool_results", "monitor", "top", "tracing", "traceplot"),
+    11: ("startup", "zygote", "worker", "cli", "__main__", "__init__"),
 }
 """Layer -> its modules, lowest first. A new module is added here, in the layer of the job that it does."""
 
@@ -76,6 +76,8 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("node.group", "node.node"),
         ("node.group", "node.output"),
         ("node.node", "node.threads"),
+        ("node.observe", "node.node"),
+        ("node.observe", "node.tasks"),
         ("node.output", "node.threads"),
         ("scheduling", "slots"),
         ("scheduling", "work"),
@@ -93,6 +95,9 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("managers.local", "managers.base"),
         ("managers.local", "managers.launch"),
         ("crew", "cluster"),
+        ("executor", "monitor"),
+        ("executor", "top"),
+        ("top", "monitor"),
         ("pool", "executor"),
         ("pool", "pool_results"),
         ("zygote", "startup"),

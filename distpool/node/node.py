@@ -50,6 +50,8 @@ class Node:
         self.runner: Any = None  # workers: the TaskRunner
         self.launcher: Any = None  # master: made by the cluster layer
         self.group: Any = None  # master: the Group
+        self.monitor: Any = None  # master: the Monitor
+        self.tracer: Any = None  # master: of a running `trace()`
         self.crews: set[Any] = set()  # master: the workers of living executors
         self.exiting = False  # the interpreter is shutting down
         self.exit_registered = False
