@@ -21,11 +21,14 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from typing import Any
 
 from distpool.errors import DistpoolError
 from distpool.node.node import Node, existing
 from distpool.refs.refs import RAISED_HERE, Outcome
+from distpool.recalls import Recalls
+from distpool.retries import Retries
 from distpool.slots import Slot
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
@@ -34,7 +37,6 @@ from distpool.work import Call, MapRun
 log = logging.getLogger("distpool.scheduling")
 
 _STEAL_DELAY = 0.002  # seconds that calls sit in a busy worker before an idle one may have them
-_CANCEL_PATIENCE = 2.0  # seconds to wait for a worker's answer to a recall
 
 
 class Scheduler:
@@ -53,7 +55,8 @@ class Scheduler:
         self._lock = threading.Lock()  # protects the queue's head, the slots' tables and Call.slot
         self._wanted = False  # somebody could not get the lock and wants a dispatch
         self._stealing = False  # a timer for `_steal` is set; leader only
-        self._recalls: dict[int, tuple[Call, threading.Event]] = {}  # cancellations that wait; leader and canceller
+        self._recalls = Recalls(self.loop, self._lock)
+        self._retries = Retries(node, self.enqueue, self._end_retries)
 
     def check_process(self) -> None:
         """RuntimeError in a forked child, which has none of the workers."""
@@ -104,25 +107,14 @@ class Scheduler:
     def cancel(self, call: Call) -> bool:
         """True if the call will not run: it waited here, or its worker gave it back."""
         self.check_process()
-        with self._lock:
-            slot = call.slot
-            if slot is None:
-                call.cancelled = True
-                call.release()
-                return True
-            if slot.has_surely_started(call.sequence) or slot.inflight.get(call.sequence) is not call:
-                return False
-            event = threading.Event()
-            call.cancelled = True
-            self._recalls[call.sequence] = call, event
-        slot.recall(messages.Recall(0, [call.sequence]))
-        if not self.loop.lead(event.is_set) and not self.loop.leads:
-            with self.loop.following():
-                event.wait(_CANCEL_PATIENCE)
-        recalled = call.slot is None
-        if not recalled:
-            call.cancelled = False
-        return recalled
+        if call.slot is None:
+            with self._lock:
+                if call.slot is None:
+                    call.cancelled = True
+                    call.release()
+                    return True
+        events = self._recalls.ask([call])
+        return bool(events and self._recalls.wait([call], events))
 
     # -- dispatch (under _lock) --------------------------------------------------------------------------------
 
@@ -254,7 +246,7 @@ class Scheduler:
                 if policy is not None:
                     slot.stop_clock()
                     if status != messages.VALUE and entry.attempt < policy.retries:
-                        self._consider_retry(entry, outcome)
+                        self._retries.consider(entry, outcome)
                         continue
             elif status == messages.VALUE and not parts:
                 outcome = bytes(payload)
@@ -275,14 +267,18 @@ class Scheduler:
     def _after_results(self, slot: Slot) -> None:
         if self._queue or slot.pinned:
             self.pump()
-        if not slot.inflight:
-            if slot.retiring or slot.exhausted:
-                if self.on_retire is not None:
-                    self.on_retire(slot)
-            elif not self._queue:
-                self._consider_stealing()
+        if not slot.inflight and not self._consider_retiring(slot) and not self._queue:
+            self._consider_stealing()
         if self.closing:
             self.check_done()
+
+    def _consider_retiring(self, slot: Slot) -> bool:
+        """Let a worker go that has nothing left and may be sent no more; whether it is one."""
+        if slot.inflight or not (slot.retiring or slot.exhausted):
+            return False
+        if self.on_retire is not None:
+            self.on_retire(slot)
+        return True
 
     def check_done(self) -> None:
         """Leader: tell `on_idle` when nothing is left to do."""
@@ -294,50 +290,12 @@ class Scheduler:
         """Whether calls wait or run."""
         return (
             bool(self._queue and self._any_waiting())
-            or self.retrying > 0
+            or self._retries.count > 0
             or any(slot.inflight or slot.pinned for slot in list(self.slots.values()))
         )
 
-    retrying = 0  # calls between two attempts; leader only
-
-    def _any_waiting(self) -> bool:
-        return any(
-            (entry.remaining > 0 and not entry.closed) if type(entry) is MapRun else not entry.cancelled
-            for entry in list(self._queue)
-        )
-
-    # -- retries -----------------------------------------------------------------------------------------------
-
-    def _consider_retry(self, call: Call, outcome: Outcome) -> None:
-        """Ask the user's `retry_check` on a library thread, then run the call again or settle it."""
-        self.retrying += 1
-        self.node.deliver(lambda: self._decide_retry(call, outcome))
-
-    def _decide_retry(self, call: Call, outcome: Outcome) -> None:
-        policy = call.policy
-        assert policy is not None
-        again = False
-        try:
-            _, error = call.future._open(outcome)
-            again = error is not None and policy.may_retry(error)
-        except Exception as failure:  # the user's retry_check raised: that error counts
-            outcome = Outcome(RAISED_HERE, failure, (), 1)
-        if not again:
-            self.loop.call_soon(lambda: self._end_retry(call, outcome))
-            return
-        call.attempt += 1
-        log.warning("retrying %s (attempt %d)", call.function.name, call.attempt + 1)
-        self.loop.call_later(policy.delay(call.attempt), lambda: self._end_retry(call, None))
-
-    def _end_retry(self, call: Call, outcome: Outcome | None) -> None:
-        self.retrying -= 1
-        if outcome is None and self.failure is None:
-            call.slot = None
-            self.enqueue(call)
-        else:
-            assert outcome is not None or self.failure is not None
-            final = outcome or Outcome(RAISED_HERE, self.failure(), (), 1)  # type: ignore[misc]
-            self._settle(call, 0, final)
+    def _end_retries(self, call: Call, outcome: Outcome) -> None:
+        self._settle(call, 0, outcome)
         self.check_done()
 
     # -- recall ------------------------------------------------------------------------------------------------
@@ -361,6 +319,20 @@ class Scheduler:
         elif any(slot.recalling for slot in slots):
             self._consider_stealing()
 
+    def withdraw(self, run: MapRun) -> None:
+        """Nobody wants the rest of this map: recall what workers have not started. Safe in a finalizer."""
+        self.loop.call_soon(lambda: self._withdraw(run))
+
+    def _withdraw(self, run: MapRun) -> None:
+        for slot in list(self.slots.values()):
+            sent = list(slot.inflight.values())
+            if slot.member.link is not None and any(getattr(entry, "run", None) is run for entry in sent):
+                # By number, because only that also cuts a span that runs; what belongs to others is sent again.
+                slot.recalling = True
+                slot.member.link.send(Kind.RECALL, messages.Recall(slot.load, []).pack())
+                if slot.member.journal is not None:
+                    slot.member.journal.raise_attention()
+
     def _on_recalled(self, slot: Slot, message: messages.Recalled) -> None:
         got_any = bool(message.ranges)
         with self._lock:
@@ -370,10 +342,8 @@ class Scheduler:
                     entry, index = found
                     slot.load -= count
                     entry.put_back(index, count, self._queue)
-        for sequence in message.asked:
-            waiting = self._recalls.pop(sequence, None)
-            if waiting is not None:
-                waiting[1].set()
+        self._recalls.answered(slot, message.asked)
+        self._consider_retiring(slot)
         if not message.asked:
             slot.recalling = False
         self.pump()
@@ -408,17 +378,14 @@ class Scheduler:
                     entry.put_back(index, count, self._queue)
             for call in slot.pinned:
                 self._queue.append(call)
+        self._recalls.lost(slot)
         for entry, index in failed:
             error: BaseException = TimeoutError(slot.timeout_text) if ended else make_error(True)
             outcome = Outcome(RAISED_HERE, error, (), slot.pid)
             if type(entry) is Call and entry.policy is not None and entry.attempt < entry.policy.retries:
-                self._consider_retry(entry, outcome)
+                self._retries.consider(entry, outcome)
             else:
                 self._settle(entry, index, outcome)
-        for sequence, (call, event) in list(self._recalls.items()):
-            if call.slot is None or call.slot is slot:
-                self._recalls.pop(sequence, None)
-                event.set()
         self.pump()
         self.check_done()
 
@@ -444,6 +411,7 @@ class Scheduler:
                     self._settle(entry, number, Outcome(RAISED_HERE, make_error(), (), 1))
             for call in pinned:
                 self._settle(call, 0, Outcome(RAISED_HERE, make_error(), (), 1))
+        self._retries.fail_all(make_error)
         self._fail_queue()
 
     def _fail_queue(self) -> None:
@@ -457,17 +425,34 @@ class Scheduler:
                 self._settle(entry, 0, Outcome(RAISED_HERE, self.failure(), (), 1))
         self.check_done()
 
-    def cancel_waiting(self) -> None:
-        """Cancel everything that has not started (`shutdown(cancel_futures=True)`). Not on the leader."""
+    def cancel_waiting(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Cancel everything that has not started (`shutdown(cancel_futures=True)`). Not on the leader.
+
+        `meanwhile` is called before the workers' answers are waited for.
+        """
         with self._lock:
             calls = [entry for entry in self._queue if type(entry) is Call]
-            ahead = [(slot, [e for e in slot.inflight.values() if type(e) is Call]) for slot in self.slots.values()]
+            ahead = []
+            for slot in self.slots.values():
+                calls.extend(slot.pinned)
+                ahead.extend(entry for entry in slot.inflight.values() if type(entry) is Call)
         for call in calls:
             call.future.cancel()
-        for slot, sent in ahead:
-            for call in sent:
-                if not slot.has_surely_started(call.sequence):
-                    call.future.cancel()
+        events = self._recalls.ask(ahead)
+        self.loop.call_soon(self._cancel_maps)
+        meanwhile()
+        for call in self._recalls.wait(ahead, events):
+            call.future.cancel()
+
+    def _cancel_maps(self) -> None:
+        with self._lock:
+            runs = [entry for entry in self._queue if type(entry) is MapRun]
+            for run in runs:
+                self._queue.remove(run)
+                run.queued = False
+        for run in runs:
+            run.fail_rest(Outcome(RAISED_HERE, CancelledError(), (), 1))
+        self.check_done()
 
 
 def any_room(slots: dict[int, Slot]) -> bool:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from distpool.transport.ioloop import IoLoop
 
 SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
+_BLOCK = 4096  # scalar elements that are kept together
+_SHORT = 0.002  # seconds: longer calls never travel together in one record
 _NOT_WAITING: AbstractContextManager[object] = contextlib.nullcontext()
 
 
@@ -215,9 +217,12 @@ class _Scalars:
 
     def take(self, run: MapRun, count: int) -> list[Any]:
         part, self.items = self.items[:count], self.items[count:]
-        span = Span(run, self.index, part)
+        start = self.index
         self.index += len(part)
-        return [span]
+        if run.batch == 1 and not 0.0 <= run.timing.mean <= _SHORT:
+            # They may take long: each one can be recalled while the one before it runs.
+            return [Span(run, start + offset, [item]) for offset, item in enumerate(part)]
+        return [Span(run, start, part)]
 
 
 class _Records:
@@ -267,7 +272,9 @@ class MapRun:
         self.single = single
         #: Whose `mean` tells the seconds per element: chunks take longer than calls of the same function.
         self.timing: Any = Timing() if chunked else function
+        self.batch = 1  # elements that are sent to the same worker together, at least
         self.fed = 0  # elements taken from the input
+        self.fed_bytes = 0  # size of those that were serialised when they were fed
         self.settled = 0
         self.results: dict[int, Any] = {}
         self.ready: collections.deque[int] | None = None if ordered else collections.deque()
@@ -275,7 +282,10 @@ class MapRun:
         self.closed = False
         self.queued = False  # in the scheduler's queue
         self._blocks: collections.deque[Any] = collections.deque()  # protected by the scheduler's lock, except append
-        self._taken = 0  # elements that left `_blocks` (or never got there); scheduler's lock, or the feeding thread
+        # Several counters, because an increment is not atomic: each has one writer at a time.
+        self._offered = 0  # elements put into `_blocks` from outside; the feeding thread
+        self._again = 0  # elements fed again; the feeding thread
+        self._taken = 0  # elements that left `_blocks`, less those put back; under the scheduler's lock
         self._sleepers: list[Any] = []
 
     # -- feeding (user's thread) -------------------------------------------------------------------------------
@@ -285,13 +295,29 @@ class MapRun:
         if not arguments:
             return
         if _all_scalars(arguments, self.single):
-            self._append(_Scalars(self.fed, arguments), len(arguments))
+            size = -(-_BLOCK // self.batch) * self.batch
+            for start in range(0, len(arguments), size):  # taking spans off a block copies the rest of it
+                part = arguments[start : start + size]
+                self._append(_Scalars(self.fed, part), len(part))
             return
         records: list[Any] = []
         for argument in arguments:
             args = (argument,) if self.single else argument
             records.append(self._record(partial(codec.encode_args, args, {}), ONE))
         self._append_records(records)
+
+    def feed_again(self, index: int, argument: Any) -> None:
+        """Run element `index` once more (it has ended, and its entry in `results` was taken out)."""
+        self._again += 1
+        if _all_scalars([argument], self.single):
+            self._append(_Scalars(index, [argument]), 1, fed=0)
+            return
+        args = (argument,) if self.single else argument
+        record = self._record(lambda: codec.encode_args(args, {}), ONE)
+        if isinstance(record, Exception):
+            self.settle(index, Outcome(RAISED_HERE, record, (), 1))
+        else:
+            self._append(_Records(index, [record]), 1, fed=0)
 
     def feed_chunk(self, chunk: list[Any]) -> None:
         """Add one element that stands for a whole chunk: it succeeds or fails as one, its value is a list."""
@@ -308,6 +334,7 @@ class MapRun:
             staged = self.scheduler.stage(buffers) if buffers else []
         except Exception as error:
             return error
+        self.fed_bytes += len(data) + sum(memoryview(buffer).nbytes for buffer in buffers)
         return CALL.pack(self.function.number, 1, len(data), len(staged), flags) + data, staged
 
     def _append_records(self, records: list[Any]) -> None:
@@ -319,7 +346,6 @@ class MapRun:
                     self._append(_Records(start, good), len(good))
                     good = []
                 self.fed += 1
-                self._taken += 1
                 self.settle(self.fed - 1, Outcome(RAISED_HERE, record, (), 1))
                 start = self.fed
             else:
@@ -327,9 +353,10 @@ class MapRun:
         if good:
             self._append(_Records(start, good), len(good))
 
-    def _append(self, block: Any, count: int) -> None:
-        self.fed += count
+    def _append(self, block: Any, count: int, fed: int | None = None) -> None:
+        self.fed += count if fed is None else fed
         self._blocks.append(block)
+        self._offered += count  # after the block is there: `take` relies on it
         self.scheduler.enqueue(self)
 
     # -- dispatch (scheduler's lock held) ----------------------------------------------------------------------
@@ -337,7 +364,7 @@ class MapRun:
     @property
     def remaining(self) -> int:
         """Elements fed and not yet sent."""
-        return self.fed - self._taken
+        return self._offered - self._taken
 
     def take(self, count: int) -> list[Any]:
         """Up to `count` elements as entries for one frame; empty when there are none."""
@@ -347,6 +374,8 @@ class MapRun:
         if not blocks:
             return []
         block = blocks[0]
+        if self.batch > 1:
+            count = max(self.batch, count - count % self.batch)
         entries: list[Any] = block.take(self, count)
         self._taken += sum(entry.elements for entry in entries)
         if not block.items:
@@ -426,6 +455,8 @@ class MapRun:
         """As `close`, but safe in a finalizer: what waits is dropped when the queue is next looked at."""
         self.closed = True
         self.results.clear()
+        if self.settled < self.fed + self._again:
+            self.scheduler.withdraw(self)
 
 
 def release_all(buffers: Iterable[Any]) -> None:

@@ -163,8 +163,8 @@ class TaskRunner:
         for item in list(self.running.values()):
             if count <= 0:
                 break
-            # The runner publishes `index` after it has compared it with `stop`; it may be one ahead of what we see.
-            keep = max(item.index + 2, item.stop - count)
+            # The runner compares `index` with `stop` under the same lock: nothing after `index` has begun.
+            keep = max(item.index + 1, item.stop - count)
             if item.elements > 1 and item.flags in (messages.SPAN, SPAN_OF_SCALARS) and keep < item.stop:
                 taken.append([item.sequence + keep, item.stop - keep])
                 count -= item.stop - keep
@@ -321,8 +321,11 @@ class TaskRunner:
             return begin
         single = item.flags == SPAN_OF_SCALARS
         index = 0
-        while index < item.stop:  # `stop` shrinks when the tail is recalled
-            item.index = index
+        while True:
+            with self._lock:
+                if index >= item.stop:  # `stop` shrinks when the tail is recalled
+                    break
+                item.index = index
             sequence = item.sequence + index
             self._mark_started(sequence)
             try:
