@@ -26,13 +26,13 @@ class Make:
             import distpool
 
             self.executor_class: Any = distpool.ClusterExecutor
-            self.pool_class: Any = distpool.DistPool
+            self.module: Any = distpool
         else:
             import concurrent.futures
             import multiprocessing.pool
 
             self.executor_class = concurrent.futures.ProcessPoolExecutor
-            self.pool_class = multiprocessing.pool.Pool
+            self.module = multiprocessing.pool
 
     def executor(self) -> Any:
         """Two workers behind concurrent.futures' interface."""
@@ -40,7 +40,7 @@ class Make:
 
     def pool(self) -> Any:
         """Two workers behind multiprocessing.Pool's interface."""
-        return self.pool_class(2)
+        return (self.module.DistPool if self.peer == "distpool" else self.module.Pool)(2)
 
     def patch(self) -> None:
         """For libraries that name the stdlib's class themselves."""
