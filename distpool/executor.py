@@ -1,236 +1,33 @@
 """`ClusterExecutor`: a `concurrent.futures.Executor` on cluster processes (layer 10).
 
-    submit:  caller's thread: serialise -> Call -> Scheduler -> worker;   leader: result -> Future
-    map:     caller's thread: MapRun.feed -> spans cut by measured time -> worker;   consumer decodes each result
-    options: a view with another policy on the same workers
+    submit, map, ...   `submitter`: serialised in the caller's thread, run by the workers of a `Crew`
+    options            a view with another policy on the same workers
 
-The workers belong to a `Crew`, which lives as long as work is pending, also after the executor object was dropped.
+The workers belong to the `Crew`, which lives as long as work is pending, also after the executor object was dropped.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import itertools
 import signal
-import time
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from distpool import exits
 from distpool.crew import Crew
-from distpool.errors import SerializationError
 from distpool.hosts import Plan, plan_for
-from distpool.lazymap import LazyMap, open_entry
 from distpool.node import node as nodes
-from distpool.progress import make_progress
-from distpool.refs.refs import RAISED_HERE, Future, Outcome
+from distpool.policy import make_policy
+from distpool.submitter import LOOK_AHEAD, Submitter
 from distpool.wire import codec
-from distpool.wire.functions import EncodedFunction
-from distpool.wire.messages import CALL, ONE, ONE_FRESH
-from distpool.work import SCALARS, Call, MapRun, Policy
+from distpool.work import Policy
 
-#: Elements that lazy maps take ahead, per worker.
-LOOK_AHEAD = 8
 _UNSET: Any = object()
 
 
-class _Submitter(concurrent.futures.Executor):
-    """What the executor and its views share: submit and the maps, under one policy."""
-
-    _crew: Crew
-    _policy: Policy | None
-    _progress: Any
-
-    # -- single calls ------------------------------------------------------------------------------------------
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run `fn(*args, **kwargs)` on a worker; returns a `distpool.Future`.
-
-        Arguments are serialised before this returns. What cannot be serialised is the error of that future alone
-        (`SerializationError`). RuntimeError after shutdown; BrokenProcessPool when the executor is broken.
-
-        Example: `ex.submit(pow, 2, 10).result()` is 1024.
-        """
-        crew = self._crew
-        self._check_usable()
-        scheduler = crew.scheduler
-        future: Future[Any] = Future()
-        try:
-            function = crew.node.encoder.encode(fn)
-            data, buffers = codec.encode_args(args, kwargs)
-        except SerializationError as error:
-            future._settle(Outcome(RAISED_HERE, error, (), 1))
-            return future
-        staged = scheduler.stage(buffers) if buffers else []
-        flags = ONE if function.reusable else ONE_FRESH
-        record = CALL.pack(function.number, 1, len(data), len(staged), flags) + data
-        call = Call(scheduler, function, record, staged, future, self._policy)
-        future._call = call
-        scheduler.enqueue(call)
-        return future
-
-    def _check_usable(self) -> None:
-        raise NotImplementedError
-
-    # -- maps --------------------------------------------------------------------------------------------------
-
-    def map(
-        self,
-        fn: Callable[..., Any],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int = 1,
-        buffersize: int | None = None,
-    ) -> Iterator[Any]:
-        """Results of `fn` over the iterables, in input order, as the standard library's `Executor.map` (3.14).
-
-        `timeout`: seconds from this call until a result must be there (`TimeoutError`). `chunksize`: elements that are
-        sent, and fail, together; with 1 the size of what is sent adapts to the measured time. `buffersize`: elements
-        taken from the input and not yet delivered (default: all are taken at once). `fn` is serialised once.
-
-        Example: `list(ex.map(abs, [-1, -2]))` is [1, 2].
-        """
-        if chunksize < 1:
-            raise ValueError("chunksize must be >= 1.")
-        if buffersize is not None and not isinstance(buffersize, int):
-            raise TypeError("buffersize must be an integer or None")
-        if buffersize is not None and buffersize < 1:
-            raise ValueError("buffersize must be None or > 0")
-        deadline = None if timeout is None else time.monotonic() + timeout
-        self._check_usable()
-        if not iterables:
-            return iter(())
-        if "submit" in self.__dict__ or not (self._policy is None or self._policy.plain):
-            return self._map_by_futures(fn, iterables, deadline, chunksize, buffersize)
-        single = len(iterables) == 1
-        source: Iterator[Any] = iter(iterables[0]) if single else zip(*iterables, strict=False)
-        function = self._crew.node.encoder.encode(fn)
-        if buffersize is not None:
-            return self._with_progress(self._map_buffered(function, source, single, deadline, chunksize, buffersize))
-        run = MapRun(self._crew.scheduler, function, single=single, chunked=chunksize > 1)
-        if chunksize == 1:
-            run.feed(list(source))
-        else:
-            while chunk := list(itertools.islice(source, chunksize)):
-                run.feed_chunk(chunk)
-        return self._with_progress(_results(run, deadline, chunksize > 1), run.fed * chunksize)
-
-    def _map_buffered(
-        self,
-        function: EncodedFunction,
-        source: Iterator[Any],
-        single: bool,
-        deadline: float | None,
-        chunksize: int,
-        buffersize: int,
-    ) -> Iterator[Any]:
-        chunk = chunksize if chunksize > 1 else None
-        results = LazyMap(
-            self._crew.scheduler,
-            function,
-            source,
-            single=single,
-            look_ahead=lambda: buffersize,
-            chunk=chunk,
-            deadline=deadline,
-            fill_at_once=True,
-        )
-        return results if chunk is None else itertools.chain.from_iterable(results)
-
-    def _map_by_futures(
-        self,
-        fn: Callable[..., Any],
-        iterables: tuple[Iterable[Any], ...],
-        deadline: float | None,
-        chunksize: int,
-        buffersize: int | None,
-    ) -> Iterator[Any]:
-        """One future per chunk through `self.submit`: for a replaced `submit` (tqdm) and for policies."""
-        source = zip(*iterables, strict=False)
-        submit = self.submit
-        if chunksize > 1:
-            chunks = iter(lambda: tuple(itertools.islice(source, chunksize)), ())
-            start: Iterator[Future[Any]] = (submit(_run_chunk, fn, chunk) for chunk in chunks)
-        else:
-            start = (submit(fn, *args) for args in source)
-        futures = list(start if buffersize is None else itertools.islice(start, buffersize))
-        results = _future_results(futures, start if buffersize is not None else iter(()), deadline)
-        return itertools.chain.from_iterable(results) if chunksize > 1 else results
-
-    def imap_unordered(
-        self,
-        fn: Callable[..., Any],
-        *iterables: Iterable[Any],
-        buffersize: int | None = None,
-        timeout: float | None = None,
-    ) -> Iterator[Any]:
-        """Results in the order in which they come. Lazy: takes at most `buffersize` elements ahead (default 8 per
-        worker), so endless generators work. `timeout`: seconds until all must be there.
-
-        Example: `for value in ex.imap_unordered(f, itertools.count()): ...`
-        """
-        if buffersize is not None and (not isinstance(buffersize, int) or buffersize < 1):
-            raise ValueError("buffersize must be None or > 0")
-        self._check_usable()
-        single = len(iterables) == 1
-        source: Iterator[Any] = iter(iterables[0]) if single else zip(*iterables, strict=False)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        crew = self._crew
-        if not (self._policy is None or self._policy.plain):
-            ahead = buffersize or LOOK_AHEAD * crew.size
-            arguments = ((item,) for item in source) if single else source
-            return self._with_progress(_unordered_futures(self.submit, fn, arguments, ahead, deadline))
-        return self._with_progress(
-            LazyMap(
-                crew.scheduler,
-                crew.node.encoder.encode(fn),
-                source,
-                single=single,
-                look_ahead=lambda: buffersize or LOOK_AHEAD * crew.size,
-                ordered=False,
-                deadline=deadline,
-            )
-        )
-
-    def pmap(
-        self,
-        f: Callable[..., Any],
-        *iterables: Iterable[Any],
-        batch_size: int | str = 1,
-        on_error: Callable[[BaseException], Any] | None = None,
-        retry_delays: Iterable[float] = (),
-        retry_check: Any = None,
-        progress: Any = None,
-        distributed: bool = True,
-    ) -> list[Any]:
-        """Julia's `pmap` on these workers; see `distpool.pmap`.
-
-        Example: `ex.pmap(f, xs, retry_delays=[0] * 3, on_error=lambda error: None)`
-        """
-        from distpool.pmap import pmap
-
-        values: list[Any] = pmap(
-            f,
-            *iterables,
-            pool=self,
-            distributed=distributed,
-            batch_size=batch_size,
-            on_error=on_error,
-            retry_delays=retry_delays,
-            retry_check=retry_check,
-            progress=self._progress if progress is None else progress,
-        )
-        return values
-
-    def _with_progress(self, results: Iterator[Any], total: int | None = None) -> Iterator[Any]:
-        if not self._progress:
-            return results
-        return make_progress(self._progress, total).wrap(results)
-
-
-class ClusterExecutor(_Submitter):
+class ClusterExecutor(Submitter):
     """Runs calls on worker processes of this machine or of a cluster: a drop-in for `ProcessPoolExecutor`.
 
     `hosts`: `None` (as many local workers as `max_workers`, default: usable CPUs), an int, a manager, `"local://4"`,
@@ -394,8 +191,10 @@ class ClusterExecutor(_Submitter):
 
     def _signal_workers(self, signum: int) -> None:
         crew = self._crew
-        self.shutdown(wait=False, cancel_futures=True)
-        crew.node.loop.call_soon(lambda: crew.kill(signum))
+        self.shutdown(wait=False)
+        if nodes.existing() is crew.node:
+            # Killed before the answers to the recalls are waited for: a worker that hangs gives none.
+            crew.scheduler.cancel_waiting(lambda: crew.node.loop.call_soon(lambda: crew.kill(signum)))
 
     # -- private names that other libraries read ---------------------------------------------------------------
 
@@ -415,7 +214,7 @@ class ClusterExecutor(_Submitter):
         return {member.ospid: _Process(member) for member in list(self._crew.members.values())}
 
 
-class ExecutorView(_Submitter):
+class ExecutorView(Submitter):
     """The same workers under another policy; made by `ClusterExecutor.options`."""
 
     def __init__(self, executor: ClusterExecutor, policy: Policy | None) -> None:
@@ -467,8 +266,6 @@ class _Process:
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the end of the process."""
-        import threading
-
         ended = threading.Event()
         self._member.process.add_exit_callback(lambda code: ended.set())
         with self._member.group.node.loop.following():
@@ -503,98 +300,6 @@ def _check_max_tasks(count: int | None, mp_context: Any) -> None:
         raise ValueError("max_tasks_per_child is incompatible with the 'fork' multiprocessing start method")
 
 
-def make_policy(base: Policy | None, **changes: Any) -> Policy | None:
-    """`base` with `changes`, checked; `None` if that needs no treatment at all."""
-    values = {name: getattr(base or Policy(), name) for name in Policy.__dataclass_fields__}
-    unknown = set(changes) - set(values)
-    if unknown:
-        raise TypeError(f"unknown option {sorted(unknown)[0]!r}")
-    values.update(changes)
-    timeout, retries, delays, pids = (values[name] for name in ("timeout", "retries", "retry_delays", "pids"))
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float)):
-        raise TypeError(f"timeout must be a number of seconds or None, not {type(timeout).__name__}")
-    if timeout is not None and timeout <= 0:
-        raise ValueError("timeout must be greater than 0")
-    if isinstance(retries, bool) or not isinstance(retries, int):
-        raise TypeError(f"retries must be an int, not {type(retries).__name__}")
-    if retries < 0:
-        raise ValueError("retries must be >= 0")
-    if delays is not None:
-        values["retry_delays"] = delays = tuple(float(delay) for delay in delays)
-        if not retries and "retries" not in changes:
-            values["retries"] = len(delays)
-    if pids is not None:
-        values["pids"] = frozenset([pids] if isinstance(pids, int) else pids)
-    check = values["retry_check"]
-    if check is not None and not (callable(check) or isinstance(check, tuple)):
-        raise TypeError("retry_check must be an exception type, a tuple of them, or a callable")
-    policy = Policy(**values)
-    return None if policy == Policy() else policy
-
-
-def _results(run: MapRun, deadline: float | None, chunked: bool) -> Iterator[Any]:
-    """Yield the results of a map whose input has been fed, in order, keeping no reference to what was yielded."""
-    results, take = run.results, run.results.pop
-    try:
-        for index in range(run.fed):
-            if index not in results and not run.wait_for(index, deadline):
-                raise TimeoutError
-            if chunked:
-                values = open_entry(take(index))
-                values.reverse()
-                while values:
-                    yield values.pop()
-            else:
-                yield open_entry(take(index))
-    finally:
-        run.close()
-
-
-def _future_results(futures: list[Future[Any]], more: Iterator[Future[Any]], deadline: float | None) -> Iterator[Any]:
-    futures.reverse()
-    waiting = futures
-    try:
-        while waiting:
-            timeout = None if deadline is None else deadline - time.monotonic()
-            waiting[-1].exception(timeout) if timeout is None else waiting[-1].exception(max(0.0, timeout))
-            following = next(more, None)
-            if following is not None:
-                waiting.insert(0, following)
-            yield waiting.pop().result()
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
-def _unordered_futures(
-    submit: Callable[..., Future[Any]],
-    fn: Callable[..., Any],
-    arguments: Iterator[Any],
-    ahead: int,
-    deadline: float | None,
-) -> Iterator[Any]:
-    pending: set[Future[Any]] = set()
-    try:
-        while True:
-            pending.update(submit(fn, *args) for args in itertools.islice(arguments, ahead - len(pending)))
-            if not pending:
-                return
-            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-            done, pending = concurrent.futures.wait(pending, timeout, concurrent.futures.FIRST_COMPLETED)  # type: ignore[assignment]
-            if not done:
-                raise TimeoutError
-            while done:
-                yield done.pop().result()
-    finally:
-        for future in pending:
-            future.cancel()
-
-
-def _run_chunk(fn: Callable[..., Any], chunk: tuple[Any, ...]) -> list[Any]:
-    """On the worker: one chunk of a map."""
-    return [fn(*args) for args in chunk]
-
-
 def _forgotten(crew: Crew) -> None:
     """The executor object is gone without shutdown: finish what is pending, then let the workers go.
 
@@ -605,4 +310,4 @@ def _forgotten(crew: Crew) -> None:
         crew.node.loop.call_soon(crew.scheduler.check_done)
 
 
-__all__ = ["LOOK_AHEAD", "SCALARS", "ClusterExecutor", "ExecutorView", "make_policy"]
+__all__ = ["LOOK_AHEAD", "ClusterExecutor", "ExecutorView", "make_policy"]

@@ -45,14 +45,14 @@ FINISHED: str = _base.FINISHED
 _DONE = (FINISHED, CANCELLED_AND_NOTIFIED, CANCELLED)
 
 
-#: Makes "no condition, so set the state" one step against "make the condition". Nothing is allocated under it, so the
-#: collector cannot run user code there.
-_settling = threading.Lock()
+#: Makes "no condition, so set the state" one step against "make the condition". Reentrant: the collector (since 3.12),
+#: and so a user's `__del__`, and a signal handler may run between two bytecodes under it.
+_settling = threading.RLock()
 
 
 def _after_fork_in_child() -> None:
     global _settling
-    _settling = threading.Lock()  # another thread may have held it
+    _settling = threading.RLock()  # another thread may have held it
 
 
 if hasattr(os, "register_at_fork"):
@@ -129,28 +129,42 @@ class Future(concurrent.futures.Future[T]):
 
     def _settle(self, raw: Outcome) -> bool:
         """Store the outcome and wake whoever waits. True if callbacks are left for a thread that may run user code."""
-        if self._state in _DONE:
-            return False
-        self._raw = raw
-        return self._finish(FINISHED)
+        return self._finish(FINISHED, raw) and bool(self.__dict__.get("_done_callbacks"))
 
-    def _finish(self, state: str) -> bool:
-        call, self._call = self._call, None
+    def _finish(self, state: str, raw: Outcome | None = None, result: Any = None, error: Any = None) -> bool:
+        """Enter a final state and wake whoever waits; False if another thread was first, or a cancel is too late."""
         found = self.__dict__
         with _settling:
             condition = found.get("_condition")
-            if condition is None:
-                self._state = state
+            if condition is None and not self._enter(state, raw, result, error):
+                return False
         if condition is not None:
             with condition:
-                self._state = state
-                self._notify_waiters()
-                condition.notify_all()
+                if not self._enter(state, raw, result, error):
+                    return False
+                self._wake_waiters(condition)
+        elif "_condition" in found:  # made inside the region above, by a finalizer or a signal handler
+            with self._condition:
+                self._wake_waiters(self._condition)
         if "_sleepers" in found:
             for sleeper in list(found["_sleepers"]):
                 sleeper.release()
-        del call
-        return bool(found.get("_done_callbacks"))
+        self._call = None
+        return True
+
+    def _enter(self, state: str, raw: Outcome | None, result: Any, error: Any) -> bool:
+        if self._state in _DONE or (state is not FINISHED and self._state == RUNNING):
+            return False
+        if raw is not None:
+            self._raw = raw
+        else:
+            self._result, self._exception = result, error
+        self._state = state
+        return True
+
+    def _wake_waiters(self, condition: threading.Condition) -> None:
+        self._notify_waiters()
+        condition.notify_all()
 
     def _notify_waiters(self) -> None:
         for waiter in self._waiters:
@@ -170,8 +184,11 @@ class Future(concurrent.futures.Future[T]):
                 return
             try:
                 callback(self)
-            except Exception:
+            except BaseException as error:
                 log.exception("exception calling callback for %r", self)
+                # Ctrl-C and sys.exit are for the main thread; elsewhere they would only cost the other callbacks.
+                if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+                    raise
 
     # -- the public face ---------------------------------------------------------------------------------------
 
@@ -198,9 +215,17 @@ class Future(concurrent.futures.Future[T]):
                 return False
         elif self._state == RUNNING:
             return False
-        if self._finish(CANCELLED_AND_NOTIFIED):
-            self._run_callbacks()
+        if not self._finish(CANCELLED_AND_NOTIFIED):
+            return self.cancelled()
+        self._after_finish(call)
         return True
+
+    def _after_finish(self, call: PendingCall | None) -> None:
+        """For those who end a future on any thread: the leader does not see it before it comes out of its poll."""
+        if call is not None and call.loop is not None:
+            call.loop.wake()
+        if self.__dict__.get("_done_callbacks"):
+            self._run_callbacks()
 
     def result(self, timeout: float | None = None) -> T:
         """The value; raises the call's exception, `CancelledError`, or `TimeoutError` after `timeout` seconds."""
@@ -241,15 +266,23 @@ class Future(concurrent.futures.Future[T]):
 
         return asyncio.wrap_future(self).__await__()
 
+    def __repr__(self) -> str:
+        raw = self._raw
+        if raw is None:
+            return super().__repr__()
+        how = "returned a value" if raw.status == VALUE else "raised an error"
+        return f"<{type(self).__name__} at {id(self):#x} state=finished {how}, not yet decoded>"
+
     # -- the stdlib's own way to fill a future -----------------------------------------------------------------
 
     def set_running_or_notify_cancel(self) -> bool:
         """As in the standard library: for code that fills futures itself."""
         if self.cancelled():
             return False
-        if self._state != PENDING:
-            raise RuntimeError("Future in unexpected state")
-        self._state = RUNNING
+        with self._condition:
+            if self._state != PENDING:
+                raise RuntimeError("Future in unexpected state")
+            self._state = RUNNING
         return True
 
     def set_result(self, result: T) -> None:
@@ -261,11 +294,10 @@ class Future(concurrent.futures.Future[T]):
         self._set(None, exception)
 
     def _set(self, result: Any, exception: BaseException | None) -> None:
-        if self._state in _DONE:
+        call = self._call
+        if not self._finish(FINISHED, None, result, exception):
             raise concurrent.futures.InvalidStateError(f"{self._state}: {self!r}")
-        self._result, self._exception = result, exception
-        if self._finish(FINISHED):
-            self._run_callbacks()
+        self._after_finish(call)
 
     # -- waiting and decoding (user threads) -------------------------------------------------------------------
 
