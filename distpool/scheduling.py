@@ -26,8 +26,8 @@ from typing import Any
 
 from distpool.errors import DistpoolError
 from distpool.node.node import Node, existing
-from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.recalls import Recalls
+from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.retries import Retries
 from distpool.slots import Slot
 from distpool.wire import messages
@@ -61,9 +61,7 @@ class Scheduler:
     def check_process(self) -> None:
         """RuntimeError in a forked child, which has none of the workers."""
         if existing() is not self.node:
-            raise RuntimeError(
-                "this executor belongs to the process that forked this one: make a new one here"
-            )
+            raise RuntimeError("this executor belongs to the process that forked this one: make a new one here")
 
     # -- calls in (any thread) ---------------------------------------------------------------------------------
 
@@ -294,6 +292,14 @@ class Scheduler:
             or any(slot.inflight or slot.pinned for slot in list(self.slots.values()))
         )
 
+    def _any_waiting(self) -> bool:
+        return any(
+            (entry.remaining > 0 and not entry.closed) if type(entry) is MapRun else not entry.cancelled
+            for entry in list(self._queue)
+        )
+
+    # -- retries -----------------------------------------------------------------------------------------------
+
     def _end_retries(self, call: Call, outcome: Outcome) -> None:
         self._settle(call, 0, outcome)
         self.check_done()
@@ -432,7 +438,7 @@ class Scheduler:
         """
         with self._lock:
             calls = [entry for entry in self._queue if type(entry) is Call]
-            ahead = []
+            ahead: list[Call] = []
             for slot in self.slots.values():
                 calls.extend(slot.pinned)
                 ahead.extend(entry for entry in slot.inflight.values() if type(entry) is Call)

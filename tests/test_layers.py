@@ -33,7 +33,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     4: ("refs.owner", "refs.refs", "refs.gc"),
     5: ("calls",),
     6: ("spawn", "pools"),
-    7: ("work", "slots", "scheduling", "lazymap", "pmap"),
+    7: ("work", "slots", "recalls", "retries", "scheduling", "lazymap", "pmap"),
     8: (
         *("managers.base", "managers.launch", "managers.process", "managers.forked", "managers.executed"),
         *("managers.local", "managers.ssh"),
@@ -80,6 +80,9 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("node.observe", "node.tasks"),
         ("node.output", "node.threads"),
         ("scheduling", "slots"),
+        ("scheduling", "recalls"),
+        ("scheduling", "retries"),
+        ("recalls", "slots"),
         ("scheduling", "work"),
         ("lazymap", "scheduling"),
         ("lazymap", "work"),

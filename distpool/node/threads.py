@@ -54,7 +54,7 @@ class ThreadCache:
                     return
             try:
                 function()
-            except Exception:
+            except BaseException:  # SystemExit too: the thread serves others
                 log.exception("error on a library thread")
             del function
             self._idle.append(box)
@@ -87,7 +87,7 @@ class SerialQueue:
                 function = self._waiting.popleft()
             try:
                 function()
-            except Exception:
+            except BaseException:  # SystemExit too: the thread serves others
                 log.exception("error while handing something to the user")
 
     def join(self, timeout: float) -> bool:

@@ -38,6 +38,7 @@ from distpool import config
 
 log = logging.getLogger("distpool.ioloop")
 _SIGINT = 2
+_LONGEST = 86400.0  # seconds of one poll: epoll refuses more than 24 days; waits and timers look again
 
 
 class Timer:
@@ -174,9 +175,11 @@ class IoLoop:
                 self._wake_writer.send(b"\0")
 
     def _drain_wakes(self) -> None:
-        self._woken = False
+        # In this order: a `wake` between the two finds its reason looked at in this round. The other way round, its byte
+        # would be read here while `_woken` stays set, and no later `wake` would reach the poll.
         with contextlib.suppress(BlockingIOError):
             self._wake_reader.recv(4096)
+        self._woken = False
 
     @property
     def leads(self) -> bool:
@@ -263,6 +266,8 @@ class IoLoop:
 
     def _run_once(self, timeout: float | None, interrupts: _Interrupts | None = None) -> None:
         timeout = self._next_timeout(timeout)
+        if timeout is not None and timeout > _LONGEST:
+            timeout = _LONGEST
         if interrupts is not None:
             if interrupts.pending:
                 interrupts.pending = False

@@ -1,0 +1,79 @@
+"""Calls that are taken back from workers before they start, because somebody cancels them (layer 7).
+
+cancel (any thread) -> Recalls.ask -> RECALL, one frame for each worker -> RECALLED (leader) -> Recalls.answered
+                                                                           or the worker is gone -> Recalls.lost
+cancel <- wait: the calls that will not run
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from distpool.slots import Slot
+from distpool.transport.ioloop import IoLoop
+from distpool.wire import messages
+
+if TYPE_CHECKING:
+    from distpool.work import Call
+
+_PATIENCE = 2.0  # seconds to wait for workers' answers
+
+
+class Recalls:
+    """The cancellations under way of one scheduler, under its lock."""
+
+    def __init__(self, loop: IoLoop, lock: threading.Lock) -> None:
+        self._loop = loop
+        self._lock = lock  # the scheduler's: protects _waiting, `Call.slot` and `Call.cancelled`
+        self._waiting: dict[tuple[int, int], list[threading.Event]] = {}  # (pid, sequence number) -> who waits
+
+    def ask(self, calls: list[Call]) -> list[threading.Event]:
+        """Ask for those that were sent ahead and are not known to run; the events are set by the answers."""
+        listed: dict[Slot, tuple[list[int], threading.Event]] = {}
+        with self._lock:
+            for call in calls:
+                slot, sequence = call.slot, call.sequence
+                if slot is None or slot.inflight.get(sequence) is not call or slot.has_surely_started(sequence):
+                    continue
+                call.cancelled = True
+                sequences, event = listed.setdefault(slot, ([], threading.Event()))
+                sequences.append(sequence)
+                # Several threads may cancel one call: each has an event of its own.
+                self._waiting.setdefault((slot.pid, sequence), []).append(event)
+        for slot, (sequences, _) in listed.items():
+            slot.recall(messages.Recall(0, sequences))
+        return [event for _, event in listed.values()]
+
+    def wait(self, calls: list[Call], events: list[threading.Event]) -> list[Call]:
+        """Wait for the answers and return the calls that will not run. Not for ever: a worker that is stopped, or keeps
+        the interpreter lock, gives none.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        for event in events:
+            if event.is_set() or self._loop.leads or self._loop.lead(event.is_set, deadline):
+                continue
+            with self._loop.following():
+                event.wait(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            for call in calls:
+                call.cancelled = call.slot is None  # an answer that comes later puts the others back
+                if call.cancelled:
+                    call.release()
+            return [call for call in calls if call.cancelled]
+
+    def answered(self, slot: Slot, sequences: list[int]) -> None:
+        """The worker has answered for these. Leader."""
+        with self._lock:
+            events = [self._waiting.pop((slot.pid, sequence), ()) for sequence in sequences]
+        for event in itertools.chain.from_iterable(events):
+            event.set()
+
+    def lost(self, slot: Slot) -> None:
+        """The worker will not answer any more. Leader."""
+        with self._lock:
+            events = [self._waiting.pop(key) for key in list(self._waiting) if key[0] == slot.pid]
+        for event in itertools.chain.from_iterable(events):
+            event.set()
