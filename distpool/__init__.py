@@ -31,11 +31,15 @@ _HOME = {
     "VersionMismatchError": "errors",
     "ClusterExecutor": "executor",
     "ClusterManager": "managers.base",
+    "ExponentialBackOff": "recovery",
+    "DistPool": "pool",
     "Future": "refs.refs",
     "LocalManager": "managers.local",
     "WorkerConfig": "managers.base",
     "dump_stacks": "monitor",
+    "plot_trace": "traceplot",
     "stats": "monitor",
+    "trace": "tracing",
 }
 
 if TYPE_CHECKING:
@@ -56,7 +60,10 @@ if TYPE_CHECKING:
     from distpool.managers.base import ClusterManager, WorkerConfig
     from distpool.managers.local import LocalManager
     from distpool.monitor import dump_stacks, stats
+    from distpool.pool import DistPool
     from distpool.refs.refs import Future
+    from distpool.traceplot import plot_trace
+    from distpool.tracing import trace
 
 __all__ = [
     "AuthenticationError",
@@ -65,6 +72,7 @@ __all__ = [
     "ClusterExecutor",
     "ClusterManager",
     "CompositeException",
+    "DistPool",
     "DistpoolError",
     "Future",
     "LaunchWorkerError",
@@ -77,7 +85,9 @@ __all__ = [
     "WorkerConfig",
     "__version__",
     "dump_stacks",
+    "plot_trace",
     "stats",
+    "trace",
 ]
 
 logging.getLogger("distpool").addHandler(logging.NullHandler())

@@ -20,7 +20,7 @@ EXECUTORS = {"ClusterExecutor", "DistPool", "Future", "pmap", "pgenerate", "Expo
 
 MANAGERS = {"ClusterManager", "LocalManager", "WorkerConfig"}
 
-WATCH = {"dump_stacks", "stats"}
+WATCH = {"dump_stacks", "plot_trace", "stats", "trace"}
 
 ERRORS = {
     "AuthenticationError",
@@ -101,7 +101,7 @@ POOLS_AND_MANAGERS = {
     "start_worker",
 }
 
-WATCHING = {"debug", "plot_trace", "trace"}
+WATCHING = {"debug"}
 
 NOT_YET = MEMBERSHIP | CALLS | POOLS_AND_MANAGERS | WATCHING
 
