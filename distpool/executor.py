@@ -18,6 +18,7 @@ from typing import Any
 from distpool import exits
 from distpool.crew import Crew
 from distpool.hosts import Plan, plan_for
+from distpool.nested import reduce_executor, reduce_view
 from distpool.node import node as nodes
 from distpool.policy import make_policy
 from distpool.submitter import LOOK_AHEAD, Submitter
@@ -73,6 +74,7 @@ class ClusterExecutor(Submitter):
         self._initargs = initargs
         self._shutdown = False
         self._shutdown_thread = False
+        self._key: str | None = None  # under which handles inside tasks know this executor
         exits.check_alive()
         start = codec.encode((initializer, tuple(initargs))) if initializer is not None else None
         if start is not None and start[1]:
@@ -132,6 +134,12 @@ class ClusterExecutor(Submitter):
             "pids": pids, "keep": keep, "label": label,
         }  # fmt: skip
         return ExecutorView(self, make_policy(self._policy, **{k: v for k, v in given.items() if v is not _UNSET}))
+
+    def _view(self, policy: Policy) -> ExecutorView:
+        return ExecutorView(self, policy)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a ClusterExecutor can only be sent to tasks; outside of calls it cannot be pickled")
 
     def scale(self, n: int) -> None:
         """Have `n` workers from now on: new ones are started in the background, surplus ones leave when idle.
@@ -309,5 +317,8 @@ def _forgotten(crew: Crew) -> None:
     with contextlib.suppress(RuntimeError):
         crew.node.loop.call_soon(crew.scheduler.check_done)
 
+
+codec.register_reducer(ClusterExecutor, reduce_executor)
+codec.register_reducer(ExecutorView, reduce_view)
 
 __all__ = ["LOOK_AHEAD", "ClusterExecutor", "ExecutorView", "make_policy"]

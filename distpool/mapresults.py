@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from distpool.lazymap import open_entry
@@ -47,13 +49,46 @@ def future_results(futures: list[Future[Any]], more: Iterator[Future[Any]], dead
             future.cancel()
 
 
+def check_map(timeout: float | None, chunksize: int, buffersize: int | None) -> float | None:
+    """The deadline (monotonic seconds); ValueError and TypeError with the standard library's texts."""
+    if chunksize < 1:
+        raise ValueError("chunksize must be >= 1.")
+    if buffersize is not None and not isinstance(buffersize, int):
+        raise TypeError("buffersize must be an integer or None")
+    if buffersize is not None and buffersize < 1:
+        raise ValueError("buffersize must be None or > 0")
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def map_by_futures(
+    submit: Callable[..., Future[Any]],
+    fn: Callable[..., Any],
+    iterables: tuple[Iterable[Any], ...],
+    deadline: float | None,
+    chunksize: int,
+    buffersize: int | None,
+) -> Iterator[Any]:
+    """One future per chunk: for a replaced `submit` (tqdm), for policies, and for handles inside tasks."""
+    source = zip(*iterables, strict=False)
+    if chunksize > 1:
+        chunks = iter(lambda: tuple(itertools.islice(source, chunksize)), ())
+        start: Iterator[Future[Any]] = (submit(run_chunk, fn, chunk) for chunk in chunks)
+    else:
+        start = (submit(fn, *args) for args in source)
+    futures = list(start if buffersize is None else itertools.islice(start, buffersize))
+    results = future_results(futures, start if buffersize is not None else iter(()), deadline)
+    return itertools.chain.from_iterable(results) if chunksize > 1 else results
+
+
 def unordered_futures(
     submit: Callable[..., Future[Any]],
     fn: Callable[..., Any],
     arguments: Iterator[Any],
     ahead: int,
     deadline: float | None,
+    waiting: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Iterator[Any]:
+    """Results as they come, at most `ahead` elements taken from `arguments` before they are delivered."""
     pending: set[Future[Any]] = set()
     try:
         while True:
@@ -61,7 +96,9 @@ def unordered_futures(
             if not pending:
                 return
             timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-            done, pending = concurrent.futures.wait(pending, timeout, concurrent.futures.FIRST_COMPLETED)  # type: ignore[assignment]
+            with waiting():
+                done, rest = concurrent.futures.wait(pending, timeout, concurrent.futures.FIRST_COMPLETED)
+            pending = set(rest)  # type: ignore[arg-type]
             if not done:
                 raise TimeoutError
             while done:

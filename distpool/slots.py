@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from distpool import config
@@ -49,6 +50,7 @@ class Slot:
         self.failed = 0
         self.since = 0.0  # monotonic seconds: when a call was sent to it while it was idle, or its last results came
         self.timeout_text = ""
+        self.forwarded: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # calls of its tasks
         self._remaining = max_tasks  # calls it may still be sent
         self._next = 1
         self._functions: collections.OrderedDict[int, int] = collections.OrderedDict()  # number -> bytes

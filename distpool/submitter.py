@@ -15,7 +15,7 @@ from typing import Any
 from distpool.crew import Crew
 from distpool.errors import SerializationError
 from distpool.lazymap import LazyMap
-from distpool.mapresults import fed_results, future_results, run_chunk, unordered_futures
+from distpool.mapresults import check_map, fed_results, map_by_futures, unordered_futures
 from distpool.progress import make_progress
 from distpool.refs.refs import RAISED_HERE, Future, Outcome
 from distpool.wire import codec
@@ -83,18 +83,12 @@ class Submitter(concurrent.futures.Executor):
 
         Example: `list(ex.map(abs, [-1, -2]))` is [1, 2].
         """
-        if chunksize < 1:
-            raise ValueError("chunksize must be >= 1.")
-        if buffersize is not None and not isinstance(buffersize, int):
-            raise TypeError("buffersize must be an integer or None")
-        if buffersize is not None and buffersize < 1:
-            raise ValueError("buffersize must be None or > 0")
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = check_map(timeout, chunksize, buffersize)
         self._check_usable()
         if not iterables:
             return iter(())
         if "submit" in self.__dict__ or not (self._policy is None or self._policy.plain):
-            return self._map_by_futures(fn, iterables, deadline, chunksize, buffersize)
+            return map_by_futures(self.submit, fn, iterables, deadline, chunksize, buffersize)
         single = len(iterables) == 1
         source: Iterator[Any] = iter(iterables[0]) if single else zip(*iterables, strict=False)
         function = self._crew.node.encoder.encode(fn)
@@ -129,26 +123,6 @@ class Submitter(concurrent.futures.Executor):
             fill_at_once=True,
         )
         return results if chunk is None else itertools.chain.from_iterable(results)
-
-    def _map_by_futures(
-        self,
-        fn: Callable[..., Any],
-        iterables: tuple[Iterable[Any], ...],
-        deadline: float | None,
-        chunksize: int,
-        buffersize: int | None,
-    ) -> Iterator[Any]:
-        """One future per chunk through `self.submit`: for a replaced `submit` (tqdm) and for policies."""
-        source = zip(*iterables, strict=False)
-        submit = self.submit
-        if chunksize > 1:
-            chunks = iter(lambda: tuple(itertools.islice(source, chunksize)), ())
-            start: Iterator[Future[Any]] = (submit(run_chunk, fn, chunk) for chunk in chunks)
-        else:
-            start = (submit(fn, *args) for args in source)
-        futures = list(start if buffersize is None else itertools.islice(start, buffersize))
-        results = future_results(futures, start if buffersize is not None else iter(()), deadline)
-        return itertools.chain.from_iterable(results) if chunksize > 1 else results
 
     def imap_unordered(
         self,
@@ -200,7 +174,7 @@ class Submitter(concurrent.futures.Executor):
 
         Example: `ex.pmap(f, xs, retry_delays=[0] * 3, on_error=lambda error: None)`
         """
-        from distpool.pmap import pmap
+        from distpool.mapping import pmap
 
         values: list[Any] = pmap(
             f,

@@ -39,7 +39,10 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("managers.local", "managers.ssh"),
     ),
     9: ("cluster", "crew", "hosts", "exits"),
-    10: ("executor", "pool", "pool_results", "monitor", "top", "tracing", "traceplot"),
+    10: (
+        *("executor", "submitter", "mapresults", "nested", "policy", "pool", "pool_results", "monitor", "top"),
+        *("tracing", "traceplot"),
+    ),
     11: ("startup", "zygote", "worker", "cli", "__main__", "__init__"),
 }
 """Layer -> its modules, lowest first. A new module is added here, in the layer of the job that it does."""

@@ -51,10 +51,14 @@ class Node:
         self.launcher: Any = None  # master: made by the cluster layer
         self.group: Any = None  # master: the Group
         self.monitor: Any = None  # master: the Monitor
+        self.top: Any = None  # master: the endpoint that DISTPOOL_TOP wants, or why there is none
         self.tracer: Any = None  # master: of a running `trace()`
         self.crews: set[Any] = set()  # master: the workers of living executors
+        self.exports: Any = None  # executors that tasks know by key (nested)
+        self.requests: Any = None  # workers: calls submitted through handles (nested)
         self.exiting = False  # the interpreter is shutting down
         self.exit_registered = False
+        self.ends_pools = False  # the hook that terminates pools at exit is registered
 
     @property
     def is_master(self) -> bool:

@@ -155,6 +155,12 @@ class FunctionEncoder:
             return encoded
         return self._remember(data, buffers, fn, by_value=True, reusable=reusable)
 
+    def adopt(self, data: bytes, buffers: codec.Buffers, name: str, reusable: bool) -> EncodedFunction:
+        """The function that another process serialised; the same bytes give the same one. Decodes nothing."""
+        encoded = self._remember(data, [memoryview(part) for part in buffers], None, by_value=True, reusable=reusable)
+        encoded.name = name
+        return encoded
+
     def _remember(
         self, data: bytes, buffers: list[memoryview], fn: Any, *, by_value: bool, reusable: bool
     ) -> EncodedFunction:

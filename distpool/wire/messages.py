@@ -200,6 +200,8 @@ class Submit(Message):
     executor: str
     name: str
     function_bytes: int
+    function_buffers: int
+    reusable: bool
     options: dict[str, Any] | None
 
 

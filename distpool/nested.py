@@ -1,0 +1,340 @@
+"""Executors inside tasks: a handle that submits to the same workers (layer 10).
+
+    worker: handle.submit -> SUBMIT --> owner: Call in the executor's queue -> some worker -> OUTCOME --> Future
+
+An executor that travels in a message becomes an `ExecutorHandle`; one that comes home becomes the executor itself.
+Values and exceptions pass through the owner without being decoded. A task that waits for such a future gives its slot
+away (`TaskRunner.slot_given_away`), so recursion finishes on any number of workers.
+
+On the worker, frames are handled by the leader and callbacks run on library threads. On the owner, SUBMIT is handled
+by the leader (it decodes nothing); errors made there are serialised on a library thread.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import itertools
+import secrets
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from distpool.errors import SerializationError
+from distpool.mapresults import check_map, map_by_futures, unordered_futures
+from distpool.node import node as nodes
+from distpool.node.node import Node
+from distpool.policy import make_policy
+from distpool.refs.refs import RAISED_HERE, Future, Outcome
+from distpool.wire import codec, messages
+from distpool.wire.failures import encode_exception
+from distpool.wire.frames import Frame, Kind
+from distpool.work import Call, Policy
+
+if TYPE_CHECKING:
+    from distpool.slots import Slot
+    from distpool.transport.ioloop import IoLoop
+    from distpool.transport.link import Link
+
+#: Elements that lazy maps take ahead, per worker.
+LOOK_AHEAD = 8
+_CANCEL_PATIENCE = 5.0  # seconds to wait for the owner's answer
+
+
+# -- the owner's side --------------------------------------------------------------------------------------------
+
+
+class _Forward(Future[Any]):
+    """The owner's future of a forwarded call: when it settles, the outcome goes to the worker as it is."""
+
+    def __init__(self, slot: Slot, request: int) -> None:
+        self._slot = slot
+        self._request = request
+
+    def _settle(self, raw: Outcome) -> bool:
+        super()._settle(raw)
+        if raw.status == RAISED_HERE:
+            nodes.current().deliver(lambda: self._send(messages.ERROR, encode_exception(raw.data), ()))
+        else:
+            self._send(raw.status, raw.data, raw.buffers)
+        return False
+
+    def _send(self, status: int, data: Any, buffers: Any) -> None:
+        member = self._slot.member
+        if member.link is not None and member.segments is not None:
+            staged = [member.segments.stage(buffer) for buffer in buffers]
+            member.link.send(Kind.OUTCOME, messages.Outcome(self._request, status).pack(), data, staged)
+
+
+def _export(executor: Any, key: str) -> None:
+    """Make `executor` known under `key` to handles in its workers."""
+    node = executor._crew.node
+    _exports(node)[key] = executor
+    handlers = executor._crew.scheduler.handlers
+    handlers[Kind.SUBMIT] = lambda slot, frame: _on_submit(node, slot, frame)
+    handlers[Kind.CANCEL] = lambda slot, frame: _on_cancel(slot, frame)
+
+
+def _exports(node: Node) -> weakref.WeakValueDictionary[str, Any]:
+    if node.exports is None:
+        node.exports = weakref.WeakValueDictionary()
+    exports: weakref.WeakValueDictionary[str, Any] = node.exports
+    return exports
+
+
+def _on_submit(node: Node, slot: Slot, frame: Frame) -> None:
+    message = messages.Submit.unpack(frame.control)
+    future = _Forward(slot, message.request)
+    executor = _exports(node).get(message.executor)
+    problem = _why_not(executor)
+    if problem or executor is None:
+        future._settle(Outcome(RAISED_HERE, RuntimeError(problem), (), 1))
+        return
+    scheduler = executor._crew.scheduler
+    body = bytes(frame.body)
+    data = body[: message.function_bytes]
+    buffers = slot.open(frame.buffers)
+    split = message.function_buffers
+    function = node.encoder.adopt(data, buffers[:split], message.name, message.reusable)
+    arguments = body[message.function_bytes :]
+    staged = scheduler.stage(buffers[split:]) if len(buffers) > split else []
+    flags = messages.ONE if function.reusable else messages.ONE_FRESH
+    record = messages.CALL.pack(function.number, 1, len(arguments), len(staged), flags) + arguments
+    policy = Policy(**message.options) if message.options is not None else executor._policy
+    call = Call(scheduler, function, record, staged, future, policy)
+    future._call = call
+    slot.forwarded[message.request] = future
+    scheduler.enqueue(call)
+
+
+def _why_not(executor: Any) -> str:
+    if executor is None:
+        return "the executor of this handle does not exist any more"
+    if executor._crew.finished.is_set() or executor._crew.broken is not None:
+        return "cannot schedule new futures after shutdown"
+    return ""
+
+
+def _on_cancel(slot: Slot, frame: Frame) -> None:
+    message = messages.Cancel.unpack(frame.control)
+    future = slot.forwarded.get(message.request)
+
+    def work() -> None:
+        done = future is not None and future.cancel()
+        if slot.member.link is not None:
+            slot.member.link.send(Kind.CANCELLED, messages.Cancelled(message.request, done).pack())
+
+    nodes.current().deliver(work)  # it may wait for another worker's answer
+
+
+# -- the worker's side -------------------------------------------------------------------------------------------
+
+
+class _Requests:
+    """Calls that this worker has submitted through handles. Dict operations are atomic; settling is the leader's."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.futures: dict[int, Future[Any]] = {}
+        self.cancels: dict[int, tuple[threading.Event, list[bool]]] = {}
+        self.numbers = itertools.count(1)
+        node.handlers[Kind.OUTCOME] = self._on_outcome
+        node.handlers[Kind.CANCELLED] = self._on_cancelled
+
+    def _on_outcome(self, link: Link, frame: Frame) -> None:
+        message = messages.Outcome.unpack(frame.control)
+        future = self.futures.pop(message.request, None)
+        if future is None:
+            return
+        segments = self.node.runner.segments
+        buffers = [segments.open(buffer) for buffer in frame.buffers]
+        if future._settle(Outcome(message.status, bytes(frame.body), buffers, 1)):
+            self.node.deliver(future._run_callbacks)
+
+    def _on_cancelled(self, link: Link, frame: Frame) -> None:
+        message = messages.Cancelled.unpack(frame.control)
+        waiting = self.cancels.pop(message.request, None)
+        if waiting is not None:
+            waiting[1].append(message.done)
+            waiting[0].set()
+
+
+class _Request:
+    """The call behind a future of a handle."""
+
+    def __init__(self, requests: _Requests, number: int) -> None:
+        self._requests = requests
+        self._number = number
+
+    @property
+    def loop(self) -> IoLoop:
+        """The loop whose leader settles the future."""
+        return self._requests.node.loop
+
+    def started(self) -> bool:
+        """It has left this process."""
+        return True
+
+    def waiting(self) -> AbstractContextManager[object]:
+        """A task that waits gives its slot away."""
+        return given_away(self._requests.node)
+
+    def cancel(self) -> bool:
+        """Ask the owner."""
+        node = self._requests.node
+        event, answer = threading.Event(), list[bool]()
+        self._requests.cancels[self._number] = event, answer
+        node.master_link.send(Kind.CANCEL, messages.Cancel(self._number).pack())  # type: ignore[union-attr]
+        with self.waiting():
+            if not node.loop.lead(event.is_set):
+                with node.loop.following():
+                    event.wait(_CANCEL_PATIENCE)
+        done = bool(answer and answer[0])
+        if done:
+            self._requests.futures.pop(self._number, None)
+        return done
+
+
+def given_away(node: Node) -> AbstractContextManager[object]:
+    """The context in which the calling thread, if it runs a task, has given its slot away."""
+    runner = node.runner
+    if runner is not None and threading.get_ident() in runner.running:
+        given: AbstractContextManager[object] = runner.slot_given_away()
+        return given
+    return contextlib.nullcontext()
+
+
+class ExecutorHandle(concurrent.futures.Executor):
+    """An executor as a task sees it: submits to the same workers, through their owner.
+
+    It has `submit`, `map`, `imap_unordered` and `options`; `shutdown` does nothing, the executor belongs to its owner.
+
+    Example: `def fib(ex, n): return n if n < 2 else ex.submit(fib, ex, n - 1).result() + fib(ex, n - 2)`
+    """
+
+    def __init__(self, key: str, size: int, options: dict[str, Any] | None) -> None:
+        node = nodes.current()
+        if node.requests is None:
+            node.requests = _Requests(node)
+        self._node = node
+        self._key = key
+        self._max_workers = size
+        self._options = options
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run `fn(*args, **kwargs)` on a worker of the executor; see `ClusterExecutor.submit`."""
+        node = self._node
+        future: Future[Any] = Future()
+        try:
+            function = node.encoder.encode(fn, 1)
+            data, buffers = codec.encode_args(args, kwargs, 1)
+        except SerializationError as error:
+            future._settle(Outcome(RAISED_HERE, error, (), node.pid))
+            return future
+        requests: _Requests = node.requests
+        number = next(requests.numbers)
+        future._call = _Request(requests, number)
+        requests.futures[number] = future
+        segments = node.runner.segments
+        staged = [segments.stage(buffer) for buffer in (*function.buffers, *buffers)]
+        # Buffers that could not be staged are sent from the caller's memory: copied, because that may change.
+        parts = [bytes(part) if isinstance(part, memoryview) else part for part in staged]
+        message = messages.Submit(
+            number,
+            self._key,
+            function.name,
+            len(function.data),
+            len(function.buffers),
+            function.reusable,
+            self._options,
+        )
+        assert node.master_link is not None
+        node.master_link.send(Kind.SUBMIT, message.pack(), function.data + data, parts)
+        return future
+
+    def map(
+        self,
+        fn: Callable[..., Any],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[Any]:
+        """As `ClusterExecutor.map`."""
+        deadline = check_map(timeout, chunksize, buffersize)
+        return map_by_futures(self.submit, fn, iterables, deadline, chunksize, buffersize)
+
+    def imap_unordered(
+        self,
+        fn: Callable[..., Any],
+        *iterables: Iterable[Any],
+        buffersize: int | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Any]:
+        """As `ClusterExecutor.imap_unordered`."""
+        deadline = check_map(timeout, 1, buffersize)
+        ahead = buffersize or LOOK_AHEAD * self._max_workers
+        arguments = zip(*iterables, strict=False)
+        return unordered_futures(self.submit, fn, arguments, ahead, deadline, lambda: given_away(self._node))
+
+    def options(self, **options: Any) -> ExecutorHandle:
+        """A handle with another policy; see `ClusterExecutor.options`."""
+        base = Policy(**self._options) if self._options is not None else None
+        policy = make_policy(base, **options)
+        return ExecutorHandle(self._key, self._max_workers, policy_fields(policy))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Nothing: the executor belongs to the process that made it."""
+
+
+def policy_fields(policy: Policy | None) -> dict[str, Any] | None:
+    """The policy as it travels (JSON). `retry_check` is code, which the owner would have to decode: refused."""
+    if policy is None:
+        return None
+    if policy.retry_check is not None:
+        raise ValueError("retry_check cannot be used through a handle: give it to the executor")
+    return {
+        "timeout": policy.timeout,
+        "retries": policy.retries,
+        "retry_delays": policy.retry_delays,
+        "pids": sorted(policy.pids) if policy.pids is not None else None,
+        "keep": policy.keep,
+        "label": policy.label,
+    }
+
+
+# -- travelling --------------------------------------------------------------------------------------------------
+
+
+def arrive(key: str, size: int, options: dict[str, Any] | None) -> Any:
+    """What an executor becomes where it arrives: itself at home, a handle elsewhere."""
+    node = nodes.current()
+    home = _exports(node).get(key)
+    if home is None:
+        return ExecutorHandle(key, size, options)
+    return home if options is None else home._view(Policy(**options))
+
+
+def reduce_executor(executor: Any, peer: Any) -> tuple[Any, ...]:
+    """For `codec.register_reducer`: a `ClusterExecutor` on its way to another process."""
+    if executor._key is None:
+        executor._key = secrets.token_hex(8)
+        _export(executor, executor._key)
+    return arrive, (executor._key, executor._max_workers, None)
+
+
+def reduce_view(view: Any, peer: Any) -> tuple[Any, ...]:
+    """For `codec.register_reducer`: an `ExecutorView` on its way to another process."""
+    _, (key, size, _) = reduce_executor(view._executor, peer)
+    return arrive, (key, size, policy_fields(view._policy))
+
+
+def _reduce_handle(handle: ExecutorHandle, peer: Any) -> tuple[Any, ...]:
+    return arrive, (handle._key, handle._max_workers, handle._options)
+
+
+codec.register_reducer(ExecutorHandle, _reduce_handle)
+
+__all__ = ["ExecutorHandle", "arrive", "reduce_executor", "reduce_view"]
