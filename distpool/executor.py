@@ -9,6 +9,7 @@ The workers belong to the `Crew`, which lives as long as work is pending, also a
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import weakref
@@ -76,6 +77,10 @@ class ClusterExecutor(Submitter):
         self._shutdown_thread = False
         self._key: str | None = None  # under which handles inside tasks know this executor
         exits.check_alive()
+        if "DISTPOOL_TOP" in os.environ:
+            from distpool.top import serve_if_wanted
+
+            serve_if_wanted(nodes.current())
         start = codec.encode((initializer, tuple(initargs))) if initializer is not None else None
         if start is not None and start[1]:
             start = codec.dump((initializer, tuple(initargs)), None, None, None), []
@@ -161,7 +166,7 @@ class ClusterExecutor(Submitter):
 
     def stats(self) -> list[dict[str, Any]]:
         """One dict per worker: pid, host, ospid, cpu (percent), memory (bytes), done, failed, bytes_in, bytes_out,
-        running (name or None), since (seconds).
+        running (name or None), since (seconds), queued. See `distpool.stats`.
 
         Example: `for row in ex.stats(): print(row["pid"], row["memory"])`
         """
