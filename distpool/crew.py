@@ -56,6 +56,7 @@ class Crew:
         self.finished = threading.Event()  # closed, and every worker is gone
         self.broken: BaseException | None = None  # what `submit` raises
         self.was_initialized = False
+        self.ends_at_exit = True  # the program's end waits for its work (`exits`); pools end otherwise
         self._slots: dict[int, Slot] = {}
         self._manager = manager
         self._params = params
@@ -80,6 +81,7 @@ class Crew:
         self._launching -= wanted
         if count < wanted:
             self._launch_failed(error or LaunchWorkerError("localhost", "", f"{count} of {wanted} workers started"))
+        self.scheduler.check_done()
         self._check_finished()
 
     def _launch_failed(self, error: BaseException) -> None:
@@ -152,6 +154,7 @@ class Crew:
             self._refill()
         else:
             self._on_death(member, slot)
+        self.scheduler.check_done()
         self._check_finished()
 
     def _on_death(self, member: Member, slot: Slot) -> None:
@@ -225,7 +228,7 @@ class Crew:
         """Let all workers go: nothing is left to do. Those that are still coming up are not waited for."""
         if self._dismissed:
             return
-        if self._initializer is not None and not self.was_initialized and self.broken is None:
+        if self._initializer is not None and self.broken is None and self._any_uninitialized():
             return  # its initializer runs in each worker, also if no call was ever submitted
         self._dismissed = True
         self.scheduler.slots.clear()
@@ -235,6 +238,12 @@ class Crew:
             else:
                 member.kill()
         self._check_finished()
+
+    def _any_uninitialized(self) -> bool:
+        """Whether some worker has not run the initializer yet. Whatever changes that looks again (`check_done`)."""
+        return self._launching > 0 or any(
+            pid not in self.scheduler.slots and not self._leaving(pid) for pid in self.members
+        )
 
     def kill(self, signum: int) -> None:
         """End all workers with this signal now."""

@@ -61,6 +61,8 @@ def _at_exit(node: Node) -> None:
     interrupted = isinstance(getattr(sys, "last_value", None), KeyboardInterrupt) and not hasattr(sys, "ps1")
     deadline = time.monotonic() + 0.5
     for crew in list(node.crews):
+        if not crew.ends_at_exit:
+            continue
         crew.scheduler.closing = True
         if interrupted:
             node.loop.call_soon(lambda crew=crew: crew.kill(9))  # type: ignore[misc]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -313,10 +314,8 @@ class TaskRunner:
         arguments = codec.decode(item.payload, item.buffers)
         item.payload, item.buffers = b"", []
         if item.flags in (CHUNK, CHUNK_OF_SCALARS):
-            if item.flags == CHUNK:
-                value = [self._call(function, args, {}) for args in arguments]
-            else:
-                value = [self._call(function, (argument,), {}) for argument in arguments]
+            each = itertools.starmap if item.flags == CHUNK else map
+            value = self._call(list, (each(function, arguments),), {})  # in C: chunks are there for tiny calls
             self._succeed(item.sequence, value)
             return begin
         single = item.flags == SPAN_OF_SCALARS

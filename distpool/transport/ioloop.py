@@ -175,7 +175,7 @@ class IoLoop:
                 self._wake_writer.send(b"\0")
 
     def _drain_wakes(self) -> None:
-        # In this order: a `wake` between the two finds its reason looked at in this round. The other way round, its byte
+        # In this order: a `wake` between the two has its reason looked at in this round. The other way round, its byte
         # would be read here while `_woken` stays set, and no later `wake` would reach the poll.
         with contextlib.suppress(BlockingIOError):
             self._wake_reader.recv(4096)

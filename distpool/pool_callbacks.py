@@ -1,0 +1,122 @@
+"""Callbacks of a pool, one after another, and the opening of its outcomes (layer 10).
+
+leader, or whoever settles --put--> queue -> library thread: decode, callback, event
+a callback that waits for another result --give_way--> another library thread goes on with the queue
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import multiprocessing.pool as stdlib
+import threading
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
+from typing import TYPE_CHECKING, Any
+
+from distpool.errors import DistpoolError
+from distpool.refs.refs import open_outcome
+from distpool.scheduling import Scheduler
+from distpool.wire import codec
+from distpool.wire.messages import UNSENDABLE
+
+if TYPE_CHECKING:
+    from distpool.pool_results import AsyncResult
+
+log = logging.getLogger("distpool.pool")
+
+
+class PoolTerminated(DistpoolError, BrokenProcessPool):
+    """`terminate()` (or the end of a `with` block) ended the pool before this result was there."""
+
+
+def open_entry(raw: Any) -> Any:
+    """The value behind an outcome (or bare pickle) of a call; raises its exception."""
+    if type(raw) is bytes:
+        return codec.decode(raw)
+    value, error = open_outcome(raw, RemoteTraceback)
+    if error is None:
+        return value
+    if raw.status == UNSENDABLE:
+        unsent = stdlib.MaybeEncodingError(error, _Described(str(error)))  # type: ignore[attr-defined]
+        unsent.__cause__ = error.__cause__
+        error = unsent
+    try:
+        raise error
+    finally:
+        del error
+
+
+class _Described:
+    """Stands for a value that never came here: its repr is the worker's description of it."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text.split(" cannot be serialised", 1)[0]
+
+    def __repr__(self) -> str:
+        return f"<{self._text}>"
+
+
+class Callbacks:
+    """Runs a pool's callbacks one after another on a library thread, as users of multiprocessing.Pool rely on.
+
+    Unlike there, a callback may wait for other results of the pool: waiting gives its turn to the next one.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.results: set[AsyncResult] = set()  # whose callbacks have not run; single operations only, which are atomic
+        self._waiting: collections.deque[Callable[[], object]] = collections.deque()
+        self._lock = (
+            threading.RLock()
+        )  # protects _turn and _owner; re-entrant: the collector may run user code anywhere
+        self._turn: object = None  # of the thread that runs callbacks
+        self._owner = 0  # its id, while a callback runs
+
+    def put(self, function: Callable[[], object]) -> None:
+        """Run `function()` after all that were put before. Any thread, the leader too."""
+        self._waiting.append(function)
+        self._start()
+
+    def _start(self) -> None:
+        turn = object()
+        with self._lock:
+            if self._turn is not None or not self._waiting:
+                return
+            self._turn = turn
+        self.scheduler.node.deliver(lambda: self._work(turn))
+
+    def _work(self, turn: object) -> None:
+        while True:
+            with self._lock:
+                if self._turn is not turn:
+                    return  # it was given away
+                self._owner = 0
+                if not self._waiting:
+                    self._turn = None
+                    return
+                function = self._waiting.popleft()
+                self._owner = threading.get_ident()
+            try:
+                function()
+            except BaseException:  # SystemExit too: it is a callback's, not this thread's
+                log.exception("exception in a callback of a pool")
+            del function
+
+    def give_way(self) -> None:
+        """The calling thread is about to wait: if it runs a callback, others may run meanwhile."""
+        if self._owner == threading.get_ident():
+            with self._lock:
+                self._turn, self._owner = None, 0
+            self._start()
+
+    def join(self) -> None:
+        """Wait until every callback has run (those of the calling thread excepted)."""
+        self.give_way()
+        with self.scheduler.loop.following():
+            for result in list(self.results):
+                result._await_callback()
+
+
+__all__ = ["Callbacks", "PoolTerminated", "open_entry"]
