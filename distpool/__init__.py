@@ -36,6 +36,8 @@ _HOME = {
     "Future": "refs.refs",
     "LocalManager": "managers.local",
     "WorkerConfig": "managers.base",
+    "pgenerate": "mapping",
+    "pmap": "mapping",
     "dump_stacks": "monitor",
     "plot_trace": "traceplot",
     "stats": "monitor",
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
     from distpool.managers.local import LocalManager
     from distpool.monitor import dump_stacks, stats
     from distpool.pool import DistPool
+    from distpool.mapping import pgenerate, pmap
+    from distpool.recovery import ExponentialBackOff
     from distpool.refs.refs import Future
     from distpool.traceplot import plot_trace
     from distpool.tracing import trace
@@ -74,6 +78,7 @@ __all__ = [
     "CompositeException",
     "DistPool",
     "DistpoolError",
+    "ExponentialBackOff",
     "Future",
     "LaunchWorkerError",
     "LocalManager",
@@ -85,7 +90,9 @@ __all__ = [
     "WorkerConfig",
     "__version__",
     "dump_stacks",
+    "pgenerate",
     "plot_trace",
+    "pmap",
     "stats",
     "trace",
 ]
