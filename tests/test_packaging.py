@@ -106,4 +106,4 @@ def test_console_script_and_module_print_help() -> None:
     for command in ([sys.executable, "-m", "distpool"], [str(Path(sys.executable).with_name("distpool"))]):
         done = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=30, check=False)
         assert done.returncode == 0, done.stderr
-        assert "run" in done.stdout and "worker" in done.stdout
+        assert "worker" in done.stdout and "top" in done.stdout
