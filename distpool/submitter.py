@@ -97,10 +97,13 @@ class Submitter(concurrent.futures.Executor):
         run = MapRun(self._crew.scheduler, function, single=single, chunked=chunksize > 1)
         if chunksize == 1:
             run.feed(list(source))
+            total = run.fed
         else:
+            total = 0
             while chunk := list(itertools.islice(source, chunksize)):
                 run.feed_chunk(chunk)
-        return self._with_progress(fed_results(run, deadline, chunksize > 1), run.fed * chunksize)
+                total += len(chunk)
+        return self._with_progress(fed_results(run, deadline, chunksize > 1), total)
 
     def _map_buffered(
         self,
