@@ -39,13 +39,12 @@ SHM = Path("/dev/shm")
 PRELUDE = """\
 import os, signal, sys, threading, time
 import distpool, helpers
-from distpool import ClusterExecutor, DistPool
 
 class Runner:
     '''One face for both classes, as in runners.py; `kind` is the first argument of the program.'''
     def __init__(self, kind, workers=2, **options):
         self.kind = kind
-        self.raw = (ClusterExecutor if kind == "executor" else DistPool)(workers, **options)
+        self.raw = (distpool.ClusterExecutor if kind == "executor" else distpool.DistPool)(workers, **options)
         self.executor = self.raw if kind == "executor" else self.raw.executor
     def submit(self, function, /, *args):
         return self.raw.submit(function, *args) if self.kind == "executor" else self.raw.apply_async(function, args)
@@ -69,9 +68,13 @@ class Runner:
 """
 
 
+FOREIGN = ("sem.", "joblib", "pulse-")
+"""Beginnings of names in /dev/shm that other libraries give, of which other programs may run at the same time."""
+
+
 def segments() -> set[str]:
-    """Names in /dev/shm."""
-    return set(os.listdir(SHM)) if SHM.is_dir() else set()
+    """Names in /dev/shm that could be ours."""
+    return {name for name in os.listdir(SHM) if not name.startswith(FOREIGN)} if SHM.is_dir() else set()
 
 
 def unused(names: set[str]) -> set[str]:
@@ -207,6 +210,8 @@ class Program:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None:
+            print(f"the program, at the failure of its test: {self.process.poll()}\n{self.output()}")
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()

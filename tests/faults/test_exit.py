@@ -73,8 +73,9 @@ ENDINGS = {
     "endless map half read": (
         "import itertools; results = runner.raw.imap_unordered(helpers.square, itertools.count()); next(results)"
     ),
-    "thread at work": (
-        "thread = threading.Thread(target=lambda: [runner.call(helpers.square, 3) for _ in range(100)]); thread.start()"
+    "thread that waits": (
+        "calls = [runner.submit(time.sleep, 0.01) for _ in range(50)]\n"
+        "threading.Thread(target=lambda: [runner.value(call) for call in calls]).start()"
     ),
     "main thread of the program gone": (
         "threading.Thread(target=lambda: (threading.main_thread().join(), time.sleep(0.2))).start()"

@@ -13,7 +13,7 @@ from .programs import Program
 
 SOURCE = """
 import ctypes
-kind, host, port = sys.argv[1:]
+kind, where, host, port = sys.argv[1:]
 address = host, int(port)
 
 class InjectedFault(Exception):
@@ -24,17 +24,26 @@ assert runner.call(helpers.square, 3) == 9
 running = [runner.submit(helpers.hold, address, number) for number in range(2)]
 queued = [runner.submit(helpers.square, number) for number in range(50)]
 helpers.hold(address, "main")
-names = [thread.name for thread in threading.enumerate()]
-victims = [thread for thread in threading.enumerate() if thread.name.startswith("distpool") and "io" in thread.name]
-assert victims, names
-for victim in victims:
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(victim.ident), ctypes.py_object(InjectedFault))
+if where == "thread":
+    names = [thread.name for thread in threading.enumerate()]
+    victims = [thread for thread in threading.enumerate() if thread.name.startswith("distpool") and "io" in thread.name]
+    assert victims, names
+    for victim in victims:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(victim.ident), ctypes.py_object(InjectedFault))
+else:
+    from distpool.scheduling import Scheduler
+
+    def on_frame(self, slot, frame):
+        raise InjectedFault("in the handler of a frame")
+
+    Scheduler.on_frame = on_frame
 begin = time.monotonic()
 late = None
 try:
     late = runner.submit(helpers.square, 1)  # wakes the thread, which meets its fault
 except Exception as error:
     print("submit", type(error).__name__)
+helpers.show(address, "faulty")
 import traceback
 faults = 0
 for call in running + queued:
@@ -54,12 +63,17 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize("again", range(3))
-def test_fault_on_the_io_thread(kind: str, gate: Gate, again: int) -> None:
-    with Program(SOURCE, [kind, *gate.address]) as program:
+@pytest.mark.parametrize("where", ["thread", "handler"])
+def test_fault_of_the_library(kind: str, gate: Gate, where: str) -> None:
+    """In the loop itself (thrown into its thread), and in what it calls when a frame has come."""
+    with Program(SOURCE, [kind, where, *gate.address]) as program:
         arrivals = gate.arrivals(3)
         next(arrival for arrival in arrivals if arrival.tag == "main").release()
-        outcome = program.finish()
+        gate.arrival()
+        for arrival in arrivals[: None if where == "handler" else 0]:
+            if arrival.tag != "main":
+                arrival.release()  # so that a frame comes
+        outcome = program.finish(20)
     facts = dict(line.split(" ", 1) for line in outcome.stdout.splitlines())
     assert outcome.returncode == 0, outcome.stderr
     assert facts["faults"] == "52", outcome.stdout

@@ -55,7 +55,7 @@ runner.call(lambda: print("to stderr", file=sys.stderr))
 runner.call(os.system, "echo from a child process")
 runner.call(os.write, 1, b"not UTF-8: \\xff\\n")
 runner.call(print, "y" * 300_000)
-runner.call(print, "a", "b", sep="\\n")
+runner.call(lambda: print("a", "b", sep="\\n"))
 runner.call(lambda: print("caf\\u00e9 \\u4e16\\u754c"))
 
 def half_a_line():
