@@ -85,6 +85,8 @@ class Worker:
 
     def _on_closed(self, link: Link, reason: BaseException | None) -> None:
         if link is not self.node.master_link:
+            if self.node.peers.on_closed(link, reason):
+                return
             if reason is not None:
                 print(reason, file=sys.stderr, flush=True)
             return
@@ -98,10 +100,10 @@ class Worker:
         if self.runner is None or link is not self.node.master_link:
             if frame.kind == Kind.JOIN and self.runner is None:
                 self._join(link, messages.Join.unpack(frame.control))
+            elif self.runner is not None:
+                self.node.peers.on_frame(link, frame)
             return
-        handler = self.node.handlers.get(frame.kind)
-        if handler is not None:
-            handler(link, frame)
+        self.node.dispatch(link, frame)
 
     def _join(self, link: Link, join: messages.Join) -> None:
         node = self.node
@@ -116,7 +118,8 @@ class Worker:
                 shares = True
         link.shares_memory = shares
         link.peer = 1
-        self._segments = Segments(link, node.segments)
+        self._segments = link.segments = Segments(link, node.segments)
+        node.peers.add(1, link)
         self.runner = runner = TaskRunner(link, journal, self._segments, node.threads.run)
         node.runner = runner
         self.observer = Observer(node, link, runner)

@@ -19,7 +19,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from distpool.errors import LaunchWorkerError, VersionMismatchError
+from distpool.errors import LaunchWorkerError, ProcessExitedException, VersionMismatchError
 from distpool.node.node import Node, versions
 from distpool.node.output import OutputHook, OutputReader
 from distpool.transport.journal import Journal
@@ -166,9 +166,7 @@ class Member:
         elif self.state is State.CONNECTING:
             if frame.kind == Kind.JOINED:
                 self._on_join(link, messages.Joined.unpack(frame.control))
-        elif (handler := self.group.node.handlers.get(frame.kind)) is not None:
-            handler(link, frame)
-        else:
+        elif not self.group.node.dispatch(link, frame):
             self.on_frame(self, frame)
 
     def _on_join(self, link: Link, joined: messages.Joined) -> None:
@@ -186,9 +184,10 @@ class Member:
             else:
                 self.journal.close()
                 self.journal = None
-        self.segments = Segments(link, self.group.node.segments)
+        self.segments = link.segments = Segments(link, self.group.node.segments)
         self._deadline.cancel()
         self.move(State.READY)
+        self.group.node.peers.add(self.pid, link)
         for watcher in list(self.group.joined_watchers):
             watcher(self)
         self.on_joined(self)
@@ -245,9 +244,17 @@ class Member:
         if self.segments is not None:
             self.segments.close()
         self.group.forget(self)
+        self._tell_peers()
         self.on_gone(self, self._failure)
         if self.journal is not None:
             self.journal.close()
+
+    def _tell_peers(self) -> None:
+        """Every process of the group hears of the death, with what is known of it."""
+        pid, code, output, reason = self.pid, self.exitcode, self.last_output, self.reason
+        peers = self.group.node.peers
+        peers.mark_dead(pid, lambda: ProcessExitedException(pid, code, True, output, reason))
+        peers.broadcast_dead(pid, code, reason)
 
     def _stop_output(self) -> None:
         if self.output is not None:
@@ -268,6 +275,7 @@ class Group:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.members: dict[int, Member] = {}
+        self.topology = "all_to_all"
         self.output_hook: OutputHook | None = None
         self.joined_watchers: list[Callable[[Member], object]] = []  # upper layers; called on the leader
         self.gone_watchers: list[Callable[[Member], object]] = []
@@ -282,6 +290,10 @@ class Group:
         self.members[member.pid] = member
         self.last_pid = member.pid
         return member
+
+    def may_connect(self, one: int, other: int) -> bool:
+        """Whether the topology lets these two processes have a link."""
+        return self.topology == "all_to_all" or 1 in (one, other)
 
     def forget(self, member: Member) -> None:
         """The member is gone."""

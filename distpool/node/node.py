@@ -11,6 +11,7 @@ parent: unregistering would disturb it) and drops the node; executors notice by 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
 import secrets
@@ -19,11 +20,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from distpool.node.peers import Peers
 from distpool.node.threads import SerialQueue, ThreadCache
 from distpool.transport.ioloop import IoLoop
 from distpool.transport.link import Link
 from distpool.transport.shm import SegmentPool
-from distpool.wire.frames import Frame
+from distpool.wire.frames import Frame, Kind
 from distpool.wire.functions import FunctionEncoder
 
 _node: Node | None = None
@@ -44,6 +46,8 @@ class Node:
         self.segments = SegmentPool()
         self.handlers: dict[int, Callable[[Link, Frame], None]] = {}
         self.links: set[Link] = set()  # leader only
+        self.peers = Peers(self)
+        self.remote_calls_loaded = False
         self.next_pid = itertools.count(2)
         self.on_fork: list[Callable[[], None]] = []  # run in a forked child before the node is dropped
         self.master_link: Link | None = None  # workers
@@ -64,6 +68,20 @@ class Node:
     def is_master(self) -> bool:
         """Whether this process is pid 1."""
         return self.pid == 1
+
+    def dispatch(self, link: Link, frame: Frame) -> bool:
+        """Leader: hand a frame to whoever registered its kind; False if nobody did."""
+        handler = self.handlers.get(frame.kind)
+        if handler is None:
+            if frame.kind < Kind.PEER or self.remote_calls_loaded:
+                return False
+            self.remote_calls_loaded = True
+            importlib.import_module("distpool.calls").install(self)  # the upper layer registers its kinds
+            handler = self.handlers.get(frame.kind)
+            if handler is None:
+                return False
+        handler(link, frame)
+        return True
 
     def deliver(self, function: Callable[[], object]) -> None:
         """Run `function()` on a library thread: it may be user code and may block."""

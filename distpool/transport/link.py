@@ -41,6 +41,7 @@ class Link:
     ) -> None:
         self.loop = loop
         self.peer: Any = None  # who is at the other end: set by the node
+        self.segments: Any = None  # the `Segments` of this link: set by the node
         self.shares_memory = False  # whether the peer can map our segments: set by the node
         self.bytes_in = 0
         self.bytes_out = 0

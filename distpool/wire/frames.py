@@ -58,9 +58,20 @@ class Kind(enum.IntEnum):
     USAGE_IS = 30
     TRACE = 31
     TRACED = 32
-    # 40 and above: remote calls, references, channels and pools (layers 4 to 6).
-    REQUEST = 40
-    REPLY = 41
+    # 40 and above: between any two processes (`node.dispatch`): links, remote calls, references, channels.
+    PEER = 40
+    WHERE = 41
+    ADDRESS = 42
+    DIAL = 43
+    DEAD = 44
+    RELAY = 45
+    REQUEST = 46
+    REPLY = 47
+    NOTICE = 48
+    CLIENTS = 49
+    REFERENCE = 50
+    CHANNEL = 51
+    CANCEL_REQUEST = 52
 
 
 class SegmentRef(NamedTuple):

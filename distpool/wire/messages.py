@@ -294,11 +294,144 @@ class Traced(Message):
     last: bool
 
 
+@dataclasses.dataclass(slots=True)
+class Peer(Message):
+    """Dialler -> listener, after authentication: which worker I am."""
+
+    kind: ClassVar[Kind] = Kind.PEER
+    pid: int
+    shares_memory: bool
+
+
+@dataclasses.dataclass(slots=True)
+class Where(Message):
+    """Worker -> pid 1: I need a link to `pid`."""
+
+    kind: ClassVar[Kind] = Kind.WHERE
+    pid: int
+
+
+@dataclasses.dataclass(slots=True)
+class Address(Message):
+    """Pid 1 -> worker: where `pid` listens; `problem` is "unknown", "gone", "topology", "wait" (it will dial) or ""."""
+
+    kind: ClassVar[Kind] = Kind.ADDRESS
+    pid: int
+    address: list[Any]
+    shares_memory: bool
+    problem: str
+    detail: str = ""
+
+
+@dataclasses.dataclass(slots=True)
+class Dial(Message):
+    """Pid 1 -> worker: `pid` needs a link to you, and you have to make it."""
+
+    kind: ClassVar[Kind] = Kind.DIAL
+    pid: int
+    address: list[Any]
+    shares_memory: bool
+
+
+@dataclasses.dataclass(slots=True)
+class Dead(Message):
+    """Pid 1 -> every worker: this process is gone."""
+
+    kind: ClassVar[Kind] = Kind.DEAD
+    pid: int
+    exitcode: int | None
+    reason: str
+
+
+@dataclasses.dataclass(slots=True)
+class Relay(Message):
+    """Any -> pid 1: pass this small frame on to `pid`, which I am not connected to (its control is the body)."""
+
+    kind: ClassVar[Kind] = Kind.RELAY
+    pid: int
+    relayed: int
+
+
+@dataclasses.dataclass(slots=True)
+class Request(Message):
+    """Any -> any: run a call (body: function, then arguments). `mode` is "fetch", "future" or "do"."""
+
+    kind: ClassVar[Kind] = Kind.REQUEST
+    request: int
+    mode: str
+    whence: int  # of the reference that will hold the value (mode "future")
+    ident: int
+    name: str
+    function_bytes: int
+    function_buffers: int
+    reusable: bool
+
+
+@dataclasses.dataclass(slots=True)
+class Reply(Message):
+    """Any -> any: how request `request` ended (body: value or exception; `status` as in RESULT)."""
+
+    kind: ClassVar[Kind] = Kind.REPLY
+    request: int
+    status: int
+
+
+@dataclasses.dataclass(slots=True)
+class Notice(Message):
+    """Owner -> whoever watches: this value is there (`ok`), or the call failed. Without the value."""
+
+    kind: ClassVar[Kind] = Kind.NOTICE
+    whence: int
+    ident: int
+    ok: bool
+
+
+@dataclasses.dataclass(slots=True)
+class Clients(Message):
+    """Any -> owner: changes of client counts: rows (whence, id, client pid, change)."""
+
+    kind: ClassVar[Kind] = Kind.CLIENTS
+    changes: list[list[int]]
+
+
+@dataclasses.dataclass(slots=True)
+class Reference(Message):
+    """Any -> owner of a value: `op` is "fetch", "watch", "isready", "put" (body: value) or "make" (body: factory)."""
+
+    kind: ClassVar[Kind] = Kind.REFERENCE
+    request: int
+    op: str
+    whence: int
+    ident: int
+
+
+@dataclasses.dataclass(slots=True)
+class ChannelOp(Message):
+    """Any -> owner of a channel: `op` of it; body: the arguments. `timeout` in seconds."""
+
+    kind: ClassVar[Kind] = Kind.CHANNEL
+    request: int
+    op: str
+    whence: int
+    ident: int
+    timeout: float | None
+    arguments: int
+
+
+@dataclasses.dataclass(slots=True)
+class CancelRequest(Message):
+    """Any -> any: I no longer wait for the answer of `request`."""
+
+    kind: ClassVar[Kind] = Kind.CANCEL_REQUEST
+    request: int
+
+
 MESSAGES: dict[int, type[Message]] = {
     int(cls.kind): cls
     for cls in (
         Join, Joined, Function, Forget, Recall, Recalled, Initialize, Initialized, Shutdown,
         SegmentsFree, Blocked, Submit, Outcome, Cancel, Cancelled, Interrupt,
+        Peer, Where, Address, Dial, Dead, Relay, Request, Reply, Notice, Clients, Reference, ChannelOp, CancelRequest,
         Stacks, StacksAre, Usage, UsageIs, Trace, Traced,
     )
 }  # fmt: skip

@@ -1,0 +1,293 @@
+"""Links to the other processes of the group, made when they are needed (layer 3).
+
+    send(pid, frame)   link there -> sent;  else the frame waits in order while the link is made
+    worker A -> B      A asks pid 1 (WHERE). The higher pid dials; a lower one is dialled (pid 1 tells B: DIAL).
+                       Dialler: Handshake, PEER; listener: takes the link on PEER
+    no link allowed    topology: calls fail with TopologyError; small control frames go through pid 1 (RELAY)
+
+State of a peer: a link in `_links`, or frames in `_waiting` while a link is made, or an entry in `dead`. Tables are
+changed on the leader; other threads read them and hand work over with `call_soon`. A thread that finds a link may send
+on it at once: frames of one thread to one peer stay in order because a link, once there, stays, and waiting frames are
+flushed before it is published.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from distpool import config
+from distpool.errors import ProcessExitedException, TopologyError
+from distpool.node.requests import Requests
+from distpool.transport.link import Link
+from distpool.transport.segments import Segments
+from distpool.wire import messages
+from distpool.wire.frames import Frame, Kind
+from distpool.wire.protocol import Handshake, Role
+
+if TYPE_CHECKING:
+    from distpool.node.node import Node
+
+_Parts = tuple[Kind, bytes, Any, list[Any]]
+
+
+class Peers:
+    """The other members as this process reaches them."""
+
+    def __init__(self, node: Node) -> None:
+        self.requests = Requests()
+        self.dead: dict[int, Callable[[], BaseException]] = {}  # pid -> makes the error of whoever asks for it
+        self.on_lost: list[Callable[[int], object]] = []  # leader: upper layers forget a pid
+        self.opened = 0  # links between workers that this process has made or taken
+        self._node = node
+        self._links: dict[int, Link] = {}
+        self._waiting: dict[int, list[_Parts]] = {}  # leader
+        self._problems: dict[int, Callable[[], BaseException]] = {}  # pid -> why no link can be made; leader
+        self._ready: dict[int, threading.Event] = {}  # pid -> set when `ensure` may look again
+
+    # -- sending (any thread) ----------------------------------------------------------------------------------
+
+    def link(self, pid: int) -> Link | None:
+        """The link to `pid` if there is one."""
+        return self._links.get(pid)
+
+    def send(self, pid: int, kind: Kind, control: bytes, body: Any = b"", buffers: Any = ()) -> None:
+        """Send a frame, now or when the link has been made; to a dead process: nowhere (its requests have failed)."""
+        link = self._links.get(pid)
+        if link is not None:
+            link.send(kind, control, body, [link.segments.stage(buffer) for buffer in buffers] if buffers else ())
+        elif pid not in self.dead:
+            self._node.loop.call_soon(lambda: self._send_later(pid, (kind, control, body, list(buffers))))
+
+    def ensure(self, pid: int) -> None:
+        """Wait until there is a link to `pid`. Not on the leader.
+
+        ValueError: no such process. ProcessExitedException: it is gone. TopologyError: not connected by design.
+        """
+        if pid in self._links:
+            return
+        self.check(pid)
+        event = self._ready.setdefault(pid, threading.Event())
+        self._node.loop.call_soon(lambda: self._open(pid))
+        loop = self._node.loop
+        if not loop.lead(event.is_set):
+            with loop.following():
+                event.wait()
+        self.check(pid)
+        if pid not in self._links:
+            raise ConnectionError(f"no connection to process {pid}")
+
+    def check(self, pid: int) -> None:
+        """Raise what is known to be wrong with `pid`."""
+        dead = self.dead.get(pid)
+        if dead is not None:
+            raise dead()
+        problem = self._problems.get(pid)
+        if problem is not None:
+            raise problem()
+        if self._node.is_master and pid not in self._links:
+            group = self._node.group
+            if group is None or pid not in group.members:
+                raise ValueError(f"no process with id {pid} exists")
+
+    # -- links (leader) ----------------------------------------------------------------------------------------
+
+    def add(self, pid: int, link: Link) -> None:
+        """The link to `pid` is there: send what waited, then let everybody use it."""
+        for kind, control, body, buffers in self._waiting.pop(pid, ()):
+            staged = [link.segments.stage(buffer) for buffer in buffers] if buffers else ()
+            link.send(kind, control, body, staged)
+        self._links[pid] = link
+        self._announce(pid)
+
+    def _announce(self, pid: int) -> None:
+        event = self._ready.pop(pid, None)
+        if event is not None:
+            event.set()
+
+    def _send_later(self, pid: int, parts: _Parts) -> None:
+        link = self._links.get(pid)
+        if link is not None:
+            self.send(pid, *parts)
+        elif pid in self._problems and parts[0] is Kind.CLIENTS:
+            relay = messages.Relay(pid, int(parts[0]))
+            self.send(1, Kind.RELAY, relay.pack(), parts[1])
+        elif pid not in self.dead and pid not in self._problems:
+            self._waiting.setdefault(pid, []).append(parts)
+            self._open(pid)
+
+    def _open(self, pid: int) -> None:
+        if pid in self._links or pid in self.dead or pid in self._problems or pid == self._node.pid:
+            self._announce(pid)
+        elif self._node.master_link is not None:
+            self._node.master_link.send(Kind.WHERE, messages.Where(pid).pack())
+            self._node.loop.call_later(config.worker_timeout(), lambda: self._too_late(pid))
+        elif self._node.group is None or pid not in self._node.group.members:
+            self._waiting.pop(pid, None)
+            self._announce(pid)
+        # else: a member that has not joined yet: `add` will come
+
+    def _too_late(self, pid: int) -> None:
+        if pid in self._ready or pid in self._waiting:
+            seconds = config.worker_timeout()
+            self._give_up(pid, lambda: ConnectionError(f"no connection to process {pid} within {seconds} seconds"))
+
+    def _give_up(self, pid: int, make_error: Callable[[], BaseException]) -> None:
+        """No link will come (for now): whoever waits hears why."""
+        self._problems[pid] = make_error
+        waiting = self._waiting.pop(pid, ())
+        self.requests.fail(pid, make_error)
+        for parts in waiting:
+            if parts[0] is Kind.CLIENTS:
+                self._send_later(pid, parts)
+        self._announce(pid)
+
+    def on_address(self, link: Link, frame: Frame) -> None:
+        """Worker: pid 1 says where a process listens, or why there will be no link."""
+        message = messages.Address.unpack(frame.control)
+        pid = message.pid
+        if message.problem == "":
+            self._dial(pid, message.address, message.shares_memory)
+        elif message.problem == "gone":
+            self.mark_dead(pid, lambda: ProcessExitedException(pid, None, False, "", message.detail))
+        elif message.problem == "topology":
+            self._give_up(pid, lambda: TopologyError(message.detail))
+        elif message.problem == "unknown":
+            self._give_up(pid, lambda: ValueError(f"no process with id {pid} exists"))
+            self._node.loop.call_soon(lambda: self._problems.pop(pid, None))  # it may come to exist
+
+    def on_dial(self, link: Link, frame: Frame) -> None:
+        """Worker: a lower pid needs a link to us."""
+        message = messages.Dial.unpack(frame.control)
+        if message.pid not in self._links:
+            self._dial(message.pid, message.address, message.shares_memory)
+
+    def _dial(self, pid: int, address: list[Any], shares_memory: bool) -> None:
+        family, *place = address
+        kind = getattr(socket, "AF_UNIX", None) if family == "unix" else socket.AF_INET
+        node = self._node
+        try:
+            sock = socket.socket(kind or socket.AF_INET, socket.SOCK_STREAM)
+            try:
+                sock.connect(place[0] if family == "unix" else (place[0], place[1]))
+            except OSError:
+                sock.close()
+                raise
+        except OSError as error:
+            text = f"cannot connect to process {pid} at {address}: {error}"
+            self._give_up(pid, lambda: ConnectionError(text))
+            return
+
+        def ready(link: Link) -> None:
+            link.shares_memory = shares_memory
+            link.send(Kind.PEER, messages.Peer(node.pid, shares_memory).pack())
+            self._adopt(pid, link)
+
+        handshake = Handshake(Role.CONNECTOR, node.cookie)
+        link = Link(node.loop, sock, handshake, ready, self.on_frame, lambda link, reason: self._closed(pid, link))
+        link.peer = pid
+        link.open()
+
+    def _adopt(self, pid: int, link: Link) -> None:
+        link.peer = pid
+        link.segments = Segments(link, self._node.segments)
+        self._node.links.add(link)
+        self.opened += 1
+        self.add(pid, link)
+
+    def on_frame(self, link: Link, frame: Frame) -> None:
+        """A frame on a link between workers."""
+        if frame.kind == Kind.PEER:
+            message = messages.Peer.unpack(frame.control)
+            if message.pid not in self._links:
+                link.shares_memory = message.shares_memory
+                self._adopt(message.pid, link)
+        elif frame.kind == Kind.SEGMENTS_FREE and link.segments is not None:
+            link.segments.on_free(messages.SegmentsFree.unpack(frame.control).segments)
+        elif link.peer is not None:
+            self._node.dispatch(link, frame)
+
+    def on_closed(self, link: Link, reason: BaseException | None) -> bool:
+        """A link between workers has ended; False if it was none."""
+        if link.peer is None or self._links.get(link.peer) is not link:
+            return False
+        self._closed(link.peer, link)
+        return True
+
+    def _closed(self, pid: int, link: Link) -> None:
+        """The peer is dying, or the connection is broken: pid 1 will say which; until then a new link may be tried."""
+        self._node.links.discard(link)
+        if link.segments is not None:
+            link.segments.close()
+        if self._links.get(pid) is link:
+            del self._links[pid]
+            self.requests.fail(pid, lambda: ProcessExitedException(pid, None, True, "", "its connection was lost"))
+        elif pid in self._waiting or pid in self._ready:
+            self._give_up(pid, lambda: ConnectionError(f"process {pid} closed the connection"))
+            self._node.loop.call_later(1.0, lambda: self._problems.pop(pid, None))
+
+    # -- pid 1 (leader) ----------------------------------------------------------------------------------------
+
+    def on_where(self, link: Link, frame: Frame) -> None:
+        """Pid 1: a worker needs a link to another one."""
+        asker, pid = int(link.peer), messages.Where.unpack(frame.control).pid
+        members = self._node.group.members
+        target = members.get(pid)
+        problem, detail = "", ""
+        if pid in self.dead:
+            problem, detail = "gone", ""
+        elif target is None:
+            problem = "unknown"
+        elif not self._node.group.may_connect(asker, pid):
+            topology = self._node.group.topology
+            problem, detail = "topology", f"peer {pid} is not connected to {asker}. Topology : {topology}"
+        if problem or target is None:
+            link.send(Kind.ADDRESS, messages.Address(pid, [], False, problem, detail).pack())
+            return
+        other = members[asker]
+        shares = bool(target.link is not None and target.link.shares_memory and link.shares_memory)
+        if asker > pid or target.link is None:
+            link.send(Kind.ADDRESS, messages.Address(pid, list(target.address), shares, "").pack())
+        else:
+            target.link.send(Kind.DIAL, messages.Dial(asker, list(other.address), shares).pack())
+
+    def on_relay(self, link: Link, frame: Frame) -> None:
+        """Pid 1: pass a control frame on."""
+        message = messages.Relay.unpack(frame.control)
+        if message.pid == self._node.pid:
+            self._node.dispatch(link, Frame(message.relayed, bytes(frame.body), b"", []))
+        else:
+            self.send(message.pid, Kind(message.relayed), bytes(frame.body))
+
+    # -- deaths (leader) ---------------------------------------------------------------------------------------
+
+    def on_dead(self, link: Link, frame: Frame) -> None:
+        """Worker: pid 1 says that a process is gone."""
+        message = messages.Dead.unpack(frame.control)
+        code, reason = message.exitcode, message.reason
+        self.mark_dead(message.pid, lambda: ProcessExitedException(message.pid, code, True, "", reason))
+
+    def mark_dead(self, pid: int, make_error: Callable[[], BaseException]) -> None:
+        """The process is gone for good: idempotent."""
+        if pid in self.dead:
+            return
+        self.dead[pid] = make_error
+        link = self._links.pop(pid, None)
+        if link is not None and link is not self._node.master_link and not self._node.is_master:
+            with contextlib.suppress(OSError):
+                link.close(None)
+        self._waiting.pop(pid, None)
+        self.requests.fail(pid, make_error)
+        for callback in self.on_lost:
+            callback(pid)
+        self._announce(pid)
+
+    def broadcast_dead(self, pid: int, exitcode: int | None, reason: str) -> None:
+        """Pid 1: tell every worker."""
+        packed = messages.Dead(pid, exitcode, reason).pack()
+        for other, link in list(self._links.items()):
+            if other != pid:
+                link.send(Kind.DEAD, packed)

@@ -1,0 +1,60 @@
+"""Requests to other processes that have not been answered (layer 3).
+
+    any thread: new(pid, settle) -> number -> frame ... REPLY (leader) -> settle(status, data, buffers, pid)
+                                                   ... the peer is lost (leader) -> lost(error)
+
+Every way out empties the table: an answer, the loss of the peer, or the caller's own giving up. Dict operations are
+atomic; each entry is popped once, by whoever is first.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+#: `f(status, data, buffers)`: the answer, on the leader.
+OnAnswer = Callable[[int, Any, Any], object]
+#: `f(error)`: the peer is gone, or could not be reached; on the leader, or in the thread that asks a dead peer.
+OnLost = Callable[[BaseException], object]
+
+
+class _Waiting(NamedTuple):
+    pid: int
+    answer: OnAnswer
+    lost: OnLost
+
+
+class Requests:
+    """The table of one node."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, _Waiting] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def new(self, pid: int, answer: OnAnswer, lost: OnLost) -> int:
+        """A number for a request to `pid`."""
+        number = next(self._numbers)
+        self._waiting[number] = _Waiting(pid, answer, lost)
+        return number
+
+    def settle(self, number: int, status: int, data: Any, buffers: Any) -> bool:
+        """Leader: the answer has come; False if nobody waits for it any more."""
+        waiting = self._waiting.pop(number, None)
+        if waiting is None:
+            return False
+        waiting.answer(status, data, buffers)
+        return True
+
+    def forget(self, number: int) -> bool:
+        """The caller has given up; False if the answer was first."""
+        return self._waiting.pop(number, None) is not None
+
+    def fail(self, pid: int, make_error: Callable[[], BaseException]) -> None:
+        """Everything that waits for `pid` fails."""
+        for number, waiting in list(self._waiting.items()):
+            if waiting.pid == pid and self._waiting.pop(number, None) is not None:
+                waiting.lost(make_error())
