@@ -184,8 +184,11 @@ class Client:
 
     def stats(self) -> dict[str, Any]:
         """What the program tells; EOFError if it has ended, ValueError if it is none of ours."""
-        self._socket.sendall(b"stats\n")
-        line = self._answers.readline(_MAX_ANSWER)
+        try:
+            self._socket.sendall(b"stats\n")
+            line = self._answers.readline(_MAX_ANSWER)
+        except ConnectionError:  # it had our question unread when it ended
+            line = b""
         if not line:
             raise EOFError("the program has ended")
         answer = json.loads(line)

@@ -1,0 +1,358 @@
+"""stats() and dump_stacks(): rows that agree with what was run, and answers from workers in every condition."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import distpool
+from distpool import monitor
+from distpool.node import node as nodes
+from distpool.node import observe
+
+FIELDS = {
+    *("pid", "host", "ospid", "cpu", "memory", "done", "failed"),
+    *("bytes_in", "bytes_out", "running", "since", "queued"),
+}
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+    return value
+
+
+def spin_here_for(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def fail() -> None:
+    raise KeyError("x")
+
+
+def hold_the_lock(seconds: int) -> None:
+    """Sleep in C without giving up the interpreter lock."""
+    import ctypes
+
+    ctypes.PyDLL(None).sleep(seconds)
+
+
+@pytest.fixture
+def executor() -> Iterator[distpool.ClusterExecutor]:
+    with distpool.ClusterExecutor(2) as ex:
+        wait_until(lambda: len(ex.workers) == 2)
+        yield ex
+
+
+def row_of(rows: list[dict[str, Any]], pid: int) -> dict[str, Any]:
+    return next(row for row in rows if row["pid"] == pid)
+
+
+# -- stats ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_per_worker_with_all_fields(executor: distpool.ClusterExecutor) -> None:
+    rows = executor.stats()
+    assert [row["pid"] for row in rows] == executor.workers
+    for row in rows:
+        assert set(row) == FIELDS
+        assert row["host"] == platform.node()
+        process = psutil.Process(row["ospid"])
+        assert process.is_running()
+        assert row["memory"] == pytest.approx(process.memory_info().rss, rel=0.2)
+        assert row["cpu"] >= 0
+        assert (row["done"], row["failed"], row["queued"]) == (0, 0, 0)
+        assert row["running"] is row["since"] is None
+
+
+def test_calls_are_counted(executor: distpool.ClusterExecutor) -> None:
+    before = {row["pid"]: row for row in executor.stats()}
+    list(executor.map(abs, range(100)))
+    assert isinstance(executor.submit(fail).exception(), KeyError)
+    rows = executor.stats()
+    assert sum(row["done"] for row in rows) == 100
+    assert sum(row["failed"] for row in rows) == 1
+    assert sum(row["bytes_in"] for row in rows) > sum(row["bytes_in"] for row in before.values())
+    assert sum(row["bytes_out"] for row in rows) > sum(row["bytes_out"] for row in before.values())
+
+
+def test_bytes_are_those_of_the_connection(executor: distpool.ClusterExecutor) -> None:
+    before = sum(row["bytes_out"] for row in executor.stats())
+    executor.submit(len, b"x" * 100_000).result()
+    assert 100_000 < sum(row["bytes_out"] for row in executor.stats()) - before < 110_000
+
+
+def test_the_running_call_and_since_when(executor: distpool.ClusterExecutor) -> None:
+    pid, other = executor.workers
+    begin = time.monotonic()
+    future = executor.options(pids=pid).submit(time.sleep, 1.5)
+    row = wait_until(lambda: (found := row_of(executor.stats(), pid))["running"] and found)
+    time.sleep(0.3)
+    row = row_of(executor.stats(), pid)
+    assert row["running"] == "time.sleep"
+    assert 0.3 <= row["since"] <= time.monotonic() - begin + 0.05
+    assert row_of(executor.stats(), other)["running"] is None
+    future.result()
+    assert row_of(executor.stats(), pid)["running"] is None
+
+
+def test_since_starts_again_with_the_next_call(executor: distpool.ClusterExecutor) -> None:
+    view = executor.options(pids=executor.workers[0])
+    first, second = view.submit(time.sleep, 0.6), view.submit(time.sleep, 0.6)
+    first.result()
+    time.sleep(0.1)
+    row = row_of(executor.stats(), executor.workers[0])
+    assert row["running"] == "time.sleep"
+    assert 0.05 < row["since"] < 0.5
+    second.result()
+
+
+def test_a_label_is_the_name(executor: distpool.ClusterExecutor) -> None:
+    future = executor.options(label="step 7").submit(time.sleep, 0.5)
+    wait_until(lambda: any(row["running"] == "step 7" for row in executor.stats()))
+    future.result()
+
+
+def test_calls_sent_ahead_are_queued() -> None:
+    with distpool.ClusterExecutor(1) as ex:
+        nap = lambda: time.sleep(0.5)  # new to the scheduler, which sends no long calls ahead
+        futures = [ex.submit(nap) for _ in range(2)]
+        row = wait_until(lambda: next((row for row in ex.stats() if row["running"] and row["queued"]), None))
+        assert row["queued"] == 1
+        for future in futures:
+            future.cancel()
+
+
+def test_an_element_of_a_map_is_a_running_call(executor: distpool.ClusterExecutor) -> None:
+    results = executor.map(time.sleep, [0.4] * 4)
+    wait_until(lambda: any(row["running"] == "time.sleep" for row in executor.stats()))
+    list(results)
+
+
+def test_cpu_is_that_since_the_last_call(executor: distpool.ClusterExecutor) -> None:
+    pid = executor.workers[0]
+    view = executor.options(pids=pid)
+    view.submit(spin_here_for, 0.5).result()
+    assert row_of(executor.stats(), pid)["cpu"] > 5
+    time.sleep(0.5)
+    assert row_of(executor.stats(), pid)["cpu"] < 30
+    again = row_of(executor.stats(), pid)["cpu"]  # too soon for a new figure
+    assert again < 30
+
+
+def test_the_function_shows_all_executors(executor: distpool.ClusterExecutor) -> None:
+    with distpool.ClusterExecutor(1) as other:
+        wait_until(lambda: other.workers)
+        pids = {row["pid"] for row in distpool.stats()}
+        assert pids >= {*executor.workers, *other.workers}
+        assert [row["pid"] for row in other.stats()] == other.workers
+
+
+def test_no_worker_no_row() -> None:
+    ex = distpool.ClusterExecutor(1)
+    ex.submit(abs, 1).result()
+    ex.shutdown()
+    assert ex.stats() == []
+    code = "import distpool, sys; print(distpool.stats(), distpool.dump_stacks(), 'psutil' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.split() == ["[]", "{}", "False"]
+
+
+def test_a_worker_that_dies_leaves_the_table(executor: distpool.ClusterExecutor) -> None:
+    victim = executor.stats()[0]
+    os.kill(victim["ospid"], signal.SIGKILL)
+    wait_until(lambda: victim["pid"] not in [row["pid"] for row in executor.stats()])
+
+
+def test_stats_while_calls_fly(executor: distpool.ClusterExecutor) -> None:
+    """The tables are read without a lock."""
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def look() -> None:
+        try:
+            while not stop.is_set():
+                executor.stats()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for _ in range(5):
+        assert sum(executor.map(abs, range(2000))) == sum(range(2000))
+    stop.set()
+    thread.join(20)
+    assert not thread.is_alive() and not errors
+
+
+def test_workers_elsewhere_are_asked(executor: distpool.ClusterExecutor) -> None:
+    """A worker whose memory we do not share is taken for one on another host."""
+    members = list(executor._crew.members.values())
+    local = {row["pid"]: row for row in executor.stats()}
+    for member in members:
+        member.link.shares_memory = False
+    try:
+        for row in executor.stats():
+            assert row["memory"] == pytest.approx(local[row["pid"]]["memory"], rel=0.5)
+            assert row["cpu"] is not None
+        held = executor.options(pids=members[0].pid).submit(hold_the_lock, 3)
+        wait_until(lambda: row_of(executor.stats(), members[0].pid)["cpu"] is None)
+        begin = time.monotonic()
+        row = row_of(executor.stats(), members[0].pid)
+        assert time.monotonic() - begin < 3
+        assert row["memory"] is None
+    finally:
+        for member in members:
+            member.link.shares_memory = True
+    held.result()
+
+
+def ask_for_stats() -> str:
+    try:
+        distpool.stats()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_worker_cannot_ask(executor: distpool.ClusterExecutor) -> None:
+    assert "process 1" in executor.submit(ask_for_stats).result()
+
+
+# -- stacks --------------------------------------------------------------------------------------------------------
+
+
+def test_stacks_of_a_python_loop(executor: distpool.ClusterExecutor) -> None:
+    pid, other = executor.workers
+    future = executor.options(pids=pid).submit(spin_here_for, 2.0)
+    wait_until(lambda: "in spin_here_for" in distpool.dump_stacks(pid)[pid])
+    texts = distpool.dump_stacks()
+    assert set(texts) >= {pid, other}
+    assert "in spin_here_for" in texts[pid] and "MainThread" in texts[pid]
+    assert "spin_here_for" not in texts[other]
+    assert not future.done(), "the call was not disturbed, and not waited for"
+    future.result()
+
+
+def test_all_threads_are_there(executor: distpool.ClusterExecutor) -> None:
+    def with_a_thread() -> None:
+        thread = threading.Thread(target=time.sleep, args=(1.5,), name="my-helper")
+        thread.start()
+        thread.join()
+
+    future = executor.options(pids=executor.workers[0]).submit(with_a_thread)
+    pid = executor.workers[0]
+    wait_until(lambda: "my-helper" in distpool.dump_stacks(pid)[pid])
+    future.result()
+
+
+def test_chosen_workers_and_this_process(executor: distpool.ClusterExecutor) -> None:
+    pid = executor.workers[1]
+    assert list(distpool.dump_stacks(pid)) == [pid]
+    texts = distpool.dump_stacks([1, pid])
+    assert sorted(texts) == [1, pid]
+    assert "test_chosen_workers_and_this_process" in texts[1]
+
+
+def test_a_worker_that_holds_the_interpreter_lock(executor: distpool.ClusterExecutor) -> None:
+    pid, other = executor.workers
+    future = executor.options(pids=pid).submit(hold_the_lock, 3)
+    wait_until(lambda: "did not answer" in distpool.dump_stacks(pid, timeout=0.2)[pid])
+    begin = time.monotonic()
+    texts = distpool.dump_stacks([pid, other], timeout=0.5)
+    assert time.monotonic() - begin < 2
+    assert "did not answer within 0.5 seconds" in texts[pid]
+    assert "MainThread" in texts[other]
+    future.result()
+    assert "MainThread" in distpool.dump_stacks(pid)[pid], "the late answer went to nobody"
+
+
+def test_a_worker_that_dies_instead_of_answering(executor: distpool.ClusterExecutor) -> None:
+    row = executor.stats()[0]
+    pid = row["pid"]
+    os.kill(row["ospid"], signal.SIGSTOP)
+    threading.Timer(0.3, os.kill, (row["ospid"], signal.SIGKILL)).start()
+    begin = time.monotonic()
+    texts = distpool.dump_stacks(pid, timeout=20)
+    assert time.monotonic() - begin < 10
+    assert "ended before it could answer" in texts[pid]
+    with pytest.raises(distpool.ProcessExitedException):
+        distpool.dump_stacks(pid)
+
+
+@pytest.mark.parametrize("pid", [0, -1, 10**6])
+def test_unknown_pids(executor: distpool.ClusterExecutor, pid: int) -> None:
+    with pytest.raises(ValueError, match=f"no process with id {pid} exists"):
+        distpool.dump_stacks([pid])
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(TypeError):
+        distpool.dump_stacks(["2"])  # type: ignore[list-item]
+    with pytest.raises(TypeError):
+        distpool.dump_stacks(timeout="1")  # type: ignore[arg-type]
+    for timeout in (0, -1):
+        with pytest.raises(ValueError, match="timeout"):
+            distpool.dump_stacks(timeout=timeout)
+
+
+def test_many_ask_at_once(executor: distpool.ClusterExecutor) -> None:
+    results: list[dict[int, str]] = []
+    threads = [threading.Thread(target=lambda: results.append(distpool.dump_stacks())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(results) == 8
+    for texts in results:
+        assert all("MainThread" in texts[pid] for pid in executor.workers)
+    node = nodes.current()
+    assert not monitor.of(node)._open
+
+
+def test_own_stacks_name_threads_that_python_does_not_know() -> None:
+    import _thread
+
+    release = threading.Event()
+    started = threading.Event()
+
+    def bare() -> None:
+        started.set()
+        release.wait(10)
+
+    _thread.start_new_thread(bare, ())
+    started.wait(10)
+    try:
+        text = observe.stacks()
+        assert text.startswith("Thread MainThread")
+        assert "not started by Python" in text and "in bare" in text
+    finally:
+        release.set()
+
+
+def test_usage_is_that_of_this_process() -> None:
+    age, cpu_seconds, memory = observe.usage()
+    process = psutil.Process()
+    assert age == pytest.approx(time.time() - process.create_time(), abs=2)
+    assert cpu_seconds == pytest.approx(sum(process.cpu_times()[:2]), abs=1)
+    assert memory == pytest.approx(process.memory_info().rss, rel=0.2)
+
+
+def test_the_docstrings_fields(tmp_path: Path) -> None:
+    for name in FIELDS:
+        assert f"`{name}`" in (distpool.stats.__doc__ or "")

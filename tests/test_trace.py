@@ -1,0 +1,423 @@
+"""trace() and plot_trace(): every call once, with the times that it had; a picture that any XML reader takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+import distpool
+from distpool import traceplot
+from distpool.node import node as nodes
+from distpool.node import observe
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def nap(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def timed_nap(seconds: float) -> tuple[int, int]:
+    """When it ran, by the wall clock."""
+    begin = time.time_ns()
+    time.sleep(seconds)
+    return begin, time.time_ns()
+
+
+def fail() -> None:
+    raise KeyError("x")
+
+
+def lock() -> Any:
+    """Something that cannot be sent."""
+    return threading.Lock()
+
+
+def calls(path: Path) -> list[dict[str, Any]]:
+    """The events of a trace, checked against the format."""
+    document = json.loads(path.read_text())
+    found = []
+    named = set()
+    for event in document["traceEvents"]:
+        if event["ph"] == "M":
+            if event["name"] == "process_name":
+                named.add(event["pid"])
+            continue
+        assert event["ph"] == "X"
+        assert event["ts"] >= 0 and event["dur"] >= 0
+        assert set(event["args"]) == {"function", "label", "status"}
+        found.append(event)
+    assert {event["pid"] for event in found} <= named
+    return found
+
+
+def ready(ex: distpool.ClusterExecutor, count: int) -> None:
+    deadline = time.monotonic() + 20
+    while len(ex.workers) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# -- what is in it -------------------------------------------------------------------------------------------------
+
+
+def test_submitted_calls_with_their_times(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with distpool.ClusterExecutor(2) as ex:
+        ready(ex, 2)
+        with distpool.trace(path):
+            for _ in range(3):
+                ex.submit(nap, 0.1).result()
+            pids = ex.workers
+    found = calls(path)
+    assert len(found) == 3
+    for event in found:
+        assert event["name"] == event["args"]["function"]
+        assert event["name"].endswith("nap")
+        assert event["args"]["label"] is None
+        assert event["args"]["status"] == "ok"
+        assert event["pid"] in pids
+        assert 100_000 <= event["dur"] < 1_000_000
+    ends = sorted((event["ts"], event["ts"] + event["dur"]) for event in found)
+    pairs = zip(ends, ends[1:], strict=False)
+    assert all(one[1] <= two[0] for one, two in pairs), "one after the other, on a common clock"
+
+
+def test_the_clock_is_this_process_s(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with distpool.ClusterExecutor(2) as ex:
+        with distpool.trace(path):
+            tracer = nodes.current().tracer
+            before = (time.perf_counter_ns() - tracer.began) / 1000
+            spans = list(ex.map(timed_nap, [0.02] * 6, chunksize=2))
+            after = (time.perf_counter_ns() - tracer.began) / 1000
+            zero = tracer.began + tracer.clock  # wall clock, nanoseconds
+    found = sorted(calls(path), key=lambda event: event["ts"])
+    assert len(found) == 6
+    assert all(before <= event["ts"] and event["ts"] + event["dur"] <= after for event in found)
+    for event, (begin, end) in zip(found, sorted(spans), strict=True):
+        assert event["ts"] == pytest.approx((begin - zero) / 1000, abs=5000)
+        assert event["ts"] + event["dur"] == pytest.approx((end - zero) / 1000, abs=5000)
+
+
+def test_all_elements_of_maps(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with distpool.trace(path), distpool.ClusterExecutor(2) as ex:
+        assert sum(ex.map(abs, range(5000))) == sum(range(5000))
+        assert list(ex.map(pow, range(100), range(100), chunksize=7)) == [n**n for n in range(100)]
+        assert sorted(ex.imap_unordered(len, ["a" * n for n in range(300)])) == list(range(300))
+    counts = Counter(event["name"].rpartition(".")[2] for event in calls(path))
+    assert counts == {"abs": 5000, "pow": 100, "len": 300}
+
+
+def test_how_calls_ended(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with distpool.trace(path), distpool.ClusterExecutor(1) as ex:
+        ex.options(label="good").submit(nap, 0).result()
+        assert ex.options(label="bad").submit(fail).exception()
+        assert ex.options(label="unsendable").submit(lock).exception()
+        assert list(ex.map(abs, [-1])) == [1]
+        with pytest.raises(TypeError):
+            list(ex.map(abs, [1, "x", 3]))
+        assert isinstance(ex.options(label="deadly").submit(os._exit, 3).exception(), distpool.ProcessExitedException)
+        assert ex.options(label="after").submit(nap, 0.01).result()
+    found = {event["name"]: event for event in calls(path)}
+    statuses = {name: event["args"]["status"] for name, event in found.items() if event["args"]["label"]}
+    assert statuses == {"good": "ok", "bad": "error", "unsendable": "unsendable", "deadly": "died", "after": "ok"}
+    assert found["good"]["args"]["function"].endswith("nap")
+    assert found["deadly"]["pid"] != found["after"]["pid"]
+    assert Counter(e["args"]["status"] for e in calls(path) if e["name"].endswith("abs"))["error"] == 1
+
+
+def test_a_call_that_is_killed_by_its_time_limit(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with distpool.ClusterExecutor(1) as ex:
+        ready(ex, 1)
+        with distpool.trace(path):
+            assert ex.submit(nap, 0.05).result()
+            with pytest.raises(TimeoutError):
+                ex.options(timeout=0.4).submit(nap, 30).result()
+    done, died = sorted(calls(path), key=lambda event: event["ts"])
+    assert (done["args"]["status"], died["args"]["status"]) == ("ok", "died")
+    assert done["dur"] >= 50_000, "what was finished before is not lost"
+    assert 300_000 < died["dur"] < 2_000_000
+    assert died["ts"] >= done["ts"] + done["dur"]
+
+
+def test_what_still_runs_when_the_trace_ends(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with distpool.ClusterExecutor(1) as ex:
+        ex.submit(nap, 0).result()  # this module is imported there
+        with distpool.trace(path):
+            future = ex.submit(nap, 1.0)
+            time.sleep(0.4)
+        assert future.result() == 1.0, "the call itself is not disturbed"
+    (event,) = calls(path)
+    assert event["args"]["status"] == "running"
+    assert 200_000 < event["dur"] < 900_000
+
+
+def hold_the_lock(seconds: int) -> None:
+    import ctypes
+
+    ctypes.PyDLL(None).sleep(seconds)
+
+
+def test_a_worker_that_cannot_answer_holds_the_end_up_but_not_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    monkeypatch.setattr(importlib.import_module("distpool.tracing"), "_PATIENCE", 0.5)
+    path = tmp_path / "trace.json"
+    with distpool.ClusterExecutor(1) as ex:
+        ex.submit(fail).exception()  # this module is imported there
+        with distpool.trace(path):
+            future = ex.submit(hold_the_lock, 4)
+            time.sleep(0.5)
+            begin = time.monotonic()
+        assert time.monotonic() - begin < 2.5
+        future.result()
+    (event,) = calls(path)
+    assert event["args"]["status"] == "running" and event["name"].endswith("hold_the_lock")
+
+
+def test_only_what_was_sent_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with distpool.ClusterExecutor(2) as ex:
+        list(ex.map(abs, range(100)))
+        with distpool.trace(path):
+            ex.submit(nap, 0).result()
+        list(ex.map(abs, range(100)))
+    assert len(calls(path)) == 1
+
+
+def test_calls_sent_ahead_before_it_began_have_names(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with distpool.ClusterExecutor(1) as ex:
+        slow = lambda: time.sleep(0.4)  # new to the scheduler, which therefore sends two at once
+        first, second = ex.submit(slow), ex.submit(slow)
+        ready(ex, 1)
+        time.sleep(0.2)
+        with distpool.trace(path):
+            first.result()
+            second.result()
+    assert all(event["args"]["function"] != "?" for event in calls(path))
+
+
+def test_one_after_the_other(tmp_path: Path) -> None:
+    with distpool.ClusterExecutor(2) as ex:
+        for number in range(3):
+            path = tmp_path / f"{number}.json"
+            with distpool.trace(path) as name:
+                assert name == str(path)
+                list(ex.map(abs, range(10 * (number + 1))))
+            assert len(calls(path)) == 10 * (number + 1)
+    node = nodes.current()
+    assert node.tracer is None and not node.group.gone_watchers[1:]
+
+
+def test_no_worker_no_call(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with distpool.trace(path):
+        pass
+    assert calls(path) == []
+
+
+def test_an_error_in_the_block_keeps_the_trace(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with distpool.ClusterExecutor(1) as ex:
+        with pytest.raises(ZeroDivisionError):
+            with distpool.trace(path):
+                ex.submit(nap, 0).result()
+                raise ZeroDivisionError
+    assert len(calls(path)) == 1
+
+
+def test_nothing_is_left_on_the_workers(tmp_path: Path) -> None:
+    with distpool.ClusterExecutor(1) as ex:
+        with distpool.trace(tmp_path / "trace.json"):
+            ex.submit(abs, 1).result()
+        assert ex.submit(is_plain).result()
+
+
+def is_plain() -> bool:
+    runner = nodes.current().runner
+    return runner.find_function == runner.function_of
+
+
+def nested() -> str:
+    try:
+        with distpool.trace("never-written.json"):
+            return ""
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        distpool.trace(7)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError):
+        distpool.trace(tmp_path / "no" / "such").__enter__()
+    with distpool.trace(tmp_path / "a.json"):
+        with pytest.raises(RuntimeError, match="nested"):
+            distpool.trace(tmp_path / "b.json").__enter__()
+        assert not (tmp_path / "b.json").exists()
+    with distpool.ClusterExecutor(1, dir=tmp_path) as ex:
+        assert "process 1" in ex.submit(nested).result()
+    assert not (tmp_path / "never-written.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_writes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    manager = distpool.trace(path)
+    with distpool.ClusterExecutor(1) as ex:
+        manager.__enter__()
+        ex.submit(abs, 1).result()
+        child = os.fork()
+        if not child:
+            try:
+                manager.__exit__(None, None, None)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert path.read_text() == ""
+        manager.__exit__(None, None, None)
+    assert len(calls(path)) == 1
+
+
+def test_clock_offset_is_stable() -> None:
+    offsets = [observe.clock_offset() for _ in range(20)]
+    assert max(offsets) - min(offsets) < 5_000_000
+
+
+# -- the picture ---------------------------------------------------------------------------------------------------
+
+
+def document(*events: dict[str, Any]) -> dict[str, Any]:
+    head = {"name": "process_name", "ph": "M", "pid": 2, "tid": 0, "args": {"name": "worker 2 (here)"}}
+    return {"traceEvents": [head, *events]}
+
+
+def event(name: str, begin: float, duration: float, pid: int = 2, lane: int = 0, status: str = "ok") -> dict[str, Any]:
+    args = {"function": name, "label": None, "status": status}
+    return {"name": name, "ph": "X", "ts": begin, "dur": duration, "pid": pid, "tid": lane, "args": args}
+
+
+def draw(tmp_path: Path, content: Any) -> ElementTree.Element:
+    source, out = tmp_path / "in.json", tmp_path / "out.svg"
+    source.write_text(json.dumps(content))
+    distpool.plot_trace(source, out)
+    return ElementTree.parse(out).getroot()
+
+
+def bars(root: ElementTree.Element) -> dict[str, ElementTree.Element]:
+    """Tooltip -> bar."""
+    return {str(rect[0].text): rect for rect in root.iter(f"{SVG}rect") if len(rect)}
+
+
+def texts(root: ElementTree.Element) -> list[str]:
+    return [str(element.text) for element in root.iter(f"{SVG}text")]
+
+
+def test_a_real_trace_is_drawn(tmp_path: Path) -> None:
+    with distpool.trace(tmp_path / "in.json"), distpool.ClusterExecutor(2) as ex:
+        list(ex.map(nap, [0.02] * 10))
+        ex.submit(fail).exception()
+    distpool.plot_trace(tmp_path / "in.json", tmp_path / "out.svg")
+    root = ElementTree.parse(tmp_path / "out.svg").getroot()
+    tips = list(bars(root))
+    assert sum("nap" in tip for tip in tips) == 10
+    assert sum("raised" in tip for tip in tips) == 1
+    assert sum(text.startswith("worker ") for text in texts(root)) == 2
+
+
+def test_places_and_colours(tmp_path: Path) -> None:
+    root = draw(
+        tmp_path,
+        document(event("f", 0, 1000), event("g", 1000, 500), event("f", 1500, 500), event("f", 0, 2000, pid=3)),
+    )
+    found = [rect for rect in root.iter(f"{SVG}rect") if len(rect)]
+    by_tip = [(str(rect[0].text).partition(":")[0], rect) for rect in found]
+    f1, g, f2, f3 = (rect for _, rect in by_tip)
+    assert [name for name, _ in by_tip] == ["f", "g", "f", "f"]
+    assert f1.get("fill") == f2.get("fill") == f3.get("fill") != g.get("fill")
+    x = [float(rect.get("x", "nan")) for rect in found]
+    wide = [float(rect.get("width", "nan")) for rect in found]
+    assert wide[0] == pytest.approx(2 * wide[1], abs=0.1) and x[1] == pytest.approx(x[0] + wide[0], abs=0.1)
+    assert f1.get("y") == g.get("y") != f3.get("y")
+    assert wide[3] == pytest.approx(4 * wide[1], abs=0.1)
+    assert "worker 2 (here)" in texts(root) and "worker 3" in texts(root)
+    assert "100 % busy" in texts(root)
+    assert "f: 3 calls, 3.5 ms" in texts(root)
+
+
+def test_statuses_are_seen(tmp_path: Path) -> None:
+    names = ("ok", "error", "unsendable", "running", "died")
+    content = document(*(event(f"f{i}", 100 * i, 90, status=name) for i, name in enumerate(names)))
+    found = {tip.partition(":")[0]: (tip, rect) for tip, rect in bars(draw(tmp_path, content)).items()}
+    assert found["f0"][1].get("stroke") is None
+    assert found["f1"][1].get("stroke") == found["f2"][1].get("stroke") == found["f4"][1].get("fill")
+    assert found["f3"][1].get("fill-opacity")
+    assert "raised" in found["f1"][0] and "died with its worker" in found["f4"][0]
+
+
+def test_thin_calls_are_joined(tmp_path: Path) -> None:
+    content = document(*(event("f", 2 * i, 1) for i in range(20_000)), event("g", 40_000, 20_000))
+    found = bars(draw(tmp_path, content))
+    assert len(found) == 2
+    joined = next(tip for tip in found if "f" in tip.split(":")[0])
+    assert "20000 calls of f: 20 ms in all, 1 µs each" in joined
+    assert (tmp_path / "out.svg").stat().st_size < 10_000
+
+
+def test_helpers_have_lanes(tmp_path: Path) -> None:
+    root = draw(tmp_path, document(event("f", 0, 100), event("g", 10, 50, lane=1)))
+    assert "helper 1" in texts(root)
+    f, g = (rect for rect in root.iter(f"{SVG}rect") if len(rect))
+    assert f.get("y") != g.get("y")
+
+
+def test_names_are_only_text(tmp_path: Path) -> None:
+    name = '<script>alert("x")</script> & co'
+    root = draw(tmp_path, document(event(name, 0, 100)))
+    assert not list(root.iter(f"{SVG}script"))
+    assert any(name in tip for tip in bars(root))
+
+
+def test_many_functions(tmp_path: Path) -> None:
+    content = document(*(event(f"function_{i}" * 9, 10 * i, 10) for i in range(40)))
+    root = draw(tmp_path, content)
+    height = float(root.get("height", "0"))
+    assert all(float(text.get("y", "nan")) < height for text in root.iter(f"{SVG}text"))
+
+
+@pytest.mark.parametrize("content", [document(), {"traceEvents": []}, []])
+def test_empty_traces(tmp_path: Path, content: Any) -> None:
+    assert "no calls" in texts(draw(tmp_path, content))
+
+
+@pytest.mark.parametrize("text", ["", "no json", "{}", "7", '{"traceEvents": [{"ph": "X"}]}', "null", '[7]'])
+def test_what_is_no_trace(tmp_path: Path, text: str) -> None:
+    (tmp_path / "in.json").write_text(text)
+    with pytest.raises(ValueError, match=r"in\.json is not a trace file"):
+        distpool.plot_trace(tmp_path / "in.json", tmp_path / "out.svg")
+    assert not (tmp_path / "out.svg").exists()
+
+
+@pytest.mark.parametrize(
+    "microseconds, text",
+    [(0.5, "0.5 µs"), (12.3, "12.3 µs"), (999.6, "1 ms"), (1234, "1.23 ms"), (2e6, "2 s"), (123.4e6, "123.4 s")],
+)
+def test_durations(microseconds: float, text: str) -> None:
+    assert traceplot.duration(microseconds) == text
