@@ -1,0 +1,1081 @@
+"""`ClusterExecutor` from outside: API section 1, on two local workers."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import itertools
+import math
+import multiprocessing
+import operator
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.helpers import Gate, hold, note, noted, show
+
+import distpool
+from distpool import ClusterExecutor, ProcessExitedException, SerializationError
+
+PATIENCE = 30.0
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[ClusterExecutor]:
+    """For what leaves an executor as it was: two workers, both up."""
+    with ClusterExecutor(2) as executor:
+        gate = Gate()
+        futures = [executor.submit(hold, gate.address) for _ in range(2)]
+        gate.arrivals(2)
+        gate.close()
+        for future in futures:
+            future.result(PATIENCE)
+        yield executor
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., ClusterExecutor]]:
+    """Executors of a test's own, ended by force if the test has not ended them."""
+    made: list[ClusterExecutor] = []
+
+    def one(*args: Any, **options: Any) -> ClusterExecutor:
+        made.append(ClusterExecutor(*args, **options))
+        return made[-1]
+
+    yield one
+    for executor in made:
+        executor.kill_workers()
+        executor.shutdown()
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    made = Gate()
+    yield made
+    made.close()
+
+
+def run_program(text: str, *arguments: str, timeout: float = 40.0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(text), *arguments], capture_output=True, text=True, timeout=timeout
+    )
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+def collect(*args: Any, **kwargs: Any) -> Any:
+    return args, kwargs
+
+
+def ospid(*_: Any) -> int:
+    return os.getpid()
+
+
+# --------------------------------------------------------------------------------------------------------- construction
+
+
+@pytest.mark.parametrize("count", [0, -1, -(10**6)])
+def test_number_of_workers_must_be_positive(count: int) -> None:
+    with pytest.raises(ValueError, match="^max_workers must be greater than 0$"):
+        ClusterExecutor(max_workers=count)
+    with pytest.raises(ValueError, match="^max_workers must be greater than 0$"):
+        ClusterExecutor(count)
+
+
+@pytest.mark.parametrize("count", [1.5, True, object()])
+def test_number_of_workers_must_be_a_number(count: Any) -> None:
+    with pytest.raises(TypeError):
+        ClusterExecutor(count)
+
+
+def test_initializer_must_be_callable() -> None:
+    with pytest.raises(TypeError, match="^initializer must be a callable$"):
+        ClusterExecutor(1, initializer="print")  # type: ignore[arg-type]
+
+
+def test_max_tasks_per_child_is_checked() -> None:
+    with pytest.raises(TypeError, match="max_tasks_per_child must be an integer"):
+        ClusterExecutor(1, max_tasks_per_child="3")  # type: ignore[arg-type]
+    for count in (0, -1):
+        with pytest.raises(ValueError, match="max_tasks_per_child must be >= 1"):
+            ClusterExecutor(1, max_tasks_per_child=count)
+    with pytest.raises(ValueError, match="fork"):
+        ClusterExecutor(1, multiprocessing.get_context("fork"), max_tasks_per_child=3)
+
+
+def test_other_arguments_are_checked() -> None:
+    with pytest.raises(ValueError, match="on_worker_exit"):
+        ClusterExecutor(1, on_worker_exit="ignore")
+    with pytest.raises(ValueError, match="Invalid keyword argument foo"):
+        ClusterExecutor(1, foo=1)
+    with pytest.raises(ValueError, match="timeout"):
+        ClusterExecutor(1, timeout=0)
+    with pytest.raises(TypeError, match="timeout"):
+        ClusterExecutor(1, timeout="soon")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="retries"):
+        ClusterExecutor(1, retries=-1)
+    with pytest.raises(TypeError, match="retries"):
+        ClusterExecutor(1, retries=1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="retry_check"):
+        ClusterExecutor(1, retry_check=5)
+
+
+def test_unpicklable_initargs_are_an_error_at_once() -> None:
+    with pytest.raises(Exception, match="lock") as caught:
+        ClusterExecutor(1, initializer=print, initargs=(threading.Lock(),))
+    assert isinstance(caught.value, (TypeError, pickle.PicklingError))
+
+
+def test_ways_to_say_how_many(make: Callable[..., ClusterExecutor]) -> None:
+    assert make(3)._max_workers == 3
+    assert make(max_workers=3)._max_workers == 3
+    assert make("local://2")._max_workers == 2
+    assert make(distpool.LocalManager(2))._max_workers == 2
+    assert make()._max_workers >= 1
+
+
+def test_construction_returns_at_once(make: Callable[..., ClusterExecutor]) -> None:
+    begin = time.monotonic()
+    executor = make(2)
+    assert time.monotonic() - begin < 1
+    assert executor.submit(square, 3).result(PATIENCE) == 9
+
+
+def test_it_is_an_executor_and_nothing_else(shared: ClusterExecutor) -> None:
+    """What libraries ask (DROPIN): dask takes a callable one, or one with "Client" in its name, for something else."""
+    assert isinstance(shared, concurrent.futures.Executor)
+    assert not callable(shared) and "Client" not in type(shared).__name__
+
+
+def test_a_launch_that_fails_fails_every_future(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(2, exename="/does/not/exist/python")
+    futures = [executor.submit(square, number) for number in range(5)]
+    for future in futures:
+        assert isinstance(future.exception(PATIENCE), Exception)
+    with pytest.raises(Exception):
+        list(executor.map(square, range(3), timeout=PATIENCE))
+
+
+# --------------------------------------------------------------------------------------------------------------- submit
+
+
+def test_submit_gives_a_future(shared: ClusterExecutor) -> None:
+    future = shared.submit(pow, 2, 10)
+    assert isinstance(future, distpool.Future) and isinstance(future, concurrent.futures.Future)
+    assert future.result(PATIENCE) == 1024
+    assert future.done() and not future.cancel()
+
+
+def test_submit_takes_its_own_names_as_keywords(shared: ClusterExecutor) -> None:
+    future = shared.submit(collect, 1, self=2, fn=3, args=4, kwargs=5)
+    assert future.result(PATIENCE) == ((1,), {"self": 2, "fn": 3, "args": 4, "kwargs": 5})
+
+
+def test_submit_needs_a_function(shared: ClusterExecutor) -> None:
+    with pytest.raises(TypeError):
+        shared.submit()  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        shared.submit(fn=square)  # type: ignore[call-arg]
+
+
+def test_runs_in_another_process(shared: ClusterExecutor) -> None:
+    found = {future.result(PATIENCE) for future in [shared.submit(ospid) for _ in range(50)]}
+    assert os.getpid() not in found and len(found) <= 2
+
+
+def test_what_may_be_called(shared: ClusterExecutor) -> None:
+    captured = [5]
+
+    def nested(x: int) -> int:
+        return x + captured[0]
+
+    class Local:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def add(self, x: int) -> int:
+            return self.number + x
+
+        def __call__(self, x: int) -> int:
+            return self.number * x
+
+        @staticmethod
+        def static(x: int) -> int:
+            return x
+
+    calls: list[tuple[Callable[[int], Any], Any]] = [
+        (lambda x: x + 1, 4),
+        (nested, 8),
+        (functools.partial(operator.add, 1), 4),
+        (Local(3).add, 6),
+        (Local(3), 9),
+        (Local.static, 3),
+        (math.sqrt, math.sqrt(3)),
+        ([9, 8, 7, 6].__getitem__, 6),
+        (str, "3"),
+        (operator.methodcaller("bit_length"), 2),
+    ]
+    for function, expected in calls:
+        assert shared.submit(function, 3).result(PATIENCE) == expected
+        assert list(shared.map(function, [3, 3])) == [expected] * 2
+
+
+def test_instances_of_a_local_class_come_home_as_such(shared: ClusterExecutor) -> None:
+    class Thing:
+        def __init__(self, value: int) -> None:
+            self.value = value
+
+    back = shared.submit(lambda thing: Thing(thing.value + 1), Thing(1)).result(PATIENCE)
+    assert isinstance(back, Thing) and back.value == 2
+
+
+def test_arguments_are_as_they_were_at_the_call(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    executor = make(1)
+    blocker = executor.submit(hold, gate.address)
+    gate.arrival()
+    data, big = [1], bytearray(b"a" * (1 << 20))
+    small_one, big_one = executor.submit(sum, data), executor.submit(bytes, pickle.PickleBuffer(big))
+    mapped = executor.map(sum, [data, data])
+    data.append(100)
+    big[:] = b"b" * len(big)
+    gate.close()
+    assert small_one.result(PATIENCE) == 1
+    assert set(big_one.result(PATIENCE)) == {ord("a")}
+    assert list(mapped) == [1, 1]
+    blocker.result(PATIENCE)
+
+
+def test_a_mutable_capture_is_fresh_for_each_call(shared: ClusterExecutor) -> None:
+    """As with the standard library, where each task is pickled by itself."""
+    seen: list[int] = []
+
+    def remember(x: int) -> list[int]:
+        seen.append(x)
+        return list(seen)
+
+    assert [shared.submit(remember, n).result(PATIENCE) for n in range(4)] == [[n] for n in range(4)]
+    assert seen == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 70_000, 300_000, 5_000_000])
+def test_values_of_every_size(shared: ClusterExecutor, size: int) -> None:
+    data = os.urandom(size)
+    assert shared.submit(bytes, data).result(PATIENCE) == data
+    assert list(shared.map(bytes, [data, data])) == [data, data]
+
+
+def test_many_small_calls_of_many_threads(shared: ClusterExecutor) -> None:
+    totals: list[int] = []
+
+    def work(start: int) -> None:
+        futures = [shared.submit(square, start + n) for n in range(300)]
+        totals.append(sum(future.result(PATIENCE) for future in futures) - sum((start + n) ** 2 for n in range(300)))
+
+    threads = [threading.Thread(target=work, args=(1000 * n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert totals == [0] * 6
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_the_original_exception_with_the_remote_traceback(shared: ClusterExecutor) -> None:
+    with pytest.raises(ZeroDivisionError) as caught:
+        shared.submit(lambda: 1 / 0).result(PATIENCE)
+    cause = caught.value.__cause__
+    assert type(cause) is concurrent.futures.process._RemoteTraceback  # type: ignore[attr-defined]
+    assert "1 / 0" in cause.tb and "ZeroDivisionError" in cause.tb  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("code", [0, 7, "bye", None])
+def test_sys_exit_is_an_outcome_and_the_worker_lives(make: Callable[..., ClusterExecutor], code: Any) -> None:
+    executor = make(1)
+    before = executor.submit(ospid).result(PATIENCE)
+    with pytest.raises(SystemExit) as caught:
+        executor.submit(sys.exit, code).result(PATIENCE)
+    assert caught.value.code == code
+    with pytest.raises(SystemExit):
+        list(executor.map(sys.exit, [code]))
+    assert executor.submit(ospid).result(PATIENCE) == before
+
+
+def test_what_cannot_be_sent_is_the_error_of_that_future(shared: ClusterExecutor) -> None:
+    lock = threading.Lock()
+    bad = shared.submit(square, lock)  # type: ignore[arg-type]
+    good = shared.submit(square, 2)
+    assert isinstance(bad.exception(PATIENCE), (SerializationError, pickle.PicklingError))
+    assert "lock" in str(bad.exception())
+    assert good.result(PATIENCE) == 4
+    assert isinstance(shared.submit(threading.Lock).exception(PATIENCE), pickle.PicklingError)
+    assert isinstance(shared.submit(lambda: lock).exception(PATIENCE), pickle.PicklingError)
+
+
+def test_a_dead_worker_costs_one_call(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    executor = make(2)
+    futures = [executor.submit(square, n) for n in range(10)]
+    bad = executor.submit(os._exit, 7)
+    futures += [executor.submit(square, n) for n in range(10, 20)]
+    error = bad.exception(PATIENCE)
+    assert isinstance(error, ProcessExitedException) and isinstance(error, BrokenProcessPool)
+    assert error.exitcode == 7 and error.maybe_ran and error.worker_id >= 2
+    assert [future.result(PATIENCE) for future in futures] == [n * n for n in range(20)]
+    held = [executor.submit(hold, gate.address) for _ in range(2)]
+    assert len({arrival.ospid for arrival in gate.arrivals(2)}) == 2, "it was replaced"
+    gate.close()
+    for future in held:
+        future.result(PATIENCE)
+
+
+def test_break_is_the_rule_of_the_standard_library(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    executor = make(2, on_worker_exit="break")
+    held = executor.submit(hold, gate.address)
+    gate.arrival()
+    waiting = [executor.submit(square, n) for n in range(20)]
+    bad = executor.submit(os._exit, 1)
+    assert isinstance(bad.exception(PATIENCE), BrokenProcessPool)
+    assert isinstance(held.exception(PATIENCE), BrokenProcessPool)
+    errors = [future.exception(PATIENCE) for future in waiting]
+    assert all(error is None or isinstance(error, BrokenProcessPool) for error in errors)
+    with pytest.raises(BrokenProcessPool):
+        executor.submit(square, 1)
+    with pytest.raises(BrokenProcessPool):
+        executor.map(square, [1])
+    assert executor._broken
+    executor.shutdown()
+
+
+# ---------------------------------------------------------------------------------------------------------- initializer
+
+
+def _set_level(level: int) -> None:
+    globals()["_level"] = level
+
+
+def _get_level() -> int:
+    return globals()["_level"]  # type: ignore[no-any-return]
+
+
+def test_initializer_runs_first_in_every_worker(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    executor = make(2, initializer=_set_level, initargs=(42,))
+    futures = [executor.submit(hold, gate.address) for _ in range(2)]
+    gate.arrivals(2)
+    gate.close()
+    [future.result(PATIENCE) for future in futures]
+    for pid in executor.workers:
+        assert executor.options(pids=pid).submit(_get_level).result(PATIENCE) == 42
+
+
+def test_initializer_runs_in_replacements(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(1, initializer=_set_level, initargs=(7,))
+    assert executor.submit(_get_level).result(PATIENCE) == 7
+    assert executor.submit(os._exit, 1).exception(PATIENCE)
+    assert executor.submit(_get_level).result(PATIENCE) == 7
+
+
+def test_a_failing_initializer_breaks_the_executor(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(2, initializer=fail, initargs=(KeyError("no setup"),))
+    futures = [executor.submit(square, n) for n in range(5)]
+    for future in futures:
+        with pytest.raises(BrokenProcessPool, match="initializer"):
+            future.result(PATIENCE)
+    with pytest.raises(BrokenProcessPool):
+        executor.submit(square, 1)
+    assert "initializer" in str(executor._broken)
+
+
+def test_initializer_runs_without_any_call(make: Callable[..., ClusterExecutor], tmp_path: Path) -> None:
+    executor = make(1, initializer=note, initargs=(tmp_path / "notes", "ran"))
+    executor.shutdown()
+    assert noted(tmp_path / "notes") == {"ran": 1}
+
+
+# ------------------------------------------------------------------------------------------------------------------ map
+
+
+def test_map_keeps_the_order_and_stops_at_the_shortest(shared: ClusterExecutor) -> None:
+    assert list(shared.map(pow, [2, 3, 4], [5, 6])) == [32, 729]
+    assert list(shared.map(square, range(2000))) == [n * n for n in range(2000)]
+    assert list(shared.map(square, [])) == []
+    assert list(shared.map(square)) == []
+    assert list(shared.map(collect, "ab", [1, 2])) == [(("a", 1), {}), (("b", 2), {})]
+
+
+@pytest.mark.parametrize("chunksize", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("buffersize", [None, 1, 3, 50])
+def test_map_with_chunks_and_buffers(shared: ClusterExecutor, chunksize: int, buffersize: int | None) -> None:
+    assert list(shared.map(square, range(23), chunksize=chunksize, buffersize=buffersize)) == [n * n for n in range(23)]
+    two = shared.map(pow, range(23), itertools.repeat(2), chunksize=chunksize, buffersize=buffersize)
+    assert list(two) == [n * n for n in range(23)]
+    lists = shared.map(len, [[0] * n for n in range(9)], chunksize=chunksize, buffersize=buffersize)
+    assert list(lists) == list(range(9))
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+def test_map_checks_its_arguments(shared: ClusterExecutor, bad: int) -> None:
+    with pytest.raises(ValueError, match=r"^chunksize must be >= 1\.$"):
+        shared.map(square, [1], chunksize=bad)
+    with pytest.raises(ValueError, match="^buffersize must be None or > 0$"):
+        shared.map(square, [1], buffersize=bad)
+    with pytest.raises(TypeError, match="^buffersize must be an integer or None$"):
+        shared.map(square, [1], buffersize=1.5)  # type: ignore[arg-type]
+
+
+def test_map_raises_at_the_element_that_failed(shared: ClusterExecutor) -> None:
+    results = shared.map(operator.floordiv, [6] * 4, [3, 2, 0, 1])
+    assert [next(results), next(results)] == [2, 3]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    with pytest.raises(StopIteration):
+        next(results)
+    assert shared.submit(square, 2).result(PATIENCE) == 4
+
+
+def test_map_takes_its_input_at_the_call(shared: ClusterExecutor) -> None:
+    taken: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for n in range(50):
+            taken.append(n)
+            yield n
+
+    results = shared.map(square, numbers())
+    assert len(taken) == 50
+    assert list(results) == [n * n for n in range(50)]
+
+
+def test_map_input_that_raises_raises_at_the_call(shared: ClusterExecutor) -> None:
+    def numbers() -> Iterator[int]:
+        yield 1
+        raise OSError("input")
+
+    with pytest.raises(OSError, match="input") as caught:
+        shared.map(square, numbers())
+    assert caught.value.__cause__ is None
+
+
+def test_map_with_a_buffer_delivers_before_it_raises_the_inputs_error(shared: ClusterExecutor) -> None:
+    def numbers() -> Iterator[int]:
+        yield from range(3)
+        raise OSError("input")
+
+    results = shared.map(square, numbers(), buffersize=2)
+    assert [next(results) for _ in range(3)] == [0, 1, 4]
+    with pytest.raises(OSError, match="input"):
+        next(results)
+
+
+def test_map_with_a_buffer_is_lazy(shared: ClusterExecutor) -> None:
+    taken = itertools.count()
+    results = shared.map(square, taken, buffersize=4)
+    assert next(results) == 0
+    assert next(taken) <= 6
+    results.close() if hasattr(results, "close") else None
+
+
+def test_map_time_limit_counts_from_the_call(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    executor = make(1)
+    for options in ({}, {"chunksize": 2}, {"buffersize": 2}):
+        results = executor.map(functools.partial(hold, gate.address), [1, 2], timeout=0.2, **options)
+        begin = time.monotonic()
+        with pytest.raises(TimeoutError):
+            next(results)
+        assert time.monotonic() - begin < 5
+        executor.kill_workers()
+        executor = make(1)
+
+
+def test_map_goes_through_a_replaced_submit(make: Callable[..., ClusterExecutor]) -> None:
+    """tqdm and others replace `submit` on the instance."""
+    executor = make(1)
+    calls: list[Any] = []
+    original = executor.submit
+
+    def submit(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        calls.append(fn)
+        return original(fn, *args, **kwargs)
+
+    executor.submit = submit  # type: ignore[method-assign]
+    assert list(executor.map(square, range(5))) == [0, 1, 4, 9, 16]
+    assert list(executor.map(square, range(5), chunksize=2)) == [0, 1, 4, 9, 16]
+    assert list(executor.map(square, range(5), buffersize=2)) == [0, 1, 4, 9, 16]
+    assert len(calls) == 13
+
+
+def test_map_serialises_the_function_once(shared: ClusterExecutor) -> None:
+    class Counted:
+        pickled = 0
+
+        def __call__(self, x: int) -> int:
+            return x
+
+        def __reduce__(self) -> Any:
+            type(self).pickled += 1
+            return square, (1,)
+
+    class Once(Counted):
+        def __reduce__(self) -> Any:
+            Counted.pickled += 1
+            return functools.partial, (square,)
+
+    assert list(shared.map(Once(), range(500))) == [n * n for n in range(500)]
+    assert Counted.pickled == 1
+
+
+def test_map_of_a_dead_worker_fails_one_element(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(2)
+    results = executor.map(lambda n: os._exit(3) if n == 5 else n, range(20))
+    assert [next(results) for _ in range(5)] == list(range(5))
+    with pytest.raises(ProcessExitedException):
+        next(results)
+    assert executor.submit(square, 3).result(PATIENCE) == 9
+
+
+def test_a_dropped_map_stops(make: Callable[..., ClusterExecutor], tmp_path: Path) -> None:
+    executor = make(1)
+    results = executor.map(lambda n: (note(tmp_path / "ran", n), time.sleep(0.01)), range(5000))
+    next(results)
+    del results
+    executor.shutdown()
+    assert sum(noted(tmp_path / "ran").values()) < 4000
+
+
+def test_imap_unordered(shared: ClusterExecutor) -> None:
+    assert sorted(shared.imap_unordered(square, range(100))) == sorted(n * n for n in range(100))
+    assert sorted(shared.imap_unordered(pow, [2, 3], [2, 2], buffersize=1)) == [4, 9]
+    assert list(shared.imap_unordered(square, [])) == []
+    for bad in (0, -1, 1.5):
+        with pytest.raises((ValueError, TypeError)):
+            shared.imap_unordered(square, [1], buffersize=bad)  # type: ignore[arg-type]
+
+
+def test_imap_unordered_is_lazy_and_works_on_endless_input(shared: ClusterExecutor) -> None:
+    taken = itertools.count()
+    results = shared.imap_unordered(square, taken)
+    first = [next(results) for _ in range(10)]
+    assert len(set(first)) == 10
+    assert next(taken) <= 10 + 8 * 2 + 2
+    del results
+
+
+def test_imap_unordered_gives_what_is_ready(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    executor = make(2)
+    address = gate.address
+    results = executor.imap_unordered(lambda n: hold(address, n) if n == 0 else n, range(4), timeout=PATIENCE)
+    assert sorted(itertools.islice(results, 3)) == [1, 2, 3]
+    gate.arrival().release()
+    assert next(results) == 0
+
+
+def test_imap_unordered_time_limit(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    with pytest.raises(TimeoutError):
+        next(make(1).imap_unordered(functools.partial(hold, gate.address), [1], timeout=0.2))
+
+
+# -------------------------------------------------------------------------------------------------------------- options
+
+
+def test_options_time_limit(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    executor = make(2)
+    view = executor.options(timeout=2)  # the import of this module counts
+    slow, quick = view.submit(hold, gate.address), view.submit(square, 3)
+    with pytest.raises(TimeoutError):
+        slow.result(PATIENCE)
+    assert quick.result(PATIENCE) == 9
+    assert executor.submit(square, 4).result(PATIENCE) == 16
+    assert isinstance(view, concurrent.futures.Executor)
+
+
+def test_a_long_time_limit_is_no_limit(shared: ClusterExecutor) -> None:
+    assert shared.options(timeout=10**9).submit(square, 3).result(timeout=10**8) == 9
+
+
+def test_options_retries(make: Callable[..., ClusterExecutor], tmp_path: Path) -> None:
+    executor = make(1)
+
+    def flaky(name: str, good_from: int, error: BaseException) -> int:
+        note(tmp_path / name, "x")
+        count = noted(tmp_path / name)["x"]
+        if count < good_from:
+            raise error
+        return count
+
+    view = executor.options(retries=2)
+    assert view.submit(flaky, "a", 3, OSError("again")).result(PATIENCE) == 3
+    with pytest.raises(OSError, match="again"):
+        view.submit(flaky, "b", 9, OSError("again")).result(PATIENCE)
+    assert noted(tmp_path / "b")["x"] == 3
+    checks = [(OSError, 3), (ValueError, 1), ((ValueError, OSError), 3), (lambda e: "again" in str(e), 3), (callable, 1)]
+    for number, (check, calls) in enumerate(checks):
+        name = f"c{number}"
+        checked = executor.options(retries=2, retry_check=check)
+        assert isinstance(checked.submit(flaky, name, 9, OSError("again")).exception(PATIENCE), OSError)
+        assert noted(tmp_path / name)["x"] == calls
+
+
+def test_options_retries_after_death(make: Callable[..., ClusterExecutor], tmp_path: Path) -> None:
+    def die_once(path: Path) -> str:
+        note(path, "x")
+        if noted(path)["x"] == 1:
+            os._exit(1)
+        return "alive"
+
+    view = make(2).options(retries=1)
+    assert view.submit(die_once, tmp_path / "n").result(PATIENCE) == "alive"
+    assert list(view.map(die_once, [tmp_path / "m"])) == ["alive"]
+
+
+def test_options_retry_delays(make: Callable[..., ClusterExecutor], tmp_path: Path) -> None:
+    view = make(1).options(retry_delays=[0.1, 0.2])
+    stamps = tmp_path / "stamps"
+
+    def stamp() -> None:
+        note(stamps, time.time())
+        raise OSError
+
+    assert isinstance(view.submit(stamp).exception(PATIENCE), OSError)
+    times = sorted(map(float, noted(stamps)))
+    assert len(times) == 3
+    assert times[1] - times[0] >= 0.09 and times[2] - times[1] >= 0.19
+
+
+def test_a_retry_check_that_raises_or_leaves_ends_the_call(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(1)
+    for error in (KeyError("check"), SystemExit(3)):
+        view = executor.options(retries=3, retry_check=lambda _, error=error: fail(error))
+        assert isinstance(view.submit(fail, OSError()).exception(PATIENCE), type(error))
+
+
+def test_an_end_does_not_wait_for_a_retry(make: Callable[..., ClusterExecutor], tmp_path: Path) -> None:
+    executor = make(1)
+    asked = threading.Event()
+
+    def check(error: BaseException) -> bool:
+        asked.set()
+        return True
+
+    future = executor.options(retries=1, retry_delays=[300], retry_check=check).submit(fail, OSError())
+    assert asked.wait(PATIENCE)
+    executor.kill_workers()
+    executor.shutdown()
+    assert isinstance(future.exception(PATIENCE), Exception)
+
+
+def test_options_pids(shared: ClusterExecutor) -> None:
+    assert len(shared.workers) == 2 and shared.workers == sorted(shared.workers)
+    seen = set()
+    for pid in shared.workers:
+        view = shared.options(pids=[pid])
+        found = {view.submit(ospid).result(PATIENCE) for _ in range(5)} | set(view.map(ospid, range(5)))
+        assert len(found) == 1 and view.workers == [pid]
+        seen |= found
+    assert len(seen) == 2
+    assert shared.options(pids=shared.workers[0]).submit(square, 2).result(PATIENCE) == 4
+    with pytest.raises((RuntimeError, ValueError)):
+        shared.options(pids=[987654]).submit(square, 2).result(PATIENCE)
+
+
+def test_options_stack(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(1, timeout=50)
+    view = executor.options(retries=1).options(label="x")
+    assert view.submit(square, 2).result(PATIENCE) == 4
+    assert view._max_workers == 1
+    for bad in ({"timeout": -1}, {"retries": -1}, {"retries": "x"}, {"nonsense": 1}):
+        with pytest.raises((TypeError, ValueError)):
+            executor.options(**bad)
+        with pytest.raises((TypeError, ValueError)):
+            view.options(**bad)
+
+
+# ----------------------------------------------------------------------------------------------------- size and the end
+
+
+def test_scale(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    executor = make(1)
+    executor.scale(3)
+    futures = [executor.submit(hold, gate.address, n) for n in range(3)]
+    arrivals = gate.arrivals(3)
+    assert len({arrival.ospid for arrival in arrivals}) == 3
+    executor.scale(1)
+    for arrival in arrivals:
+        arrival.release()
+    assert [future.result(PATIENCE) for future in futures] == [0, 1, 2], "what runs is finished first"
+    assert executor._max_workers == 1
+    deadline = time.monotonic() + PATIENCE
+    while len({*executor.map(ospid, range(20))}) > 1 or len(executor.workers) > 1:
+        assert time.monotonic() < deadline, "the surplus never leaves"
+    for bad, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("2", TypeError), (True, TypeError)):
+        with pytest.raises(error):
+            executor.scale(bad)  # type: ignore[arg-type]
+
+
+def test_scale_up_and_down_under_load(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(1)
+    futures = []
+    for step, size in enumerate((3, 1, 2, 1, 4, 2)):
+        futures += [executor.submit(square, 100 * step + n) for n in range(100)]
+        executor.scale(size)
+    results = executor.map(square, range(500))
+    assert [future.result(PATIENCE) for future in futures] == [n * n for n in range(600)]
+    assert list(results) == [n * n for n in range(500)]
+
+
+def test_shutdown_completes_what_is_pending(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    executor = make(1)
+    held = executor.submit(hold, gate.address)
+    futures = [executor.submit(square, n) for n in range(50)]
+    results = executor.map(square, range(50))
+    gate.arrival()
+    executor.shutdown(wait=False)
+    for late in (lambda: executor.submit(square, 1), lambda: executor.map(square, [1])):
+        with pytest.raises(RuntimeError, match="^cannot schedule new futures after shutdown$"):
+            late()
+    gate.close()
+    executor.shutdown()
+    executor.shutdown(), executor.shutdown(cancel_futures=True)
+    assert [future.result(0) for future in futures] == [n * n for n in range(50)]
+    assert list(results) == [n * n for n in range(50)]
+    assert held.done() and executor._processes is None
+
+
+def test_shutdown_that_cancels(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    executor = make(2)
+    held = [executor.submit(hold, gate.address) for _ in range(2)]
+    gate.arrivals(2)
+    pinned = [executor.options(pids=pid).submit(square, 1) for pid in executor.workers for _ in range(3)]
+    waiting = [executor.submit(square, n) for n in range(50)]
+    results = executor.map(square, [[1]] * 20)  # lists: would fail if they ran
+    executor.shutdown(wait=False, cancel_futures=True)
+    assert all(future.cancelled() for future in waiting + pinned)
+    gate.close()
+    executor.shutdown()
+    assert all(future.result(0) is None for future in held)
+    with pytest.raises(CancelledError):
+        next(results)
+
+
+def test_shutdown_that_cancels_a_long_map_is_soon_over(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(1)
+    results = executor.map(time.sleep, itertools.repeat(0.05, 10_000))
+    next(results)
+    executor.shutdown(cancel_futures=True)
+    with pytest.raises(CancelledError):
+        for _ in results:
+            pass
+
+
+@pytest.mark.parametrize("how", ["terminate_workers", "kill_workers"])
+def test_ending_the_workers(make: Callable[..., ClusterExecutor], gate: Gate, how: str) -> None:
+    executor = make(2)
+    held = [executor.submit(hold, gate.address) for _ in range(2)]
+    arrivals = gate.arrivals(2)
+    waiting = [executor.submit(square, n) for n in range(20)]
+    getattr(executor, how)()
+    for arrival in arrivals:
+        arrival.wait_gone(5)
+    executor.shutdown()
+    for future in held:
+        assert isinstance(future.exception(0), BrokenProcessPool)
+    assert all(future.cancelled() for future in waiting)
+    with pytest.raises(RuntimeError):
+        executor.submit(square, 1)
+    getattr(executor, how)()
+
+
+def _keep_the_interpreter(seconds: float) -> None:
+    import ctypes
+
+    ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+
+
+def test_a_worker_that_keeps_the_interpreter_dies_at_once(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    """It cannot answer a recall; neither `kill_workers` nor `cancel` may wait for it."""
+    executor = make(1)
+    address = gate.address
+    busy = executor.submit(lambda: (show(address), _keep_the_interpreter(60)))
+    gate.arrival()
+    waiting = [executor.submit(square, n) for n in range(5)]
+    begin = time.monotonic()
+    waiting[0].cancel()
+    assert time.monotonic() - begin < 10
+    begin = time.monotonic()
+    executor.kill_workers()
+    executor.shutdown()
+    assert time.monotonic() - begin < 5
+    assert isinstance(busy.exception(0), BrokenProcessPool)
+    assert all(future.done() for future in waiting)
+
+
+def test_cancelling(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    executor = make(1)
+    held = executor.submit(hold, gate.address, "held")
+    gate.arrival()
+    ahead, queued = executor.submit(square, 2), [executor.submit(square, n) for n in range(20)]
+    assert held.running() and not held.cancel()
+    assert ahead.cancel() and ahead.cancelled() and not ahead.running()
+    assert all(future.cancel() for future in queued[5:])
+    with pytest.raises(CancelledError):
+        ahead.result()
+    gate.close()
+    assert held.result(PATIENCE) == "held"
+    assert [future.result(PATIENCE) for future in queued[:5]] == [n * n for n in range(5)]
+    assert executor.submit(square, 5).result(PATIENCE) == 25
+
+
+def test_many_threads_cancel_the_same_futures(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    executor = make(2)
+    held = [executor.submit(hold, gate.address) for _ in range(2)]
+    gate.arrivals(2)
+    futures = [executor.submit(square, n) for n in range(8)]
+    answers: list[list[bool]] = []
+    threads = [threading.Thread(target=lambda: answers.append([f.cancel() for f in futures])) for _ in range(4)]
+    begin = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert time.monotonic() - begin < 1.9, "each waited for an answer that another one got"
+    assert answers == [[True] * 8] * 4
+    gate.close()
+    for future in held:
+        future.result(PATIENCE)
+
+
+def test_a_cancel_wakes_a_thread_that_waits(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    executor = make(1)
+    executor.submit(hold, gate.address)
+    gate.arrival()
+    [executor.submit(square, 1) for _ in range(5)]
+    future = executor.submit(square, 2)
+    canceller = threading.Timer(0.1, future.cancel)
+    canceller.start()
+    begin = time.monotonic()
+    with pytest.raises(CancelledError):
+        future.result(PATIENCE)
+    assert time.monotonic() - begin < 5
+    canceller.join(PATIENCE)
+
+
+def test_with_ends_it(gate: Gate) -> None:
+    with ClusterExecutor(1) as executor:
+        future = executor.submit(square, 3)
+    assert future.done() and future.result() == 9
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        executor.submit(square, 1)
+    with pytest.raises(OSError, match="inside"):
+        with ClusterExecutor(1):
+            raise OSError("inside")
+
+
+def test_max_tasks_per_child(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(2, max_tasks_per_child=3)
+    pids = [future.result(PATIENCE) for future in [executor.submit(ospid) for _ in range(30)]]
+    assert all(pids.count(pid) <= 3 for pid in set(pids))
+    assert list(executor.map(square, range(20))) == [n * n for n in range(20)]
+
+
+def test_max_tasks_per_child_with_cancelled_calls(make: Callable[..., ClusterExecutor]) -> None:
+    """Calls that were sent and taken back must not leave a worker that gets no more and never goes."""
+    executor = make(1, max_tasks_per_child=2)
+    for round_ in range(10):
+        futures = [executor.submit(square, n) for n in range(6)]
+        cancelled = [future.cancel() for future in reversed(futures)][::-1]
+        for n, future in enumerate(futures):
+            if not cancelled[n]:
+                assert future.result(PATIENCE) == n * n, round_
+
+
+# -------------------------------------------------------------------------------------------------- what libraries read
+
+
+def test_private_names(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(2)
+    assert executor._max_workers == 2
+    assert not executor._broken and not executor._shutdown
+    assert executor._mp_context.get_start_method() == "spawn"
+    executor.submit(square, 1).result(PATIENCE)
+    processes = executor._processes
+    assert processes and all(process.is_alive() and process.pid == pid for pid, process in processes.items())
+    victim = executor.submit(ospid).result(PATIENCE)
+    processes[victim].terminate()
+    processes[victim].join(PATIENCE)
+    assert not processes[victim].is_alive() and processes[victim].exitcode == -signal.SIGTERM
+    executor.shutdown()
+    assert executor._processes is None and executor._shutdown
+
+
+def test_mp_context_is_taken(make: Callable[..., ClusterExecutor]) -> None:
+    context = multiprocessing.get_context("spawn")
+    executor = make(1, context)
+    assert executor._mp_context is context
+    assert executor.submit(square, 2).result(PATIENCE) == 4
+
+
+def test_manager_proxies_work(make: Callable[..., ClusterExecutor]) -> None:
+    """Workers have the caller's authkey."""
+    with multiprocessing.get_context("spawn").Manager() as manager:
+        shared_list = manager.list([1])
+        make(1).submit(lambda proxy: proxy.append(2), shared_list).result(PATIENCE)
+        assert list(shared_list) == [1, 2]
+
+
+def test_workers_are_not_daemonic(shared: ClusterExecutor) -> None:
+    assert shared.submit(lambda: multiprocessing.current_process().daemon).result(PATIENCE) is False
+
+
+def test_stats(shared: ClusterExecutor) -> None:
+    shared.submit(square, 1).result(PATIENCE)
+    with contextlib.suppress(ZeroDivisionError):
+        shared.submit(lambda: 1 / 0).result(PATIENCE)
+    rows = shared.stats()
+    assert [row["pid"] for row in rows] == shared.workers
+    assert sum(row["done"] for row in rows) >= 1 and sum(row["failed"] for row in rows) >= 1
+    for row in rows:
+        assert row["ospid"] > 1 and row["memory"] > 1 << 20 and row["bytes_in"] > 0 and row["bytes_out"] > 0
+        assert "host" in row and "cpu" in row and "running" in row
+
+
+class Bar:
+    """A tqdm, as far as it is used."""
+
+    def __init__(self, total: int | None = None) -> None:
+        self.total, self.n, self.closed = total, 0, False
+        bars.append(self)
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+
+    def close(self) -> None:
+        self.closed = True
+
+
+bars: list[Bar] = []
+
+
+def test_progress(make: Callable[..., ClusterExecutor]) -> None:
+    bars.clear()
+    executor = make(1, progress=Bar)
+    list(executor.map(square, range(10)))
+    list(executor.map(square, range(10), chunksize=4))
+    list(executor.imap_unordered(square, range(10)))
+    assert [bar.n for bar in bars] == [10, 10, 10] and all(bar.closed for bar in bars)
+    assert [bar.total for bar in bars[:2]] == [10, 10]
+
+
+# -------------------------------------------------------------------------------------------------------------- asyncio
+
+
+def test_asyncio(shared: ClusterExecutor) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert await loop.run_in_executor(shared, square, 7) == 49
+        assert await asyncio.gather(*(loop.run_in_executor(shared, square, n) for n in range(20))) == [
+            n * n for n in range(20)
+        ]
+        assert await shared.submit(square, 3) == 9
+        with pytest.raises(ZeroDivisionError):
+            await shared.submit(operator.truediv, 1, 0)
+
+    asyncio.run(main())
+
+
+def test_the_loop_runs_while_a_call_does(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    executor = make(1)
+
+    async def main() -> None:
+        future = executor.submit(hold, gate.address, "v")
+        task = asyncio.ensure_future(asyncio.wrap_future(future))
+        arrival = await asyncio.to_thread(gate.arrival)
+        assert not task.done()
+        arrival.release()
+        assert await asyncio.wait_for(task, PATIENCE) == "v"
+
+    asyncio.run(main())
+
+
+# --------------------------------------------------------------------------------------------------------- as a program
+
+
+def test_main_needs_no_guard_and_travels_by_value(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent("""
+        import distpool, dataclasses, enum
+        OFFSET = 10
+        class Colour(enum.Enum):
+            RED = 1
+        @dataclasses.dataclass
+        class Point:
+            x: int
+            def moved(self): return Point(self.x + OFFSET)
+        class Mine(Exception): pass
+        def work(point): return point.moved(), Colour.RED
+        def bad(): raise Mine("mine")
+        ex = distpool.ClusterExecutor(2)
+        point, colour = ex.submit(work, Point(1)).result()
+        assert type(point) is Point and point == Point(11) and colour is Colour.RED
+        assert list(ex.map(lambda p: p.moved().x, [Point(n) for n in range(5)])) == list(range(10, 15))
+        try:
+            ex.submit(bad).result()
+        except Mine as error:
+            assert type(error) is Mine
+        print("all well")
+        """)
+    )
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=40)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "all well\n", "")
+
+
+def test_import_is_cheap() -> None:
+    done = run_program("""
+        import sys, threading
+        import distpool
+        distpool.ClusterExecutor
+        heavy = {"paramiko", "psutil", "numpy", "asyncio", "tqdm"} & set(sys.modules)
+        print(sorted(heavy), threading.active_count())
+    """)
+    assert (done.stdout, done.stderr) == ("[] 1\n", "")
+
+
+def test_a_forked_child_gets_an_error_at_once() -> None:
+    done = run_program("""
+        import os, warnings, distpool
+        warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads
+        ex = distpool.ClusterExecutor(1)
+        pending = ex.submit(pow, 2, 3)
+        assert pending.result() == 8
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                ex.submit(pow, 2, 3)
+            except RuntimeError:
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitpid(child, 0)[1] == 0
+        assert ex.submit(pow, 2, 4).result() == 16
+        print("both well")
+    """)
+    assert (done.stdout, done.stderr) == ("both well\n", "")
