@@ -35,20 +35,28 @@ def x1(peer_name: str, _: int, params: Params) -> Answer:
 
 
 def x2(peer_name: str, workers: int, params: Params) -> Answer:
-    """What the library adds to a task, in worker-microseconds, for tasks of 0.01 to 100 ms."""
-    submit, mapped = {}, {}
-    with opened(peer_name, workers) as (peer, _):
+    """What the library adds to a task of 0.01 to 100 ms: CPU beyond the task's own, and the share of the ideal time."""
+    cost: dict[str, dict[str, float]] = {"submit": {}, "map": {}}
+    share: dict[str, dict[str, float]] = {"submit": {}, "map": {}}
+    with opened(peer_name, workers) as (peer, pids):
         peer.all(tasks.noop, [()] * 200)
         for length in params["ms"]:
             seconds = length / 1e3
             count = max(workers * 2, min(5000, int(params["seconds"] * workers / seconds)))
-            start = time.perf_counter()
-            peer.all(tasks.burn, [(seconds,)] * count)
-            submit[str(length)] = max(0.01, ((time.perf_counter() - start) * workers / count - seconds) * 1e6)
-            start = time.perf_counter()
-            peer.map(tasks.burn, [seconds] * count, peer.uneven_chunk)
-            mapped[str(length)] = max(0.01, ((time.perf_counter() - start) * workers / count - seconds) * 1e6)
-    return {"submit_overhead_us_by_task_ms": submit, "map_overhead_us_by_task_ms": mapped}
+            for way in ("submit", "map"):
+                with Meter(pids) as meter:
+                    if way == "submit":
+                        peer.all(tasks.burn, [(seconds,)] * count)
+                    else:
+                        peer.map(tasks.burn, [seconds] * count, peer.uneven_chunk)
+                cost[way][str(length)] = max(0.1, ((meter.parent + meter.workers) / count - seconds) * 1e6)
+                share[way][str(length)] = seconds * count / workers / meter.wall
+    return {
+        "submit_cpu_us_by_task_ms": cost["submit"],
+        "map_cpu_us_by_task_ms": cost["map"],
+        "submit_share_of_ideal_by_task_ms": share["submit"],
+        "map_share_of_ideal_by_task_ms": share["map"],
+    }
 
 
 def x3(peer_name: str, workers: int, params: Params) -> Answer:

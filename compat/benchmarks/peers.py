@@ -17,12 +17,14 @@ class NotApplicable(Exception):
 
 
 class Peer:
-    """What a workload needs of a library. ``fast``: gets the full task counts also in a quick run. ``holder_chunk`` and
-    ``uneven_chunk``: the chunk size that suits it best for W6 and W7 (None: its own choice)."""
+    """What a workload needs of a library. ``fast``: gets the full task counts also in a quick run. ``scale``: factor on
+    the task counts of a slow peer. ``holder_chunk``, ``uneven_chunk``: the chunk size that suits it best for W6 and W7
+    (None: its own choice)."""
 
     name = "?"
     module = "?"
     fast = False
+    scale = 1.0
     arrays = True
     holder_chunk: int | None = None
     uneven_chunk: int | None = None
@@ -31,6 +33,10 @@ class Peer:
         """Empty, or why this peer cannot be measured here."""
         missing = importlib.util.find_spec(self.module.partition(".")[0]) is None
         return f"{self.module} is not installed" if missing else ""
+
+    def count(self, params: dict[str, Any], name: str) -> int:
+        """How many tasks this peer gets in a workload."""
+        return max(100, int(params.get(f"fast_{name}" if self.fast else name, params[name]) * self.scale))
 
     def open(self, workers: int) -> None:
         """Import the library and start ``workers`` workers."""
@@ -285,7 +291,7 @@ class Joblib(Peer):
 class Dask(Peer):
     """dask.distributed with one single-threaded process per worker."""
 
-    name, module = "dask", "distributed"
+    name, module, scale = "dask", "distributed", 0.1
 
     def open(self, workers: int) -> None:
         from distributed import Client, LocalCluster
@@ -356,6 +362,7 @@ class Ray(Peer):
     """ray tasks on a local instance."""
 
     name = module = "ray"
+    scale = 0.1
 
     def open(self, workers: int) -> None:
         import ray

@@ -49,8 +49,9 @@ FULL_PEERS = [name for name in PEERS if name not in ("ppe-spawn",)]
 MAIN_PEERS = ["ppe", "pool", "loky", "distpool", "distpool-pool"]
 REPEAT_LIMIT = {"W9": 3, "W8": 3, "X1": 1, "X2": 1, "X3": 1, "X4": 2, "X5": 2, "X6": 2}
 # Cells that would eat the budget and say nothing new: the peer is measured there by its own rows only.
-SKIP = {("dask", "W9"), ("ray", "W9"), ("joblib", "W9"), ("pathos", "W9"), ("mpire", "W9"), ("ppe-forkserver", "W8")}
-TIMEOUT = 90.0
+SKIP = {(peer, "W9") for peer in ("dask", "ray", "joblib", "pathos", "mpire")}
+SKIP |= {("ppe-forkserver", "W8"), ("dask", "W4"), ("dask", "W6")}
+TIMEOUT = 60.0
 
 
 @dataclass
@@ -121,7 +122,8 @@ def run(plan: Plan, say: Callable[[str], None]) -> list[Cell]:
             row = [cell for cell in cells if cell.workload == workload and not cell.note]
             for cell in row[turn % max(1, len(row)) :] + row[: turn % max(1, len(row))]:
                 left = plan.budget - (time.monotonic() - start)
-                if turn > 0 and left < cell.seconds * 1.2:
+                if left < (cell.seconds * 1.2 if turn else 0):
+                    cell.note = cell.note or ("" if turn else "left out: the time was used up")
                     continue
                 run_cell(cell, plan, TIMEOUT)
                 result = cell.note or " ".join(f"{k}={v:.4g}" for k, v in cell.answers[-1].items() if is_number(v))

@@ -49,7 +49,7 @@ def percentile(values: list[float], share: float) -> float:
 
 def w2(peer_name: str, workers: int, params: Params) -> Answer:
     """submit(no-op).result(), one at a time: two passes."""
-    count = params["fast_calls" if PEERS[peer_name]().fast else "calls"]
+    count = PEERS[peer_name]().count(params, "calls")
     with opened(peer_name, workers) as (peer, pids):
         for _ in range(50):
             peer.call(tasks.noop)
@@ -76,7 +76,7 @@ def w2(peer_name: str, workers: int, params: Params) -> Answer:
 
 def w3(peer_name: str, workers: int, params: Params) -> Answer:
     """Many submits, then all results."""
-    count = params["fast_tasks" if PEERS[peer_name]().fast else "tasks"]
+    count = PEERS[peer_name]().count(params, "tasks")
     with opened(peer_name, workers) as (peer, pids):
         peer.all(tasks.increment, [(index,) for index in range(200)])
         calls: list[tuple[Any, ...]] = [()] * count
@@ -99,7 +99,7 @@ def w4(peer_name: str, workers: int, params: Params) -> Answer:
     with opened(peer_name, workers) as (peer, pids):
         peer.map(tasks.increment, range(500), 1)
         for label, chunksize in (("chunk1", 1), ("chunk100", 100), ("default", None)):
-            count = params["items"] if fast or chunksize == 100 else params["slow_items"]
+            count = params["items"] if fast or (chunksize == 100 and peer.scale == 1) else params["slow_items"]
             try:
                 runs = []
                 for _ in range(params["repeat"] if fast else 1):
@@ -225,7 +225,7 @@ def uneven(count: int, mean: float) -> list[float]:
 
 def w7(peer_name: str, workers: int, params: Params) -> Answer:
     """Uneven short tasks: share of the ideal, sleeping and computing, by submit and by map; and a long one in front."""
-    lengths = uneven(params["tasks"], 0.001)
+    lengths = uneven(PEERS[peer_name]().count(params, "tasks"), 0.001)
     ideal = sum(lengths) / workers
     answer: Answer = {"cpu_bare": bare_share(lengths, workers)}
     with opened(peer_name, workers) as (peer, pids):
@@ -278,9 +278,7 @@ def behind_long(peer: Peer) -> float:
 
 def w8(peer_name: str, workers: int, params: Params) -> Answer:
     """Parent bytes per pending task, and growth over many tasks."""
-    fast = PEERS[peer_name]().fast
-    pending = params["fast_pending" if fast else "pending"]
-    total = params["fast_total" if fast else "total"]
+    pending, total = (PEERS[peer_name]().count(params, name) for name in ("pending", "total"))
     with opened(peer_name, workers) as (peer, pids), tempfile.TemporaryDirectory() as directory:
         gate = os.path.join(directory, "open")
         peer.all(tasks.increment, [(index,) for index in range(200)])
