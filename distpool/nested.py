@@ -179,7 +179,7 @@ class _Request:
 
     def waiting(self) -> AbstractContextManager[object]:
         """A task that waits gives its slot away."""
-        return given_away(self._requests.node)
+        return self._requests.node.given_away()
 
     def cancel(self) -> bool:
         """Ask the owner."""
@@ -195,15 +195,6 @@ class _Request:
         if done:
             self._requests.futures.pop(self._number, None)
         return done
-
-
-def given_away(node: Node) -> AbstractContextManager[object]:
-    """The context in which the calling thread, if it runs a task, has given its slot away."""
-    runner = node.runner
-    if runner is not None and threading.get_ident() in runner.running:
-        given: AbstractContextManager[object] = runner.slot_given_away()
-        return given
-    return contextlib.nullcontext()
 
 
 class ExecutorHandle(concurrent.futures.Executor):
@@ -277,7 +268,7 @@ class ExecutorHandle(concurrent.futures.Executor):
         deadline = check_map(timeout, 1, buffersize)
         ahead = buffersize or LOOK_AHEAD * self._max_workers
         arguments = zip(*iterables, strict=False)
-        return unordered_futures(self.submit, fn, arguments, ahead, deadline, lambda: given_away(self._node))
+        return unordered_futures(self.submit, fn, arguments, ahead, deadline, self._node.given_away)
 
     def options(self, **options: Any) -> ExecutorHandle:
         """A handle with another policy; see `ClusterExecutor.options`."""

@@ -48,6 +48,11 @@ class Node:
         self.links: set[Link] = set()  # leader only
         self.peers = Peers(self)
         self.remote_calls_loaded = False
+        self.refs: Any = None  # references that this process holds or owns (refs.gc)
+        self.serving: Any = None  # the owner's side of references (refs.remote)
+        self.callee: Any = None  # the callee's side of remote calls (calls)
+        self.round_robin = -1
+        self.round_robin_lock = threading.Lock()  # protects round_robin
         self.next_pid = itertools.count(2)
         self.on_fork: list[Callable[[], None]] = []  # run in a forked child before the node is dropped
         self.master_link: Link | None = None  # workers
@@ -75,17 +80,29 @@ class Node:
         if handler is None:
             if frame.kind < Kind.PEER or self.remote_calls_loaded:
                 return False
-            self.remote_calls_loaded = True
-            importlib.import_module("distpool.calls").install(self)  # the upper layer registers its kinds
+            self.load_remote_calls()
             handler = self.handlers.get(frame.kind)
             if handler is None:
                 return False
         handler(link, frame)
         return True
 
+    def load_remote_calls(self) -> None:
+        """Let the upper layers register their kinds: on first need, so that executors alone do not pay for them."""
+        self.remote_calls_loaded = True
+        importlib.import_module("distpool.calls").install(self)
+
     def deliver(self, function: Callable[[], object]) -> None:
         """Run `function()` on a library thread: it may be user code and may block."""
         self.threads.run(function)
+
+    def given_away(self) -> contextlib.AbstractContextManager[object]:
+        """The context in which the calling thread, if it runs a task of an executor, has given its slot away."""
+        runner = self.runner
+        if runner is not None and threading.get_ident() in runner.running:
+            given: contextlib.AbstractContextManager[object] = runner.slot_given_away()
+            return given
+        return contextlib.nullcontext()
 
     def set_authkey(self, key: bytes) -> None:
         """Use the caller's `multiprocessing` authkey, so that its Manager proxies work in this worker."""
@@ -120,6 +137,15 @@ def become_worker(cookie: str) -> Node:
     node.loop.owns_interrupts = True
     _node = node
     return node
+
+
+def workers_of(node: Node) -> list[int]:
+    """Pids of the workers as this process sees them: all members but pid 1, or [1] if there are none."""
+    if node.is_master:
+        pids = sorted(pid for pid in node.peers.known() if pid != 1)
+    else:
+        pids = node.peers.ask_workers()
+    return pids or [1]
 
 
 def versions() -> list[str]:

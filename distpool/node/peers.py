@@ -62,6 +62,17 @@ class Peers:
         elif pid not in self.dead:
             self._node.loop.call_soon(lambda: self._send_later(pid, (kind, control, body, list(buffers))))
 
+    def known(self) -> list[int]:
+        """Pids that this process has links to (pid 1: all members), and its own."""
+        return sorted({*self._links, self._node.pid})
+
+    def ask_workers(self) -> list[int]:
+        """On a worker: what pid 1 says. Not on the leader."""
+        return self.members_asked(self._node)
+
+    #: Set by the layer that can make remote calls.
+    members_asked: Callable[[Node], list[int]] = staticmethod(lambda node: [])
+
     def ensure(self, pid: int) -> None:
         """Wait until there is a link to `pid`. Not on the leader.
 

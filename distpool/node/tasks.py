@@ -89,6 +89,9 @@ class TaskRunner:
         self.interruptible = False  # the main thread is inside user code: SIGINT may raise there
         self.leaving = False  # SHUTDOWN came, or the master is gone
         self.running: dict[int, Any] = {}  # thread id -> item that runs there
+        self.calls: dict[int, str] = {}  # thread id -> name of the remote call that runs there
+        self._offered: collections.deque[Any] = collections.deque()  # remote calls for the main thread; _lock
+        self._idle = False  # the main thread waits for work; _lock
         self._spawn = spawn
         self._lock = threading.Lock()  # protects _inbox, the started mark, and appends to the journal
         self._flushing = threading.Lock()  # one flush at a time, so that RESULTS frames are in journal order
@@ -146,7 +149,7 @@ class TaskRunner:
         taken = [item for item in self._inbox if item.sequence in wanted]
         for item in taken:
             self._inbox.remove(item)
-        return [[item.sequence, item.elements] for item in taken]
+        return [[item.sequence, item.stop] for item in taken]
 
     def _take_tail(self, count: int) -> list[list[int]]:
         taken: list[list[int]] = []
@@ -194,14 +197,19 @@ class TaskRunner:
             self.flush()
             if self._initializer is not None:
                 self._initialize()
+            elif self._offered:
+                self._run_on_main()
             elif self.leaving:
                 self.link.drain(config.worker_timeout())
                 return 0
             else:
+                self._idle = True
                 loop.lead(self._has_work)
+                with self._lock:
+                    self._idle = False
 
     def _has_work(self) -> bool:
-        return bool(self._inbox) or self.leaving or self._initializer is not None
+        return bool(self._inbox) or bool(self._offered) or self.leaving or self._initializer is not None
 
     def _next(self) -> _Item | None:
         with self._lock:
@@ -260,6 +268,36 @@ class TaskRunner:
         else:
             self.link.send(Kind.INITIALIZED, messages.Initialized(True).pack())
 
+    # -- remote calls ------------------------------------------------------------------------------------------
+
+    def offer(self, work: Callable[[Any], object], name: str) -> None:
+        """Leader: run `work(call)` on the main thread if that is idle, else on a thread of its own, at once."""
+        with self._lock:
+            on_main = self._idle and not self._offered and not self._inbox
+            if on_main:
+                self._offered.append((work, name))
+        if not on_main:
+            self._spawn(lambda: self._run_offered(work, name))
+
+    def _run_on_main(self) -> None:
+        """A remote call on the main thread. Meanwhile helpers run what executors send: it may take for ever."""
+        with self._lock:
+            work, name = self._offered.popleft()
+            self._blocked += 1
+        try:
+            self._run_offered(work, name)
+        finally:
+            with self._lock:
+                self._blocked -= 1
+
+    def _run_offered(self, work: Callable[[Any], object], name: str) -> None:
+        thread = threading.get_ident()
+        self.calls[thread] = name
+        try:
+            work(self._call)
+        finally:
+            self.calls.pop(thread, None)
+
     # -- one item ----------------------------------------------------------------------------------------------
 
     def _run(self, item: _Item) -> None:
@@ -271,6 +309,8 @@ class TaskRunner:
             else:
                 begin = self._run_many(item, function, begin)
         except BaseException as error:  # also SystemExit and KeyboardInterrupt: they are the call's outcome
+            with self._lock:
+                self.running.pop(threading.get_ident(), None)  # from here on no element of it can be recalled
             for sequence in range(item.sequence + item.index, item.sequence + item.stop):
                 self._fail(sequence, error)
             del error

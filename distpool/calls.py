@@ -1,0 +1,332 @@
+"""Remote calls between any two processes of the group (layer 5).
+
+caller's thread: serialise -> lend references -> REQUEST            (to oneself: a thread, no copy)
+callee's leader: REQUEST -> main thread if it is idle, else a cached thread -> decode, run
+    mode "fetch"   -> REPLY with the value           mode "do"  -> nothing; an error is printed on stderr
+    mode "future"  -> the value stays here under its reference; NOTICE to the creator
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, Literal
+
+from distpool.errors import CapturedException, RemoteException
+from distpool.node import node as nodes
+from distpool.node.node import Node
+from distpool.refs import gc
+from distpool.refs.owner import RRID
+from distpool.refs.refs import RAISED_HERE, Future, Outcome
+from distpool.refs.remote import LOCAL_VALUE, RemoteFuture, _Waiting, serving, stable
+from distpool.transport.link import Link
+from distpool.wire import codec, messages
+from distpool.wire.failures import captured, encode_exception
+from distpool.wire.frames import Frame, Kind
+from distpool.wire.functions import decode_function
+from distpool.wire.messages import ERROR, UNSENDABLE
+
+#: Where a call runs: a pid, "any" (round robin over the workers), or a pool that gives out workers.
+Where = int | Literal["any"] | Any
+_CACHED_FUNCTIONS = 1024
+
+
+class _Reply(Future[Any]):
+    """The answer to a `remotecall_fetch`."""
+
+    def _open(self, raw: Outcome) -> tuple[Any, BaseException | None]:
+        if raw.status in (ERROR, UNSENDABLE):
+            return None, RemoteException(raw.pid, captured(raw.data))
+        return super()._open(raw)
+
+
+# -- the caller's side -------------------------------------------------------------------------------------------
+
+
+def remotecall(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any) -> Future[Any]:
+    """Run `f(*args, **kwargs)` on process `where` (pid, "any" or a WorkerPool) and return a Future at once.
+
+    The value stays there until it is fetched. ValueError: no such process; ProcessExitedException: it is gone;
+    SerializationError: something cannot be sent. All of these are raised here and now.
+
+    Example: `fetch(remotecall(pow, 2, 3, 4))` is 81, computed by worker 2.
+    """
+    if not isinstance(where, int):
+        return _remotecall_somewhere(f, where, args, kwargs)
+    node = _node()
+    refs = gc.of(node)
+    rrid = refs.new_id()
+    if where == node.pid:
+        future = RemoteFuture(refs, rrid, where, 1, watched=True)
+        entry = refs.owner.touch(rrid, where)
+        refs.owner.watch(entry, future._arrived)
+        node.deliver(lambda: refs.owner.set(entry, _run_here(f, args, kwargs)))
+        return future
+    node.peers.ensure(where)
+    future = RemoteFuture(refs, rrid, where, 1, watched=True)
+    try:
+        _send(node, where, "future", rrid, f, args, kwargs, 0)
+    except BaseException:
+        future._handle.held = 0  # type: ignore[union-attr]  # the owner never heard of it
+        raise
+    dead = node.peers.dead.get(where)
+    if dead is not None:
+        future._owner_lost(dead)
+    return future
+
+
+def remotecall_fetch(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any) -> Any:
+    """Run `f(*args, **kwargs)` on process `where` and return its value; `RemoteException` if it raises there.
+
+    To oneself the call runs inline, and nothing is copied. Example: `remotecall_fetch(os.getpid, 2)`
+    """
+    if not isinstance(where, int):
+        return _somewhere(where, lambda pid: remotecall_fetch(f, pid, *args, **kwargs))
+    node = _node()
+    if where == node.pid:
+        try:
+            return f(*args, **kwargs)
+        except Exception as error:
+            raise _wrapped(node, error) from error
+    node.peers.ensure(where)
+    reply = _Reply()
+    waiting = _Waiting(gc.of(node))
+    reply._call = waiting
+
+    def answer(status: int, data: Any, buffers: Any) -> None:
+        reply._settle(Outcome(status, data, buffers, where))
+
+    number = node.peers.requests.new(where, answer, lambda error: answer(RAISED_HERE, error, ()))
+    try:
+        _send(node, where, "fetch", RRID(0, 0), f, args, kwargs, number)
+        if where in node.peers.dead:
+            node.peers.requests.fail(where, node.peers.dead[where])
+        return reply.result()
+    finally:
+        if node.peers.requests.forget(number):  # interrupted: the answer is not wanted any more
+            node.peers.send(where, Kind.CANCEL_REQUEST, messages.CancelRequest(number).pack())
+
+
+def remotecall_wait(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any) -> Future[Any]:
+    """As `remotecall`, and wait until the call has ended there; the value is not moved. Raises if the call failed.
+
+    Example: `future = remotecall_wait(load, 2, path)`
+    """
+    future = remotecall(f, where, *args, **kwargs)
+    wait = getattr(future, "wait", None)
+    if wait is not None:
+        wait()
+    return future
+
+
+def remote_do(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any) -> None:
+    """Run `f(*args, **kwargs)` on process `where` and forget it: an error is printed on that process's stderr.
+
+    Example: `remote_do(print, 2, "hello")`
+    """
+    if not isinstance(where, int):
+        _remotecall_somewhere(f, where, args, kwargs, do=True)
+        return
+    node = _node()
+    if where == node.pid:
+        node.deliver(lambda: _do(f, args, kwargs))
+        return
+    node.peers.ensure(where)
+    _send(node, where, "do", RRID(0, 0), f, args, kwargs, 0)
+
+
+def _send(
+    node: Node, pid: int, mode: str, rrid: RRID, f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], number: int
+) -> None:
+    if not callable(f):
+        raise TypeError(f"{codec.describe(f)} is not callable")
+    function = node.encoder.encode(f, pid)
+    seen: list[Any] = []
+    data, buffers = codec.encode_args(args, kwargs, pid, seen)
+    gc.of(node).lend((*function.references, *seen), pid)
+    message = messages.Request(
+        number, mode, *rrid, function.name, len(function.data), len(function.buffers), function.reusable
+    )
+    node.peers.send(pid, Kind.REQUEST, message.pack(), function.data + data, [*function.buffers, *stable(buffers)])
+
+
+def _wrapped(node: Node, error: BaseException) -> RemoteException:
+    text = "".join(traceback.format_exception(error))
+    return RemoteException(node.pid, CapturedException(error, text))
+
+
+def _run_here(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+    node = _node()
+    try:
+        return Outcome(LOCAL_VALUE, f(*args, **kwargs), (), node.pid)
+    except BaseException as error:
+        return Outcome(RAISED_HERE, _wrapped(node, error), (), node.pid)
+
+
+def _do(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        f(*args, **kwargs)
+    except BaseException:
+        traceback.print_exc(file=sys.stderr)
+        sys.stderr.flush()
+
+
+# -- pools and "any" ---------------------------------------------------------------------------------------------
+
+
+def _somewhere(where: Any, call: Callable[[int], Any]) -> Any:
+    """Take a worker, run `call(pid)`, give the worker back."""
+    if where == "any":
+        return call(next_worker())
+    pid = _pool(where).take()
+    try:
+        return call(pid)
+    finally:
+        where.put(pid)
+
+
+def _remotecall_somewhere(f: Any, where: Any, args: Any, kwargs: Any, do: bool = False) -> Future[Any]:
+    """The worker is held until the call has ended (CONFORMANCE D13)."""
+    if where == "any":
+        pid = next_worker()
+        if do:
+            remote_do(f, pid, *args, **kwargs)
+            return Future()
+        return remotecall(f, pid, *args, **kwargs)
+    pool = _pool(where)
+    pid = pool.take()
+    try:
+        future = remotecall(pool.prepare(f, pid), pid, *args, **kwargs)
+    except BaseException:
+        pool.put(pid)
+        raise
+    future.add_done_callback(lambda done: pool.put(pid))
+    if do:
+        future.add_done_callback(_report)
+    return future
+
+
+def _report(future: Future[Any]) -> None:
+    error = future.exception()
+    if error is not None:
+        print(error, file=sys.stderr, flush=True)
+
+
+def _pool(where: Any) -> Any:
+    if hasattr(where, "take") and hasattr(where, "put"):
+        return where
+    raise TypeError(f"a call goes to a pid, 'any' or a WorkerPool, not {codec.describe(where)}")
+
+
+def next_worker() -> int:
+    """The next pid of the round robin over the workers (1 if there is none)."""
+    from distpool.node.node import workers_of
+
+    node = _node()
+    pids = workers_of(node)
+    with node.round_robin_lock:
+        node.round_robin += 1
+        return pids[node.round_robin % len(pids)]
+
+
+# -- the callee's side -------------------------------------------------------------------------------------------
+
+
+class Callee:
+    """Runs REQUESTs. `_on_request` on the leader, `_run` on the main thread or a cached one."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._refs = gc.of(node)
+        self._serving = serving(node)
+        self._functions: dict[bytes, Any] = {}  # functions by reference that were decoded before
+        self._cancelled: set[tuple[int, int]] = set()
+        node.handlers[Kind.REQUEST] = self._on_request
+        node.handlers[Kind.CANCEL_REQUEST] = lambda link, frame: None  # the answer is simply dropped by the asker
+        peers = node.peers
+        node.handlers[Kind.ADDRESS] = peers.on_address
+        node.handlers[Kind.DIAL] = peers.on_dial
+        node.handlers[Kind.DEAD] = peers.on_dead
+        node.handlers[Kind.WHERE] = peers.on_where
+        node.handlers[Kind.RELAY] = peers.on_relay
+
+    def _on_request(self, link: Link, frame: Frame) -> None:
+        message = messages.Request.unpack(frame.control)
+        pid = int(link.peer)
+        buffers = [link.segments.open(buffer) for buffer in frame.buffers]
+        body = bytes(frame.body)
+        entry = None
+        if message.mode == "future":
+            rrid = RRID(message.whence, message.ident)
+            entry = self._refs.owner.touch(rrid, message.whence)
+            self._refs.owner.watch(entry, lambda outcome: self._serving.notify(pid, rrid, outcome))
+        work = lambda call: self._run(pid, message, body, buffers, entry, call)  # noqa: E731
+        runner = self._node.runner
+        if runner is not None:
+            runner.offer(work, message.name)
+        else:
+            self._node.threads.run(lambda: work(_plain_call))
+
+    def _run(self, pid: int, message: Any, body: bytes, buffers: list[Any], entry: Any, call: Any) -> None:
+        try:
+            function = self._function(message, body, buffers)
+            args, kwargs = codec.decode_args(body[message.function_bytes :], buffers[message.function_buffers :])
+            del buffers
+            value = call(function, args, kwargs)
+            del args, kwargs
+        except BaseException as error:
+            self._failed(pid, message, entry, error)
+            return
+        if entry is not None:
+            self._refs.owner.set(entry, Outcome(LOCAL_VALUE, value, (), self._node.pid))
+        elif message.mode == "fetch":
+            self._serving.reply_value(pid, message.request, value)
+
+    def _function(self, message: Any, body: bytes, buffers: list[Any]) -> Any:
+        data = body[: message.function_bytes]
+        if not message.reusable:
+            return decode_function(data, buffers[: message.function_buffers])
+        function = self._functions.get(data)
+        if function is None:
+            function = decode_function(data, buffers[: message.function_buffers])
+            if len(self._functions) >= _CACHED_FUNCTIONS:
+                self._functions.clear()
+            self._functions[data] = function
+        return function
+
+    def _failed(self, pid: int, message: Any, entry: Any, error: BaseException) -> None:
+        if entry is not None:
+            outcome = Outcome(ERROR, encode_exception(error, pid), (), self._node.pid)
+            self._refs.owner.set(entry, outcome)
+        elif message.mode == "fetch":
+            self._serving.reply_error(pid, message.request, error)
+        else:
+            traceback.print_exception(error, file=sys.stderr)
+            sys.stderr.flush()
+
+
+def _plain_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return function(*args, **kwargs)
+
+
+def install(node: Node) -> None:
+    """Register the kinds of remote calls, references and channels with this node (once)."""
+    with _installing:
+        if node.callee is None:
+            node.remote_calls_loaded = True
+            node.callee = Callee(node)
+            from distpool.refs import channels
+
+            channels.install(node)
+
+
+_installing = threading.Lock()  # two threads make their first remote call at the same time
+
+
+def _node() -> Node:
+    node = nodes.current()
+    if node.callee is None:
+        install(node)
+    return node

@@ -1,0 +1,127 @@
+"""Distributed garbage collection: handles and the messages about them (layer 4).
+
+    Handle.__del__ (any thread, any moment) -> deque -> leader: CLIENTS to the owner, joined per owner
+    lend(refs, peer) (sending thread, before the message) -> ADD to the owner
+    arrive(...) (decoding thread) -> the living object of that reference, or a new one
+
+`__del__` takes no lock and sends nothing: it appends to a deque and wakes the loop (a finalizer that did more could
+deadlock: the collector runs it between any two bytecodes).
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from distpool.refs.owner import RRID, Owner
+from distpool.wire import messages
+from distpool.wire.frames import Frame, Kind
+
+if TYPE_CHECKING:
+    from distpool.node.node import Node
+    from distpool.transport.link import Link
+
+
+class Handle:
+    """What a reference object holds of its value: `held` references in the owner's count."""
+
+    __slots__ = ("__weakref__", "_refs", "held", "rrid", "where")
+
+    def __init__(self, refs: Refs, rrid: RRID, where: int, held: int) -> None:
+        self._refs = refs
+        self.rrid = rrid
+        self.where = where
+        self.held = held
+
+    def release(self) -> None:
+        """Give the references back: the value is not needed from the owner any more."""
+        held, self.held = self.held, 0
+        if held:
+            self._refs.drop(self.rrid, self.where, held)
+
+    __del__ = release
+
+
+class Refs:
+    """References as this process holds them."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.owner = Owner(node)
+        #: The one living object of each reference. Protected by `_lock`, because looking and making is one step.
+        self.live: weakref.WeakValueDictionary[RRID, Any] = weakref.WeakValueDictionary()
+        self._lock = threading.RLock()  # reentrant: the collector may run user code inside
+        self._numbers = itertools.count(1)
+        self._dropped: collections.deque[tuple[RRID, int, int]] = collections.deque()
+        self._flushing = False  # a flush is on its way; only saves wake-ups
+        node.handlers[Kind.CLIENTS] = self._on_clients
+        node.peers.on_lost.append(self._on_lost)
+
+    def new_id(self) -> RRID:
+        """The identity of a reference made here."""
+        return RRID(self.node.pid, next(self._numbers))
+
+    # -- giving back -------------------------------------------------------------------------------------------
+
+    def drop(self, rrid: RRID, where: int, held: int) -> None:
+        """`held` references are given back (finalizers: only atomic operations)."""
+        self._dropped.append((rrid, where, held))
+        if not self._flushing:
+            self._flushing = True
+            self.node.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        changes: dict[int, list[list[int]]] = {}
+        me = self.node.pid
+        while self._dropped:
+            rrid, where, held = self._dropped.popleft()
+            if where == me:
+                self.owner.change(rrid, me, -held)
+            else:
+                changes.setdefault(where, []).append([rrid.whence, rrid.id, me, -held])
+        for where, rows in changes.items():
+            self.node.peers.send(where, Kind.CLIENTS, messages.Clients(rows).pack())
+
+    # -- sending on --------------------------------------------------------------------------------------------
+
+    def lend(self, references: Iterable[Any], peer: int, change: int = 1) -> None:
+        """These references go to `peer` in the message that the caller is about to send (`change=-1`: did not)."""
+        changes: dict[int, list[list[int]]] = {}
+        me = self.node.pid
+        for reference in references:
+            handle = getattr(reference, "_handle", None)
+            if handle is None or getattr(reference, "travels_with_value", False):
+                continue
+            rrid, where = handle.rrid, handle.where
+            if where == me:
+                self.owner.change(rrid, peer, change)
+            else:
+                changes.setdefault(where, []).append([rrid.whence, rrid.id, peer, change])
+        for where, rows in changes.items():
+            self.node.peers.send(where, Kind.CLIENTS, messages.Clients(rows).pack())
+
+    # -- frames (leader) ---------------------------------------------------------------------------------------
+
+    def _on_clients(self, link: Link, frame: Frame) -> None:
+        for whence, ident, pid, change in messages.Clients.unpack(frame.control).changes:
+            self.owner.change(RRID(whence, ident), pid, change)
+
+    def _on_lost(self, pid: int) -> None:
+        self.owner.forget_client(pid)
+        make_error = self.node.peers.dead[pid]
+        for reference in list(self.live.values()):
+            if reference.where == pid:
+                reference._owner_lost(make_error)
+
+
+def of(node: Node) -> Refs:
+    """The references of `node`, made on first use."""
+    if node.refs is None:
+        node.refs = Refs(node)
+    refs: Refs = node.refs
+    return refs

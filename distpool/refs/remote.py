@@ -1,0 +1,493 @@
+"""`RemoteFuture`: a Future whose value lives on another process until it is fetched (layer 4).
+
+    creator: NOTICE (no value) -> done;  result()/fetch() -> REFERENCE "fetch" -> value here, handle given back
+    others:  whoever waits or asks -> REFERENCE "watch" / "fetch" / "isready"
+
+States beyond those of `Future`: `_raw.status` REMOTE_VALUE or REMOTE_ERROR means "it has ended, the value is still at
+its owner". Errors of user code are `RemoteException` here (Julia's rule), not the original exception.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from distpool.errors import RemoteException
+from distpool.node import node as nodes
+from distpool.refs import gc
+from distpool.refs.gc import Handle, Refs
+from distpool.refs.owner import RRID
+from distpool.refs.refs import RAISED_HERE, Future, Outcome
+from distpool.wire import codec, messages
+from distpool.wire.failures import captured
+from distpool.wire.frames import Frame, Kind
+from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from distpool.transport.ioloop import IoLoop
+    from distpool.transport.link import Link
+
+#: `Outcome.data` is the value itself, an object of this process.
+LOCAL_VALUE = -2
+#: The call has ended, well or not; the outcome is at its owner.
+REMOTE_VALUE, REMOTE_ERROR = -3, -4
+
+_SET_TWICE = "Future can be set only once"
+
+
+class _Waiting:
+    """The `_call` of a pending RemoteFuture: where its waiters wait."""
+
+    def __init__(self, refs: Refs) -> None:
+        self._node = refs.node
+
+    @property
+    def loop(self) -> IoLoop:
+        """The loop whose leader settles the future."""
+        return self._node.loop
+
+    def cancel(self) -> bool:
+        """A remote call cannot be cancelled."""
+        return False
+
+    def started(self) -> bool:
+        """It was sent."""
+        return True
+
+    def waiting(self) -> AbstractContextManager[object]:
+        """A waiting remote call holds no slot of any executor, unless it waits inside a task."""
+        if nodes.existing() is not self._node:
+            raise RuntimeError("this reference belongs to the process that forked this one")
+        return self._node.given_away()
+
+
+class RemoteFuture(Future[Any]):
+    """A future owned by process `where`; see `distpool.Future`."""
+
+    _handle: Handle | None
+
+    def __init__(self, refs: Refs, rrid: RRID, where: int, held: int, watched: bool = False) -> None:
+        self._refs = refs
+        self._handle = Handle(refs, rrid, where, held)
+        self._call = _Waiting(refs)
+        self._watched = watched  # the owner will tell us when it is done
+        self._transfer: Future[Any] | None = None
+        refs.live[rrid] = self
+
+    # -- identity ----------------------------------------------------------------------------------------------
+
+    @property
+    def where(self) -> int:
+        """Pid of the owner (0: a dead handle)."""
+        return self._handle.where if self._handle is not None else 0
+
+    @property
+    def whence(self) -> int:
+        """Pid of the process that made the reference."""
+        return self._handle.rrid.whence if self._handle is not None else 0
+
+    @property
+    def id(self) -> int:
+        """Number of the reference at `whence`."""
+        return self._handle.rrid.id if self._handle is not None else 0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RemoteFuture):
+            return NotImplemented
+        return (self.whence, self.id) == (other.whence, other.id) and (self.id != 0 or self is other)
+
+    def __hash__(self) -> int:
+        return hash((self.whence, self.id))
+
+    @property
+    def travels_with_value(self) -> bool:
+        """Whether the value is here, so that it goes along when the reference is sent (C17, C33)."""
+        return self._state == "FINISHED" and (self._raw is None or self._raw.status in (VALUE, LOCAL_VALUE))
+
+    # -- what Julia offers -------------------------------------------------------------------------------------
+
+    def fetch(self, timeout: float | None = None) -> Any:
+        """Wait for the value, move it here and return it; `RemoteException` if the call failed."""
+        return self.result(timeout)
+
+    def result(self, timeout: float | None = None) -> Any:
+        """As `fetch`."""
+        self._bring(timeout)
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The exception of the call, or `None`; moves the value as `result` does."""
+        self._bring(timeout)
+        return super().exception(timeout)
+
+    def wait(self, timeout: float | None = None) -> RemoteFuture:
+        """Wait until the call has ended, without moving its value; `RemoteException` if it failed."""
+        self._check()
+        self._watch()
+        if not self.done() and not self._await(timeout):
+            raise TimeoutError
+        raw = self._raw
+        if (raw is not None and raw.status not in (VALUE, LOCAL_VALUE, REMOTE_VALUE)) or self._exception is not None:
+            self.result(timeout)
+        return self
+
+    def isready(self) -> bool:
+        """Whether the value is there; asks the owner if this process does not know."""
+        self._check()
+        if self.done():
+            return True
+        refs, handle = self._refs, self._live_handle()
+        if handle.where == refs.node.pid:
+            return self._entry().outcome is not None
+        answer = self._ask("isready")
+        return bool(codec.decode(answer.data))
+
+    def put(self, value: Any) -> RemoteFuture:
+        """Set the value, once; `RuntimeError` (`RemoteException` if another process was first) the second time."""
+        self._check()
+        if self.done():
+            raise RuntimeError(_SET_TWICE)
+        handle = self._live_handle()
+        refs = self._refs
+        outcome = Outcome(LOCAL_VALUE, value, (), refs.node.pid)
+        if handle.where == refs.node.pid:
+            if not refs.owner.set(self._entry(), outcome):
+                raise RuntimeError(_SET_TWICE)
+        else:
+            seen: list[Any] = []
+            data, buffers = codec.encode(value, handle.where, seen)
+            refs.lend(seen, handle.where)
+            answer = self._ask("put", data, [bytes(part) for part in buffers])
+            if answer.status != VALUE:
+                raise RemoteException(handle.where, captured(answer.data))
+        if self._settle(outcome):
+            refs.node.deliver(self._run_callbacks)
+        handle.release()
+        return self
+
+    def finalize(self) -> None:
+        """Give the reference back now; any later use raises RuntimeError. May be called again."""
+        self._finalized = True
+        if self._handle is not None:
+            self._refs.live.pop(self._handle.rrid, None)
+            self._handle.release()
+
+    _finalized = False
+
+    # -- settling ----------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_condition" and self._call is not None:
+            self._watch()  # somebody is about to wait
+        return super().__getattr__(name)
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        """Call `fn(self)` when the call has ended; the value is not moved for that."""
+        self._check()
+        self._watch()
+        super().add_done_callback(fn)
+
+    def _check(self) -> None:
+        if self._finalized:
+            raise RuntimeError("this reference was finalized")
+        if self._handle is None:
+            raise RuntimeError("this is a dead handle: it was pickled outside of a distpool message")
+
+    def _live_handle(self) -> Handle:
+        assert self._handle is not None
+        return self._handle
+
+    def _entry(self) -> Any:
+        """The entry of a value that this process owns; from its first use on it counts this reference."""
+        handle = self._live_handle()
+        if handle.held:
+            return self._refs.owner.touch(handle.rrid)
+        handle.held = 1
+        return self._refs.owner.touch(handle.rrid, self._refs.node.pid)
+
+    def _register(self) -> None:
+        """A reference made by hand is known to its owner from its first use on."""
+        handle = self._live_handle()
+        if not handle.held:
+            handle.held = 1
+            refs = self._refs
+            change = [handle.rrid.whence, handle.rrid.id, refs.node.pid, 1]
+            refs.node.peers.send(handle.where, Kind.CLIENTS, messages.Clients([change]).pack())
+
+    def _watch(self) -> None:
+        """Let the owner tell us when the value is there (once)."""
+        if self._watched or self.done() or self._handle is None or self._finalized:
+            return
+        self._watched = True
+        refs, handle = self._refs, self._handle
+        if handle.where == refs.node.pid:
+            refs.owner.watch(self._entry(), self._arrived)
+            return
+        self._register()
+        self._send("watch", lambda status, data, buffers: None, b"", [])
+
+    def _arrived(self, outcome: Outcome) -> None:
+        """The outcome is here (any thread that may not run user code)."""
+        if self._settle(outcome):
+            self._refs.node.deliver(self._run_callbacks)
+
+    def _noticed(self, ok: bool) -> None:
+        """Leader: the owner says that it has ended."""
+        self._arrived(Outcome(REMOTE_VALUE if ok else REMOTE_ERROR, None, (), self.where))
+
+    def _owner_lost(self, make_error: Callable[[], BaseException]) -> None:
+        """Leader: the owner is gone. What was fetched stays."""
+        outcome = Outcome(RAISED_HERE, make_error(), (), self.where)
+        raw = self._raw
+        if raw is not None and raw.status in (REMOTE_VALUE, REMOTE_ERROR):
+            self._raw = outcome
+        self._arrived(outcome)
+
+    # -- fetching ----------------------------------------------------------------------------------------------
+
+    def _bring(self, timeout: float | None) -> None:
+        """See to it that the outcome comes here; waits only for a value that is known to be at its owner."""
+        self._check()
+        raw = self._raw
+        if self._state != "FINISHED":
+            self._start_transfer()
+        elif raw is not None and raw.status in (REMOTE_VALUE, REMOTE_ERROR):
+            transfer = self._start_transfer()
+            if transfer is not None and not transfer.done() and not transfer._await(timeout):
+                raise TimeoutError
+
+    def _start_transfer(self) -> Future[Any] | None:
+        handle = self._live_handle()
+        if handle.where == self._refs.node.pid:
+            self._watch()
+            return None
+        with self.__dict__.setdefault("_starting", threading.Lock()):
+            transfer = self._transfer
+            if transfer is None:
+                self._register()
+                transfer = Future()
+                transfer._call = self._call or _Waiting(self._refs)
+                self._transfer = transfer
+                self._send("fetch", self._fetched, b"", [])
+        return transfer
+
+    def _fetched(self, status: int, data: Any, buffers: Any) -> None:
+        outcome = Outcome(status, data, buffers, self.where)
+        if self._raw is not None and self._raw.status in (REMOTE_VALUE, REMOTE_ERROR):
+            self._raw = outcome
+        self._arrived(outcome)
+        if self._transfer is not None:
+            self._transfer._settle(outcome)
+
+    def _send(self, op: str, answer: Callable[[int, Any, Any], object], body: bytes, buffers: list[Any]) -> None:
+        handle, node = self._live_handle(), self._refs.node
+
+        def lost(error: BaseException) -> None:
+            answer(RAISED_HERE, error, ())
+
+        dead = node.peers.dead.get(handle.where)
+        if dead is not None:
+            lost(dead())
+            return
+        number = node.peers.requests.new(handle.where, answer, lost)
+        message = messages.Reference(number, op, handle.rrid.whence, handle.rrid.id)
+        node.peers.send(handle.where, Kind.REFERENCE, message.pack(), body, buffers)
+        if handle.where in node.peers.dead:  # died between the two looks: nobody else will say so
+            node.peers.requests.fail(handle.where, node.peers.dead[handle.where])
+
+    def _ask(self, op: str, body: bytes = b"", buffers: list[Any] | None = None) -> Outcome:
+        """A request that is answered at once; raises if the owner is gone."""
+        reply: Future[Any] = Future()
+        reply._call = _Waiting(self._refs)
+        where = self.where
+        self._register()
+        self._send(
+            op, lambda status, data, parts: reply._settle(Outcome(status, data, parts, where)), body, buffers or []
+        )
+        if not reply.done():
+            reply._await(None)
+        outcome = reply._raw
+        assert outcome is not None
+        if outcome.status == RAISED_HERE:
+            raise outcome.data
+        return outcome
+
+    def _decode(self) -> None:
+        super()._decode()
+        if self._handle is not None and self._state == "FINISHED" and self._exception is None:
+            self._handle.release()  # the value is cached here
+
+    def _open(self, raw: Outcome) -> tuple[Any, BaseException | None]:
+        if raw.status == LOCAL_VALUE:
+            return raw.data, None
+        if raw.status in (ERROR, UNSENDABLE):
+            return None, RemoteException(raw.pid, captured(raw.data))
+        return super()._open(raw)
+
+    def __reduce__(self) -> Any:
+        return dead_future, ()
+
+
+# -- making and travelling ---------------------------------------------------------------------------------------
+
+
+def dead_future() -> RemoteFuture:
+    """What a pickle made outside of a distpool message gives: a handle that nobody stands behind."""
+    future: RemoteFuture = RemoteFuture.__new__(RemoteFuture)
+    future._handle = None
+    future._call = None
+    return future
+
+
+def new_future(pid: int | None) -> RemoteFuture:
+    """`distpool.Future(pid)`: an unset future owned by `pid`, unknown to its owner until it is first used."""
+    refs = gc.of(nodes.current())
+    where = refs.node.pid if pid is None else pid
+    if where != refs.node.pid:
+        refs.node.peers.ensure(where)
+    return RemoteFuture(refs, refs.new_id(), where, 0)
+
+
+def arrive_future(whence: int, ident: int, where: int) -> RemoteFuture:
+    """A reference has come in a message: the living object of it, or a new one. It holds one more count."""
+    refs = gc.of(nodes.current())
+    rrid = RRID(whence, ident)
+    with refs._lock:
+        future: RemoteFuture | None = refs.live.get(rrid)
+        if future is None or future._handle is None:
+            return RemoteFuture(refs, rrid, where, 1)
+        if future.travels_with_value:
+            refs.drop(rrid, where, 1)  # the value is here: nothing is needed of the owner
+        else:
+            future._handle.held += 1
+        return future
+
+
+def arrive_value(whence: int, ident: int, where: int, value: Any) -> RemoteFuture:
+    """A reference has come with its value (C17, C33, C34)."""
+    refs = gc.of(nodes.current())
+    rrid = RRID(whence, ident)
+    with refs._lock:
+        future: RemoteFuture | None = refs.live.get(rrid)
+        if future is None or future._handle is None:
+            future = RemoteFuture(refs, rrid, where, 0)
+    future._arrived(Outcome(LOCAL_VALUE, value, (), where))
+    assert future._handle is not None
+    future._handle.release()
+    return future
+
+
+def _reduce(future: RemoteFuture, peer: Any) -> tuple[Any, ...]:
+    handle = future._handle
+    if handle is None:
+        return dead_future, ()
+    if future.travels_with_value:
+        return arrive_value, (*handle.rrid, handle.where, future.result())
+    return arrive_future, (*handle.rrid, handle.where)
+
+
+codec.register_reducer(RemoteFuture, _reduce)
+
+
+# -- the owner's side (leader) -----------------------------------------------------------------------------------
+
+
+class Serving:
+    """Answers REFERENCE and NOTICE frames."""
+
+    def __init__(self, refs: Refs) -> None:
+        self._refs = refs
+        refs.node.handlers[Kind.REFERENCE] = self._on_reference
+        refs.node.handlers[Kind.NOTICE] = self._on_notice
+        refs.node.handlers[Kind.REPLY] = self._on_reply
+
+    def _on_notice(self, link: Link, frame: Frame) -> None:
+        message = messages.Notice.unpack(frame.control)
+        future = self._refs.live.get(RRID(message.whence, message.ident))
+        if future is not None:
+            future._noticed(message.ok)
+
+    def _on_reply(self, link: Link, frame: Frame) -> None:
+        message = messages.Reply.unpack(frame.control)
+        buffers = [link.segments.open(buffer) for buffer in frame.buffers]
+        self._refs.node.peers.requests.settle(message.request, message.status, bytes(frame.body), buffers)
+
+    def _on_reference(self, link: Link, frame: Frame) -> None:
+        message = messages.Reference.unpack(frame.control)
+        refs, pid = self._refs, int(link.peer)
+        entry = refs.owner.touch(RRID(message.whence, message.ident))
+        if message.op == "watch":
+            refs.owner.watch(entry, lambda outcome: self.notify(pid, entry.rrid, outcome))
+            self.reply(pid, message.request, VALUE, b"")
+        elif message.op == "isready":
+            self.reply(pid, message.request, VALUE, codec.encode(entry.outcome is not None)[0])
+        elif message.op == "put":
+            buffers = [link.segments.open(buffer) for buffer in frame.buffers]
+            outcome = Outcome(VALUE, bytes(frame.body), buffers, pid)
+            if refs.owner.set(entry, outcome):
+                self.reply(pid, message.request, VALUE, b"")
+            else:
+                error = RuntimeError(_SET_TWICE)
+                refs.node.deliver(lambda: self.reply_error(pid, message.request, error))
+        elif message.op == "fetch":
+            refs.owner.watch(entry, lambda outcome: self.send_outcome(pid, message.request, outcome))
+
+    def notify(self, pid: int, rrid: RRID, outcome: Outcome) -> None:
+        """Tell `pid` that the value is there, without the value."""
+        ok = outcome.status in (VALUE, LOCAL_VALUE)
+        self._refs.node.peers.send(pid, Kind.NOTICE, messages.Notice(*rrid, ok).pack())
+
+    def send_outcome(self, pid: int, request: int, outcome: Outcome) -> None:
+        """Send the value; serialising it is user code, so that happens on a library thread."""
+        if outcome.status == LOCAL_VALUE:
+            self._refs.node.deliver(lambda: self.reply_value(pid, request, outcome.data))
+        elif outcome.status == RAISED_HERE:
+            self._refs.node.deliver(lambda: self.reply_error(pid, request, outcome.data))
+        else:
+            self.reply(pid, request, outcome.status, outcome.data, outcome.buffers)
+
+    def reply(self, pid: int, request: int, status: int, data: bytes, buffers: Any = ()) -> None:
+        """Send an answer as it is."""
+        self._refs.node.peers.send(pid, Kind.REPLY, messages.Reply(request, status).pack(), data, list(buffers))
+
+    def reply_value(self, pid: int, request: int, value: Any) -> None:
+        """Serialise and send a value; references in it are lent to `pid` first. Not on the leader."""
+        seen: list[Any] = []
+        try:
+            data, buffers = codec.encode(value, pid, seen)
+        except BaseException as error:
+            self.reply_error(pid, request, error, UNSENDABLE)
+            return
+        self._refs.lend(seen, pid)
+        self.reply(pid, request, VALUE, data, stable(buffers))
+
+    def reply_error(self, pid: int, request: int, error: BaseException, status: int = ERROR) -> None:
+        """Serialise and send an error. Not on the leader."""
+        from distpool.wire.failures import encode_exception
+
+        seen: list[Any] = []
+        data = encode_exception(error, pid, seen=seen)
+        self._refs.lend(seen, pid)
+        self.reply(pid, request, status, data)
+
+
+def stable(buffers: list[Any]) -> list[Any]:
+    """Copies of out-of-band buffers: what is sent must not change with the caller's arrays."""
+    return [bytes(part) for part in buffers]
+
+
+def serving(node: Any) -> Serving:
+    """The owner's side of `node`, made on first use."""
+    if node.serving is None:
+        node.serving = Serving(gc.of(node))
+    made: Serving = node.serving
+    return made
+
+
+def monotonic() -> float:
+    """Seconds of the clock that deadlines are given in."""
+    return time.monotonic()
