@@ -211,7 +211,8 @@ class Link:
         except BlockingIOError:
             return
         except (ProtocolError, AuthenticationError, OSError) as error:
-            self.close(error)
+            # Kept as the reason: not with its traceback, whose frames are those of the user who leads the loop.
+            self.close(error.with_traceback(None))
 
     def _read(self) -> list[Frame] | None:
         """Frames that one read completed; `None` at the end of the stream."""
