@@ -1,0 +1,377 @@
+"""`TaskRunner`, the loop of a worker, over a socket pair: nothing is lost, nothing runs twice, results are durable."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from wires import PATIENCE, Bench, bench, until
+
+from distpool.wire import codec, messages
+from distpool.wire.failures import failure_info
+from distpool.wire.frames import Kind
+
+ran: list[Any] = []
+"""What the tasks below have run: the runner lives in this process."""
+
+gate = threading.Event()
+entered = threading.Event()
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    ran.clear()
+    gate.clear()
+    entered.clear()
+    yield
+    gate.set()
+
+
+@pytest.fixture(params=[True, False], ids=["shared journal", "private journal"])
+def runner(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    with bench(request.param) as made:
+        yield made
+        gate.set()
+
+
+def note(number: int) -> int:
+    ran.append(number)
+    return number * number
+
+
+def spin(number: int) -> int:
+    """Takes between nothing and a fifth of a millisecond."""
+    ran.append(number)
+    stop = time.perf_counter() + (number % 5) * 4e-5
+    while time.perf_counter() < stop:
+        pass
+    return number
+
+
+def hold(number: int) -> int:
+    entered.set()
+    assert gate.wait(PATIENCE)
+    ran.append(number)
+    return number
+
+
+def fail(number: int) -> None:
+    raise ValueError(number)
+
+
+def leave(number: int) -> None:
+    sys.exit(number)
+
+
+# --------------------------------------------------------------------------------------------------------- single calls
+
+
+def test_calls_of_every_kind(runner: Bench) -> None:
+    records = [
+        runner.one(note, 3),
+        runner.span(note, [1, 2, 3]),
+        runner.record(pow, codec.encode([(2, 3), (3, 2)])[0], messages.SPAN, 2),
+        runner.record(note, codec.encode([4, 5])[0], messages.CHUNK_OF_SCALARS),
+        runner.record(pow, codec.encode([(2, 2), (5, 2)])[0], messages.CHUNK),
+        runner.one(dict, a=1),
+    ]
+    first = runner.send(*records)
+    ended = runner.collect(9)
+    values = [ended[first + offset] for offset in range(9)]
+    assert values == [9, 1, 4, 9, 8, 9, [16, 25], [4, 25], {"a": 1}]
+
+
+def test_a_function_that_captured_something_mutable_is_fresh_for_each_call(runner: Bench) -> None:
+    seen: list[int] = []
+
+    def remember(number: int) -> list[int]:
+        seen.append(number)
+        return list(seen)
+
+    payload = codec.encode_args((1,), {})[0]
+    first = runner.send(*[runner.record(remember, payload, messages.ONE_FRESH) for _ in range(3)])
+    assert runner.collect(3) == {first: [1], first + 1: [1], first + 2: [1]}
+
+
+@pytest.mark.parametrize("task", [fail, leave])
+def test_an_error_is_the_outcome_of_its_element_alone(runner: Bench, task: Any) -> None:
+    first = runner.send(runner.one(note, 1), runner.one(task, 7), runner.span(task, [8, 9]), runner.one(note, 2))
+    ended = runner.collect(5)
+    assert ended[first] == 1 and ended[first + 4] == 4
+    for offset, number in ((1, 7), (2, 8), (3, 9)):
+        assert isinstance(ended[first + offset], (ValueError, SystemExit)) and ended[first + offset].args == (number,)
+
+
+def test_a_chunk_fails_as_one(runner: Bench) -> None:
+    first = runner.send(runner.record(fail, codec.encode([1, 2])[0], messages.CHUNK_OF_SCALARS))
+    assert isinstance(runner.collect(1)[first], ValueError)
+
+
+def test_what_cannot_be_loaded_fails_alone(runner: Bench) -> None:
+    bad = b"\x80\x05nonsense"
+    records = [
+        runner.record(note, bad, messages.ONE),
+        runner.record(note, bad, messages.SPAN_OF_SCALARS, 3),
+        runner.one(note, 2),
+    ]
+    first = runner.send(*records)
+    ended = runner.collect(5)
+    assert all(isinstance(ended[first + offset], Exception) for offset in range(4))
+    assert ended[first + 4] == 4
+
+
+def test_an_unknown_function_fails_alone(runner: Bench) -> None:
+    payload = codec.encode_args((1,), {})[0]
+    first = runner.send(messages.CALL.pack(9999, 1, len(payload), 0, messages.ONE) + payload, runner.one(note, 2))
+    ended = runner.collect(2)
+    assert isinstance(ended[first], Exception) and ended[first + 1] == 4
+
+
+def test_a_result_that_cannot_be_sent(runner: Bench) -> None:
+    first = runner.send(runner.one(threading.Lock), runner.one(note, 1))
+    frames: dict[int, tuple[int, Any]] = {}
+    while len(frames) < 2:
+        for sequence, status, value in runner.results(runner.master.next_frame()):
+            frames[sequence] = status, value
+    assert frames[first][0] == messages.UNSENDABLE and isinstance(frames[first][1], Exception)
+    assert frames[first + 1] == (messages.VALUE, 1)
+
+
+@pytest.mark.parametrize("size", [0, 60_000, 70_000, 1 << 20, 9 << 20])
+def test_results_of_every_size(runner: Bench, size: int) -> None:
+    first = runner.send(*[runner.one(bytes, size) for _ in range(3)], runner.one(note, 1))
+    ended = runner.collect(4)
+    assert [len(ended[first + offset]) for offset in range(3)] == [size] * 3 and ended[first + 3] == 1
+
+
+def test_results_come_while_a_long_call_runs(runner: Bench) -> None:
+    first = runner.send(runner.one(note, 1), runner.one(note, 2), runner.one(hold, 3))
+    assert runner.collect(2) == {first: 1, first + 1: 4}
+    assert not gate.is_set()
+    gate.set()
+    assert runner.collect(1) == {first + 2: 3}
+
+
+def test_a_forgotten_function_is_gone(runner: Bench) -> None:
+    number = runner.function(note).number
+    runner.master.link.send(Kind.FORGET, messages.Forget([number, 12345]).pack())
+    first = runner.send(runner.one(note, 1))
+    assert isinstance(runner.collect(1)[first], Exception) and ran == []
+
+
+def test_shutdown_comes_after_the_calls(runner: Bench) -> None:
+    first = runner.send(*[runner.one(note, n) for n in range(50)])
+    runner.master.link.send(Kind.SHUTDOWN, messages.Shutdown("").pack())
+    assert len(runner.collect(50)) == 50 and first == 1
+    runner.thread.join(PATIENCE)
+    assert runner.exit == [0]
+
+
+# ---------------------------------------------------------------------------------------------------------- initializer
+
+
+def test_the_initializer_runs_before_any_call(runner: Bench) -> None:
+    body = codec.encode((note, (100,)))[0]
+    runner.master.link.send(Kind.INITIALIZE, messages.Initialize("").pack(), body)
+    first = runner.send(runner.one(note, 1))
+    answer = runner.master.next_frame()
+    assert answer.kind == Kind.INITIALIZED and messages.Initialized.unpack(answer.control).ok
+    assert runner.collect(1) == {first: 1}
+    assert ran == [100, 1]
+
+
+@pytest.mark.parametrize("task", [fail, leave])
+def test_an_initializer_that_fails(runner: Bench, task: Any) -> None:
+    runner.master.link.send(Kind.INITIALIZE, messages.Initialize("").pack(), codec.encode((task, (5,)))[0])
+    answer = runner.master.next_frame()
+    assert answer.kind == Kind.INITIALIZED and not messages.Initialized.unpack(answer.control).ok
+    assert failure_info(bytes(answer.body)).message == "5"
+
+
+# -------------------------------------------------------------------------------------------------------------- journal
+
+
+def test_the_journal_knows_what_runs_and_what_has_ended() -> None:
+    """What the master reads when the worker is dead: the running call, and results that were never sent."""
+    with bench() as runner:
+        first = runner.send(runner.one(note, 5), runner.one(hold, 1), runner.one(note, 6))
+        assert entered.wait(PATIENCE)
+        assert runner.journal.started == first + 1
+        records = list(messages.result_records(runner.journal.read_from(0)))
+        assert [(sequence, status) for sequence, _, status, _, _ in records] == [(first, messages.VALUE)]
+        gate.set()
+        runner.collect(3)
+        assert runner.journal.started == first + 2
+
+
+def test_started_marks_follow_a_span() -> None:
+    with bench() as runner:
+        first = runner.send(runner.span(hold_at_three, [1, 2, 3, 4]))
+        assert entered.wait(PATIENCE)
+        assert runner.journal.started == first + 2
+        gate.set()
+        runner.collect(4)
+        assert runner.journal.started == first + 3
+
+
+def hold_at_three(number: int) -> int:
+    return hold(number) if number == 3 else number
+
+
+def test_more_results_than_the_journal_holds() -> None:
+    with bench() as runner:
+        size, count = 50_000, 60
+        assert size * count > 4 * runner.journal.capacity
+        first = runner.send(runner.span(lambda n: bytes([n]) * 50_000, list(range(count))))
+        ended = runner.collect(count)
+        assert all(ended[first + n] == bytes([n]) * size for n in range(count))
+
+
+# --------------------------------------------------------------------------------------------------------------- recall
+
+
+def test_recall_takes_listed_calls_that_have_not_started(runner: Bench) -> None:
+    first = runner.send(runner.one(hold, 1), *[runner.one(note, n) for n in range(5)])
+    assert entered.wait(PATIENCE)
+    runner.recall(sequences=[first, first + 2, first + 4, 999])
+    answer = runner.master.next_frame()
+    recalled = messages.Recalled.unpack(answer.control)
+    assert sorted(recalled.ranges) == [[first + 2, 1], [first + 4, 1]]
+    assert sorted(recalled.asked) == [first, first + 2, first + 4, 999], "it answers for each"
+    gate.set()
+    assert set(runner.collect(4)) == {first, first + 1, first + 3, first + 5}
+    assert ran == [1, 0, 2, 4]
+
+
+def test_recall_takes_from_the_end(runner: Bench) -> None:
+    first = runner.send(runner.one(hold, 1), runner.span(note, [1, 2, 3, 4]), runner.one(note, 9))
+    assert entered.wait(PATIENCE)
+    runner.recall(count=3)
+    recalled = messages.Recalled.unpack(runner.master.next_frame().control)
+    taken = {start + offset for start, count in recalled.ranges for offset in range(count)}
+    assert taken == {first + 3, first + 4, first + 5}
+    gate.set()
+    assert set(runner.collect(3)) == {first, first + 1, first + 2}
+    assert ran == [1, 1, 2]
+
+
+def test_recall_cuts_a_span_that_runs(runner: Bench) -> None:
+    first = runner.send(runner.span(hold_at_three, [1, 2, 3, 4, 5, 6]))
+    assert entered.wait(PATIENCE)
+    runner.recall(count=100)
+    ended = runner.collect(5)  # two may still be on their way as results; what runs stays
+    gate.set()
+    while len(ended) < 6:
+        ended.update(runner.collect(1))
+    assert ended[first + 2] == 3
+    assert [ended[first + offset] for offset in (4, 5)] == ["recalled"] * 2
+    assert Counter(ran)[3] == 1
+
+
+def test_recall_of_nothing(runner: Bench) -> None:
+    runner.recall(count=5)
+    assert messages.Recalled.unpack(runner.master.next_frame().control).ranges == []
+    runner.recall(sequences=[1, 2])
+    answer = messages.Recalled.unpack(runner.master.next_frame().control)
+    assert answer.ranges == [] and answer.asked == [1, 2]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_recalls_lose_nothing_and_run_nothing_twice(seed: int) -> None:
+    """Spans and single calls, recalled at any moment: each element runs here once, or was given back, never both."""
+    chance = random.Random(seed)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with bench(shared=bool(seed % 2)) as runner:
+            numbers: dict[int, int] = {}
+            for _ in range(40):
+                records, start = [], runner.sequence
+                for _ in range(chance.randint(1, 4)):
+                    size = chance.choice([1, 1, 2, 10, 60])
+                    items = [len(numbers) + offset for offset in range(size)]
+                    numbers.update({start + offset: item for offset, item in enumerate(items)})
+                    start += size
+                    records.append(runner.one(spin, items[0]) if size == 1 else runner.span(spin, items))
+                runner.send(*records)
+                for _ in range(chance.randint(0, 3)):
+                    if chance.random() < 0.7:
+                        runner.recall(count=chance.choice([1, 2, 5, 40, 1000]))
+                    else:
+                        runner.recall(sequences=[chance.randint(1, runner.sequence) for _ in range(3)])
+            ended = runner.collect(len(numbers))
+            assert set(ended) == set(numbers)
+            here = {numbers[sequence] for sequence, value in ended.items() if value != "recalled"}
+            assert all(value == numbers[sequence] for sequence, value in ended.items() if value != "recalled")
+            assert Counter(ran) == Counter(here)
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_span_that_cannot_be_loaded_is_not_given_back_as_well(runner: Bench) -> None:
+    """While its elements are being failed, none of them may be recalled: it would end twice."""
+    size = 150
+    for _ in range(5):
+        runner.send(runner.record(note, b"\x80\x05nonsense", messages.SPAN_OF_SCALARS, size))
+        for _ in range(20):
+            runner.recall(count=7)
+        assert len(runner.collect(size)) == size
+
+
+# -------------------------------------------------------------------------------------------------------- blocked slots
+
+
+def test_a_task_that_waits_gives_its_slot_away(runner: Bench) -> None:
+    """What waits behind it, and what comes afterwards, is run by helpers meanwhile."""
+    current = runner.runner
+
+    def wait_for_others(number: int) -> str:
+        with current.slot_given_away():
+            assert gate.wait(PATIENCE)
+        return threading.current_thread().name
+
+    _local["wait"] = wait_for_others
+    first = runner.send(runner.one(call_local, "wait", 1), runner.one(note, 1))
+    frame = runner.master.next_frame()
+    while frame.kind != Kind.BLOCKED:
+        frame = runner.master.next_frame()
+    assert messages.Blocked.unpack(frame.control).change == 1
+    assert runner.collect(1) == {first + 1: 1}
+    later = runner.send(runner.one(note, 2), runner.one(note, 3))
+    assert runner.collect(2) == {later: 4, later + 1: 9}
+    gate.set()
+    assert first in runner.collect(1)
+    until(lambda: not runner.runner.running, "all slots are free again")
+
+
+def test_many_tasks_that_wait(runner: Bench) -> None:
+    """A chain in which each task waits for the one behind it ends."""
+    current = runner.runner
+    depth = 12
+    events = [threading.Event() for _ in range(depth + 1)]
+    events[depth].set()
+
+    def link(number: int) -> int:
+        with current.slot_given_away():
+            assert events[number + 1].wait(PATIENCE)
+        events[number].set()
+        return number
+
+    _local["link"] = link
+    first = runner.send(*[runner.one(call_local, "link", number) for number in range(depth)])
+    assert runner.collect(depth) == {first + number: number for number in range(depth)}
+    last = runner.send(*[runner.one(note, number) for number in range(20)])
+    assert len(runner.collect(20)) == 20 and last
+
+
+_local: dict[str, Any] = {}
+
+
+def call_local(name: str, *args: Any) -> Any:
+    return _local[name](*args)
