@@ -15,8 +15,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
 
-from distpool.errors import DistpoolError
-from distpool.refs.refs import open_outcome
+from distpool.errors import DistpoolError, SerializationError
+from distpool.refs.refs import RAISED_HERE, open_outcome
 from distpool.scheduling import Scheduler
 from distpool.wire import codec
 from distpool.wire.messages import UNSENDABLE
@@ -38,7 +38,9 @@ def open_entry(raw: Any) -> Any:
     value, error = open_outcome(raw, RemoteTraceback)
     if error is None:
         return value
-    if raw.status == UNSENDABLE:
+    if raw.status == RAISED_HERE:
+        error = as_both(error)
+    elif raw.status == UNSENDABLE:
         unsent = stdlib.MaybeEncodingError(error, _Described(str(error)))  # type: ignore[attr-defined]
         unsent.__cause__ = error.__cause__
         error = unsent
@@ -46,6 +48,28 @@ def open_entry(raw: Any) -> Any:
         raise error
     finally:
         del error
+
+
+def as_both(error: BaseException) -> BaseException:
+    """A `SerializationError` for what the user's own `__reduce__` raised, as an exception of that type as well.
+
+    multiprocessing.Pool raises the original, this library says which argument it was: callers may catch either.
+    """
+    cause = error.__cause__
+    if type(error) is not SerializationError or not isinstance(cause, Exception) or isinstance(error, type(cause)):
+        return error
+    members = {"__module__": type(error).__module__, "__str__": BaseException.__str__, "__reduce__": _as_plain}
+    try:
+        kind = type("SerializationError", (SerializationError, type(cause)), members)
+        both: BaseException = kind.__new__(kind, *error.args)
+    except TypeError:  # their memory layouts do not go together, or its __new__ wants other arguments
+        return error
+    both.__cause__ = cause
+    return both
+
+
+def _as_plain(error: BaseException) -> tuple[Any, ...]:
+    return SerializationError, error.args
 
 
 class _Described:
