@@ -344,12 +344,17 @@ def write(file: IO[str], tracer: Tracer) -> None:
         lines.append(_metadata("process_sort_index", pid, 0, {"sort_index": pid}))
         lines.append(_metadata("thread_name", pid, 0, {"name": "main thread"}))
     lanes = set()
+    constants: dict[tuple[int, int, str, str | None, str], str] = {}
     separator = ""
     for event in tracer.events():
         if event.lane and (event.pid, event.lane) not in lanes:
             lanes.add((event.pid, event.lane))
             lines.append(_metadata("thread_name", event.pid, event.lane, {"name": f"helper {event.lane}"}))
-        lines.append(_complete(event))
+        kind = event.pid, event.lane, event.function, event.label, event.status
+        constant = constants.get(kind)
+        if constant is None:
+            constant = constants[kind] = _constant(event)
+        lines.append(f'{constant}, "ts": {event.begin / 1000}, "dur": {event.duration / 1000}}}')
         if len(lines) >= 1000:
             file.write(separator + ",\n".join(lines))
             separator, lines = ",\n", []
@@ -360,19 +365,12 @@ def _metadata(name: str, pid: int, lane: int, args: dict[str, Any]) -> str:
     return json.dumps({"name": name, "ph": "M", "pid": pid, "tid": lane, "args": args})
 
 
-def _complete(event: Event) -> str:
-    return json.dumps(
-        {
-            "name": event.label or event.function,
-            "cat": "call",
-            "ph": "X",
-            "ts": event.begin / 1000,
-            "dur": event.duration / 1000,
-            "pid": event.pid,
-            "tid": event.lane,
-            "args": {"function": event.function, "label": event.label, "status": event.status},
-        }
-    )
+def _constant(event: Event) -> str:
+    """What calls of one kind have in common, without the closing brace (a trace may have a million of them)."""
+    args = {"function": event.function, "label": event.label, "status": event.status}
+    name = event.label or event.function
+    common = {"name": name, "cat": "call", "ph": "X", "pid": event.pid, "tid": event.lane, "args": args}
+    return json.dumps(common)[:-1]
 
 
 __all__ = ["Trace", "trace"]
