@@ -90,7 +90,7 @@ class Gate:
                 connection, _ = self._listener.accept()
             except TimeoutError:
                 raise AssertionError(f"{len(found)} of {count} tasks at the gate after {seconds:.1f} s") from None
-            connection.settimeout(seconds)
+            connection.settimeout(PATIENCE)  # it has come: `seconds` was for that
             with connection.makefile("r") as lines:
                 tag, ospid = json.loads(lines.readline())
             found.append(Arrival(tag, ospid, connection))
