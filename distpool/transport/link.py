@@ -1,8 +1,8 @@
 """A link: one framed, authenticated connection to one peer (layer 2).
 
-    any thread --send--> outbox --(inline, non-blocking)--> socket
-    leader: socket readable --> FrameReader --> Handshake until READY --> on_frame(link, frame)
-    leader: socket writable --> rest of the outbox
+    any thread --send--> outbox --(inline, non-blocking)--> stream
+    leader: stream readable --> FrameReader --> Handshake until READY --> on_frame(link, frame)
+    leader: stream writable --> rest of the outbox
 
 Sending never blocks: what the socket does not take at once stays in the outbox and is written by the leader. A side
 that both reads and writes with blocking calls stops for ever when both sides send much. `drain` is the back-pressure
@@ -15,12 +15,14 @@ import collections
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from distpool import config
 from distpool.errors import AuthenticationError, ProtocolError
 from distpool.transport.ioloop import IoLoop
+from distpool.transport.stream import Stream
 from distpool.wire.frames import Frame, FrameReader, Kind, pack_frame
 from distpool.wire.protocol import Handshake, Role
 
@@ -33,7 +35,7 @@ class Link:
     def __init__(
         self,
         loop: IoLoop,
-        sock: socket.socket,
+        stream: Stream,
         handshake: Handshake,
         on_ready: Callable[[Link], None],
         on_frame: Callable[[Link, Frame], None],
@@ -46,7 +48,7 @@ class Link:
         self.bytes_in = 0
         self.bytes_out = 0
         self.handshake = handshake
-        self._sock = sock
+        self._sock = stream
         self._on_ready = on_ready
         self._on_frame = on_frame
         self._on_closed = on_closed
@@ -58,6 +60,7 @@ class Link:
         self._closed = False
         self._drained = threading.Event()
         self._drained.set()
+        self._drainers: list[Any] = []  # one entry for each thread in `drain`; append and pop are atomic
 
     def open(self) -> None:
         """Start the handshake and take part in the loop."""
@@ -68,6 +71,10 @@ class Link:
         parts = self.handshake.begin()
         if parts:
             self.send_parts(parts)
+
+    def carries(self, stream: Any) -> bool:
+        """Whether this link runs over `stream`."""
+        return self._sock is stream
 
     @property
     def closed(self) -> bool:
@@ -105,6 +112,8 @@ class Link:
                     self.loop.want_write(self._sock, True)
             finally:
                 lock.release()
+            if self._drainers and not self.loop.leads:
+                self.loop.wake()  # one that leads took the held lock for bytes that are not out yet
 
     def _write_parts(self, parts: list[Any]) -> None:
         """Called with `_write_lock` held."""
@@ -153,14 +162,23 @@ class Link:
                     sent = 0
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Wait until everything is in the kernel (or the link is closed). Not on the leader."""
-        if self._idle() or self.loop.lead(self._idle):
+        """Wait until everything is in the kernel (or the link is closed); False after `timeout` seconds. Not on the
+        leader.
+        """
+        if self._idle():
             return True
-        with self.loop.following():
-            while not self._idle():
-                if not self._drained.wait(timeout):
-                    return False
-        return True
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._drainers.append(deadline)
+        try:
+            if self.loop.lead(self._idle, deadline):
+                return self._idle()
+            with self.loop.following():
+                while not self._idle():
+                    if not self._drained.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                        return False
+            return True
+        finally:
+            self._drainers.pop()
 
     def _idle(self) -> bool:
         return self._closed or not (self._queue or self._outbox or self._write_lock.locked())

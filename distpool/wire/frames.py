@@ -58,6 +58,11 @@ class Kind(enum.IntEnum):
     USAGE_IS = 30
     TRACE = 31
     TRACED = 32
+    CONNECT = 33
+    CONNECTED = 34
+    LAUNCH = 35
+    LAUNCHED = 36
+    NAMED = 37
     # 40 and above: between any two processes (`node.dispatch`): links, remote calls, references, channels.
     PEER = 40
     WHERE = 41
@@ -160,7 +165,8 @@ class FrameReader:
             return []
         data, self._big = self._big, None
         frames, rest = self._cut(memoryview(data))
-        assert not len(rest)
+        if len(rest):
+            self._keep(bytes(rest))  # it was as much as could be known before its buffer table had come
         return frames
 
     def feed(self, data: bytes) -> list[Frame]:
@@ -173,15 +179,20 @@ class FrameReader:
         if self._rest:
             data = self._rest + data
         frames, rest = self._cut(data)
-        self._rest = rest if isinstance(rest, bytes) else bytes(rest)
-        if len(self._rest) >= HEADER.size:
-            total = self._total(self._rest, 0)
-            if total > config.READ_SIZE and total - len(self._rest) > 0:
-                self._big = bytearray(total)
-                self._have = len(self._rest)
-                self._big[: self._have] = self._rest
-                self._rest = b""
+        self._keep(rest if isinstance(rest, bytes) else bytes(rest))
         return frames
+
+    def _keep(self, rest: bytes) -> None:
+        """Keep the beginning of a frame, in memory of its own if the frame is big."""
+        self._rest = rest
+        # Before authentication nothing is big, and what is behind the first frame is not looked at: see `again`.
+        if len(rest) >= HEADER.size and not self.limit:
+            total = self._total(rest, 0)
+            if total > config.READ_SIZE and total > len(rest):
+                self._big = bytearray(total)
+                self._have = len(rest)
+                self._big[: self._have] = rest
+                self._rest = b""
 
     def _total(self, data: Any, offset: int) -> int:
         """Bytes of the frame at `offset`, or more than there are when its table has not come yet."""
