@@ -5,7 +5,6 @@ it with the distributions that it needs, assert a result that only a working poo
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -523,7 +522,6 @@ def deap_algorithm(make: Any) -> None:
 def pymoo_problem(make: Any) -> None:
     """StarmapParallelization(pool.starmap)"""
     from pymoo.algorithms.soo.nonconvex.ga import GA
-    from pymoo.core.problem import ElementwiseProblem
     from pymoo.optimize import minimize
 
     try:
@@ -531,17 +529,8 @@ def pymoo_problem(make: Any) -> None:
     except ImportError:
         from pymoo.core.problem import StarmapParallelization
 
-    class Sphere(ElementwiseProblem):  # type: ignore[misc]
-        """Two variables, one objective."""
+    from compat.consumers.pymoo_problem import Sphere
 
-        def __init__(self, **options: Any) -> None:
-            super().__init__(n_var=2, n_obj=1, xl=-5, xu=5, **options)
-
-        def _evaluate(self, x: Any, out: Any, *_: Any, **__: Any) -> None:
-            out["F"] = tasks.sphere(x)
-
-    sys.modules[__name__].Sphere = Sphere  # type: ignore[attr-defined]
-    Sphere.__qualname__ = "Sphere"
     with make.pool() as pool:
         problem = Sphere(elementwise_runner=StarmapParallelization(pool.starmap))
         found = minimize(problem, GA(pop_size=30), ("n_gen", 20), seed=1, verbose=False)
