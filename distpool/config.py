@@ -36,7 +36,9 @@ def worker_timeout() -> float:
     try:
         value = float(text) if text else 60.0
     except ValueError:
-        raise ValueError(f"DISTPOOL_WORKER_TIMEOUT must be a number of seconds, not {text!r}") from None
+        value = 0.0
+    if not value > 0:  # NaN too
+        raise ValueError(f"DISTPOOL_WORKER_TIMEOUT must be a number of seconds greater than 0, not {text!r}")
     return value
 
 
