@@ -1,0 +1,64 @@
+"""Limits and environment variables: read at each use, and a wrong value is an error that names it."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from distpool import config
+
+
+def test_worker_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DISTPOOL_WORKER_TIMEOUT", raising=False)
+    assert config.worker_timeout() == 60.0
+    for text, value in (("5", 5.0), ("0.25", 0.25), ("", 60.0), (" 7 ", 7.0)):
+        monkeypatch.setenv("DISTPOOL_WORKER_TIMEOUT", text)
+        assert config.worker_timeout() == value
+
+
+@pytest.mark.parametrize("text", ["soon", "1h", "1,5", "nan", "-1", "0"])
+def test_worker_timeout_must_be_a_number(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("DISTPOOL_WORKER_TIMEOUT", text)
+    with pytest.raises(ValueError, match="DISTPOOL_WORKER_TIMEOUT"):
+        config.worker_timeout()
+
+
+@pytest.mark.parametrize(
+    "name, function, allowed",
+    [
+        ("DISTPOOL_LAUNCH", config.launch_method, {"fork", "exec"}),
+        ("DISTPOOL_TRANSPORT", config.local_transport, {"unix", "tcp"}),
+    ],
+)
+def test_choices(monkeypatch: pytest.MonkeyPatch, name: str, function: object, allowed: set[str]) -> None:
+    assert callable(function)
+    monkeypatch.delenv(name, raising=False)
+    default = function()
+    assert default in allowed
+    monkeypatch.setenv(name, "")
+    assert function() == default
+    for value in allowed:
+        monkeypatch.setenv(name, value)
+        assert function() == value
+    for value in ("nonsense", "FORK", " unix"):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"{name} must be one of .*{value.strip()}"):
+            function()
+
+
+def test_defaults_follow_what_the_system_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DISTPOOL_LAUNCH", raising=False)
+    monkeypatch.delenv("DISTPOOL_TRANSPORT", raising=False)
+    assert config.launch_method() == ("fork" if hasattr(os, "fork") else "exec")
+    assert config.local_transport() == ("unix" if hasattr(socket, "AF_UNIX") else "tcp")
+    monkeypatch.delattr(os, "fork", raising=False)
+    monkeypatch.delattr(socket, "AF_UNIX", raising=False)
+    assert (config.launch_method(), config.local_transport()) == ("exec", "tcp")
+
+
+def test_limits_are_in_order() -> None:
+    assert 0 < config.MAX_BEFORE_AUTH < config.READ_SIZE < config.MAX_CONTROL < config.MAX_BODY
+    assert 0 < config.GRACE < 1 and 0 < config.WINDOW_SECONDS < 1 and 0 < config.FLUSH_SECONDS < 1
+    assert config.OUT_OF_BAND > 0 and config.JOURNAL_SIZE % 4096 == 0
