@@ -20,31 +20,54 @@ __version__ = "0.1.0"
 _HOME = {
     "AuthenticationError": "errors",
     "CapturedException": "errors",
+    "Channel": "refs.channels",
     "ChannelClosedError": "errors",
+    "ClusterExecutor": "executor",
+    "ClusterManager": "managers.base",
     "CompositeException": "errors",
+    "DistPool": "pool",
     "DistpoolError": "errors",
+    "ExponentialBackOff": "recovery",
+    "Future": "refs.refs",
     "LaunchWorkerError": "errors",
+    "LocalManager": "managers.local",
     "ProcessExitedException": "errors",
+    "RRID": "refs.owner",
+    "RemoteChannel": "refs.channels",
     "RemoteException": "errors",
     "SerializationError": "errors",
     "TopologyError": "errors",
     "VersionMismatchError": "errors",
-    "ClusterExecutor": "executor",
-    "ClusterManager": "managers.base",
-    "ExponentialBackOff": "recovery",
-    "DistPool": "pool",
-    "Future": "refs.refs",
-    "LocalManager": "managers.local",
     "WorkerConfig": "managers.base",
-    "pgenerate": "mapping",
-    "pmap": "mapping",
+    "channel_from_id": "verbs",
     "dump_stacks": "monitor",
+    "fetch": "verbs",
+    "finalize": "verbs",
+    "isready": "verbs",
+    "pgenerate": "mapping",
     "plot_trace": "traceplot",
+    "pmap": "mapping",
+    "put": "verbs",
+    "remote_do": "calls",
+    "remotecall": "calls",
+    "remotecall_fetch": "calls",
+    "remotecall_wait": "calls",
+    "remoteref_id": "verbs",
     "stats": "monitor",
+    "take": "verbs",
     "trace": "tracing",
+    "wait": "verbs",
+    "worker_id_from_socket": "verbs",
 }
 
 if TYPE_CHECKING:
+    from distpool import debug
+    from distpool.calls import (
+        remote_do,
+        remotecall,
+        remotecall_fetch,
+        remotecall_wait,
+    )
     from distpool.errors import (
         AuthenticationError,
         CapturedException,
@@ -61,17 +84,31 @@ if TYPE_CHECKING:
     from distpool.executor import ClusterExecutor
     from distpool.managers.base import ClusterManager, WorkerConfig
     from distpool.managers.local import LocalManager
+    from distpool.mapping import pgenerate, pmap
     from distpool.monitor import dump_stacks, stats
     from distpool.pool import DistPool
-    from distpool.mapping import pgenerate, pmap
     from distpool.recovery import ExponentialBackOff
+    from distpool.refs.channels import Channel, RemoteChannel
+    from distpool.refs.owner import RRID
     from distpool.refs.refs import Future
     from distpool.traceplot import plot_trace
     from distpool.tracing import trace
+    from distpool.verbs import (
+        channel_from_id,
+        fetch,
+        finalize,
+        isready,
+        put,
+        remoteref_id,
+        take,
+        wait,
+        worker_id_from_socket,
+    )
 
 __all__ = [
     "AuthenticationError",
     "CapturedException",
+    "Channel",
     "ChannelClosedError",
     "ClusterExecutor",
     "ClusterManager",
@@ -83,24 +120,42 @@ __all__ = [
     "LaunchWorkerError",
     "LocalManager",
     "ProcessExitedException",
+    "RRID",
+    "RemoteChannel",
     "RemoteException",
     "SerializationError",
     "TopologyError",
     "VersionMismatchError",
     "WorkerConfig",
     "__version__",
+    "channel_from_id",
+    "debug",
     "dump_stacks",
+    "fetch",
+    "finalize",
+    "isready",
     "pgenerate",
     "plot_trace",
     "pmap",
+    "put",
+    "remote_do",
+    "remotecall",
+    "remotecall_fetch",
+    "remotecall_wait",
+    "remoteref_id",
     "stats",
+    "take",
     "trace",
+    "wait",
+    "worker_id_from_socket",
 ]
 
 logging.getLogger("distpool").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
+    if name == "debug":
+        return importlib.import_module("distpool.debug")
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'distpool' has no attribute {name!r}")

@@ -19,8 +19,8 @@ from distpool.node import node as nodes
 from distpool.node.node import Node
 from distpool.refs import gc
 from distpool.refs.owner import RRID
-from distpool.refs.refs import RAISED_HERE, Future, Outcome
-from distpool.refs.remote import LOCAL_VALUE, RemoteFuture, _Waiting, serving, stable
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
+from distpool.refs.remote import RemoteFuture, _Waiting, serving, stable
 from distpool.transport.link import Link
 from distpool.wire import codec, messages
 from distpool.wire.failures import captured, encode_exception
@@ -59,13 +59,13 @@ def remotecall(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any
     refs = gc.of(node)
     rrid = refs.new_id()
     if where == node.pid:
-        future = RemoteFuture(refs, rrid, where, 1, watched=True)
+        future = RemoteFuture.make(refs, rrid, where, 1, watched=True)
         entry = refs.owner.touch(rrid, where)
         refs.owner.watch(entry, future._arrived)
-        node.deliver(lambda: refs.owner.set(entry, _run_here(f, args, kwargs)))
+        node.deliver(lambda: refs.owner.settle(entry, _run_here(f, args, kwargs)))
         return future
     node.peers.ensure(where)
-    future = RemoteFuture(refs, rrid, where, 1, watched=True)
+    future = RemoteFuture.make(refs, rrid, where, 1, watched=True)
     try:
         _send(node, where, "future", rrid, f, args, kwargs, 0)
     except BaseException:
@@ -262,7 +262,10 @@ class Callee:
             rrid = RRID(message.whence, message.ident)
             entry = self._refs.owner.touch(rrid, message.whence)
             self._refs.owner.watch(entry, lambda outcome: self._serving.notify(pid, rrid, outcome))
-        work = lambda call: self._run(pid, message, body, buffers, entry, call)  # noqa: E731
+
+        def work(call: Any) -> None:
+            self._run(pid, message, body, buffers, entry, call)
+
         runner = self._node.runner
         if runner is not None:
             runner.offer(work, message.name)
@@ -280,7 +283,7 @@ class Callee:
             self._failed(pid, message, entry, error)
             return
         if entry is not None:
-            self._refs.owner.set(entry, Outcome(LOCAL_VALUE, value, (), self._node.pid))
+            self._refs.owner.settle(entry, Outcome(LOCAL_VALUE, value, (), self._node.pid))
         elif message.mode == "fetch":
             self._serving.reply_value(pid, message.request, value)
 
@@ -299,7 +302,7 @@ class Callee:
     def _failed(self, pid: int, message: Any, entry: Any, error: BaseException) -> None:
         if entry is not None:
             outcome = Outcome(ERROR, encode_exception(error, pid), (), self._node.pid)
-            self._refs.owner.set(entry, outcome)
+            self._refs.owner.settle(entry, outcome)
         elif message.mode == "fetch":
             self._serving.reply_error(pid, message.request, error)
         else:

@@ -93,7 +93,7 @@ class Crew:
         if self._failures < _ATTEMPTS and missing > 0 and self._replace:
             self.start(missing)
         elif not self.members and not self._launching:
-            self._fail(
+            self.fail(
                 lambda: error if isinstance(error, Exception) else LaunchWorkerError("localhost", "", str(error))
             )
 
@@ -215,9 +215,10 @@ class Crew:
         """Nothing can run any more: workers go, calls fail, `submit` raises."""
         if self.broken is None:
             self.broken = make_error()
-        self._fail(make_error)
+        self.fail(make_error)
 
-    def _fail(self, make_error: Callable[[], BaseException]) -> None:
+    def fail(self, make_error: Callable[[], BaseException]) -> None:
+        """Every pending call fails with this; the workers go."""
         self.scheduler.fail_all(make_error)
         self._dismissed = True
         for member in list(self.members.values()):

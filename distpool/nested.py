@@ -13,7 +13,6 @@ by the leader (it decodes nothing); errors made there are serialised on a librar
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import itertools
 import secrets
 import threading

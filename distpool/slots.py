@@ -20,6 +20,7 @@ from distpool.transport.shm import Lease, map_private
 from distpool.wire import messages
 from distpool.wire.frames import Kind
 from distpool.wire.functions import EncodedFunction
+from distpool.work import Parts
 
 if TYPE_CHECKING:
     from distpool.scheduling import Scheduler
@@ -113,6 +114,8 @@ class Slot:
             if self._remaining is not None:
                 self._remaining -= entry.elements
             records.append(entry.record)
+            if type(entry.buffers) is Parts:
+                self.lend(entry.buffers.references, 1)
             if entry.buffers:
                 buffers.extend(self._lend(buffer) for buffer in entry.buffers)
         link.send(Kind.CALLS, messages.CALLS.pack(first, len(records)), b"".join(records), buffers)
@@ -128,6 +131,12 @@ class Slot:
                 return
             self.send(scheduler, [self.pinned.popleft()])
 
+    def lend(self, references: tuple[Any, ...], change: int) -> None:
+        """Tell their owners that the worker gets these references (or, recalled, does not)."""
+        refs = self.member.group.node.refs
+        if refs is not None:
+            refs.lend(references, self.pid, change)
+
     def _lend(self, buffer: Any) -> Any:
         member = self.member
         if not isinstance(buffer, Lease):
@@ -140,6 +149,8 @@ class Slot:
     def _send_function(self, function: EncodedFunction) -> None:
         link = self.member.link
         assert link is not None
+        if function.references:
+            self.lend(function.references, 1)
         link.send(
             Kind.FUNCTION, messages.Function(function.number, function.name).pack(), function.data, function.buffers
         )
@@ -217,6 +228,8 @@ class Slot:
         entry = self.inflight.get(sequence)
         if entry is not None and entry.elements == 1:
             del self.inflight[sequence]
+            if type(entry.buffers) is Parts:
+                self.lend(entry.buffers.references, -1)
             return entry, 0
         found = self._span_of(sequence)
         if found is None:

@@ -21,8 +21,9 @@ from distpool.refs.refs import RAISED_HERE, Future, Outcome
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import CALL, ONE, ONE_FRESH
-from distpool.work import Call, MapRun, Policy
+from distpool.work import Call, MapRun, Policy, with_references
 
+_new_future: Any = object.__new__  # `Future()` would cost a Python call more
 #: Elements that lazy maps take ahead, per worker.
 LOOK_AHEAD = 8
 
@@ -47,16 +48,19 @@ class Submitter(concurrent.futures.Executor):
         crew = self._crew
         self._check_usable()
         scheduler = crew.scheduler
-        future: Future[Any] = Future()
+        future: Future[Any] = _new_future(Future)
         try:
             function = crew.node.encoder.encode(fn)
-            data, buffers = codec.encode_args(args, kwargs)
+            seen: list[Any] = []
+            data, buffers = codec.encode_args(args, kwargs, None, seen)
         except SerializationError as error:
             future._settle(Outcome(RAISED_HERE, error, (), 1))
             return future
         staged = scheduler.stage(buffers) if buffers else []
         flags = ONE if function.reusable else ONE_FRESH
         record = CALL.pack(function.number, 1, len(data), len(staged), flags) + data
+        if seen:
+            staged = with_references(staged, seen)
         call = Call(scheduler, function, record, staged, future, self._policy)
         future._call = call
         scheduler.enqueue(call)

@@ -71,6 +71,21 @@ class Policy:
         return float(delays[min(attempt, len(delays)) - 1]) if delays else 0.0
 
 
+class Parts(list[Any]):
+    """Staged buffers of a call that also carries references: they are lent to the worker when the call is sent."""
+
+    references: tuple[Any, ...] = ()
+
+
+def with_references(buffers: list[Any], references: list[Any]) -> list[Any]:
+    """`buffers`, remembering the references that the call's record carries."""
+    if not references:
+        return buffers
+    parts = Parts(buffers)
+    parts.references = tuple(references)
+    return parts
+
+
 class Call:
     """One submitted call."""
 
@@ -282,6 +297,7 @@ class MapRun:
         self.closed = False
         self.queued = False  # in the scheduler's queue
         self._blocks: collections.deque[Any] = collections.deque()  # protected by the scheduler's lock, except append
+        self._urgent: collections.deque[Any] = collections.deque()  # the same; elements fed again: they go first
         # Several counters, because an increment is not atomic: each has one writer at a time.
         self._offered = 0  # elements put into `_blocks` from outside; the feeding thread
         self._again = 0  # elements fed again; the feeding thread
@@ -303,21 +319,27 @@ class MapRun:
         records: list[Any] = []
         for argument in arguments:
             args = (argument,) if self.single else argument
-            records.append(self._record(partial(codec.encode_args, args, {}), ONE))
+            seen: list[Any] = []
+            records.append(self._record(partial(codec.encode_args, args, {}, None, seen), ONE, seen))
         self._append_records(records)
 
     def feed_again(self, index: int, argument: Any) -> None:
         """Run element `index` once more (it has ended, and its entry in `results` was taken out)."""
         self._again += 1
+        block: Any
         if _all_scalars([argument], self.single):
-            self._append(_Scalars(index, [argument]), 1, fed=0)
-            return
-        args = (argument,) if self.single else argument
-        record = self._record(lambda: codec.encode_args(args, {}), ONE)
-        if isinstance(record, Exception):
-            self.settle(index, Outcome(RAISED_HERE, record, (), 1))
+            block = _Scalars(index, [argument])
         else:
-            self._append(_Records(index, [record]), 1, fed=0)
+            args = (argument,) if self.single else argument
+            seen: list[Any] = []
+            record = self._record(lambda: codec.encode_args(args, {}, None, seen), ONE, seen)
+            if isinstance(record, Exception):
+                self.settle(index, Outcome(RAISED_HERE, record, (), 1))
+                return
+            block = _Records(index, [record])
+        self._urgent.append(block)
+        self._offered += 1
+        self.scheduler.enqueue(self)
 
     def feed_chunk(self, chunk: list[Any]) -> None:
         """Add one element that stands for a whole chunk: it succeeds or fails as one, its value is a list."""
@@ -325,9 +347,10 @@ class MapRun:
         if _all_scalars(chunk, self.single):
             self._append_records([self._record(lambda: (dumps(chunk, 5), ()), flags)])
         else:
-            self._append_records([self._record(lambda: codec.encode(chunk), flags)])
+            seen: list[Any] = []
+            self._append_records([self._record(lambda: codec.encode(chunk, None, seen), flags, seen)])
 
-    def _record(self, encode: Callable[[], tuple[bytes, Any]], flags: int) -> Any:
+    def _record(self, encode: Callable[[], tuple[bytes, Any]], flags: int, seen: list[Any] | None = None) -> Any:
         """`(record, buffers)`, or the exception: it is that element's outcome."""
         try:
             data, buffers = encode()
@@ -335,7 +358,8 @@ class MapRun:
         except Exception as error:
             return error
         self.fed_bytes += len(data) + sum(memoryview(buffer).nbytes for buffer in buffers)
-        return CALL.pack(self.function.number, 1, len(data), len(staged), flags) + data, staged
+        record = CALL.pack(self.function.number, 1, len(data), len(staged), flags) + data
+        return record, with_references(staged, seen) if seen else staged
 
     def _append_records(self, records: list[Any]) -> None:
         start = self.fed
@@ -353,8 +377,8 @@ class MapRun:
         if good:
             self._append(_Records(start, good), len(good))
 
-    def _append(self, block: Any, count: int, fed: int | None = None) -> None:
-        self.fed += count if fed is None else fed
+    def _append(self, block: Any, count: int) -> None:
+        self.fed += count
         self._blocks.append(block)
         self._offered += count  # after the block is there: `take` relies on it
         self.scheduler.enqueue(self)
@@ -368,9 +392,10 @@ class MapRun:
 
     def take(self, count: int) -> list[Any]:
         """Up to `count` elements as entries for one frame; empty when there are none."""
-        blocks = self._blocks
         if self.closed:
-            blocks.clear()
+            self._blocks.clear()
+            self._urgent.clear()
+        blocks = self._urgent or self._blocks
         if not blocks:
             return []
         block = blocks[0]
@@ -393,8 +418,8 @@ class MapRun:
 
     def fail_rest(self, outcome: Outcome) -> None:
         """Nothing of this map will be sent any more."""
-        while self._blocks:
-            block = self._blocks.popleft()
+        while blocks := self._urgent or self._blocks:
+            block = blocks.popleft()
             self._taken += len(block.items)
             for offset in range(len(block.items)):
                 self.settle(block.index + offset, outcome)

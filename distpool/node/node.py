@@ -17,9 +17,11 @@ import os
 import secrets
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
+from distpool.errors import DistpoolError
 from distpool.node.peers import Peers
 from distpool.node.threads import SerialQueue, ThreadCache
 from distpool.transport.ioloop import IoLoop
@@ -46,6 +48,7 @@ class Node:
         self.segments = SegmentPool()
         self.handlers: dict[int, Callable[[Link, Frame], None]] = {}
         self.links: set[Link] = set()  # leader only
+        self.loop.on_crash = self.crashed
         self.peers = Peers(self)
         self.remote_calls_loaded = False
         self.refs: Any = None  # references that this process holds or owns (refs.gc)
@@ -68,6 +71,7 @@ class Node:
         self.exiting = False  # the interpreter is shutting down
         self.exit_registered = False
         self.ends_pools = False  # the hook that terminates pools at exit is registered
+        self.pools_ended = False  # it has run
 
     @property
     def is_master(self) -> bool:
@@ -91,6 +95,23 @@ class Node:
         """Let the upper layers register their kinds: on first need, so that executors alone do not pay for them."""
         self.remote_calls_loaded = True
         importlib.import_module("distpool.calls").install(self)
+
+    def references(self) -> Any:
+        """The references of this process (`refs.gc.Refs`)."""
+        if self.callee is None:
+            self.load_remote_calls()
+        return self.refs
+
+    def crashed(self, error: BaseException) -> None:
+        """The I/O loop met a defect of ours: whoever waits hears of it, with the traceback, instead of hanging."""
+        text = "".join(traceback.format_exception(error))
+
+        def make_error() -> DistpoolError:
+            return DistpoolError(f"internal error of distpool in its I/O thread:\n{text}")
+
+        for crew in list(self.crews):
+            crew.fail(make_error)
+        self.peers.requests.fail_all(make_error)
 
     def deliver(self, function: Callable[[], object]) -> None:
         """Run `function()` on a library thread: it may be user code and may block."""

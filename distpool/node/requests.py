@@ -53,6 +53,11 @@ class Requests:
         """The caller has given up; False if the answer was first."""
         return self._waiting.pop(number, None) is not None
 
+    def fail_all(self, make_error: Callable[[], BaseException]) -> None:
+        """Nothing will be answered any more."""
+        for pid in {waiting.pid for waiting in list(self._waiting.values())}:
+            self.fail(pid, make_error)
+
     def fail(self, pid: int, make_error: Callable[[], BaseException]) -> None:
         """Everything that waits for `pid` fails."""
         for number, waiting in list(self._waiting.items()):

@@ -92,6 +92,7 @@ class TaskRunner:
         self.calls: dict[int, str] = {}  # thread id -> name of the remote call that runs there
         self._offered: collections.deque[Any] = collections.deque()  # remote calls for the main thread; _lock
         self._idle = False  # the main thread waits for work; _lock
+        self.lend: Callable[[list[Any]], object] = lambda seen: None  # references in a result are lent to the master
         self._spawn = spawn
         self._lock = threading.Lock()  # protects _inbox, the started mark, and appends to the journal
         self._flushing = threading.Lock()  # one flush at a time, so that RESULTS frames are in journal order
@@ -392,7 +393,10 @@ class TaskRunner:
             if type(value) in _SCALARS:
                 data, buffers = dumps(value, 5), None
             else:
-                data, buffers = codec.encode(value, self.link.peer)
+                seen: list[Any] = []
+                data, buffers = codec.encode(value, self.link.peer, seen)
+                if seen:
+                    self.lend(seen)
         except BaseException as error:
             self._record(sequence, UNSENDABLE, encode_exception(error), None)
             return

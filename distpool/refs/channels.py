@@ -1,6 +1,6 @@
 """`Channel` and `RemoteChannel` (layer 4).
 
-    RemoteChannel.put/take/... -> owner here: the channel itself;  elsewhere: CHANNEL request -> owner's channel -> REPLY
+    RemoteChannel.put/take/... -> owner here: the channel itself;  elsewhere: CHANNEL request -> owner -> REPLY
 
 A `Channel` is a bounded queue whose waiters are entries in a table, not threads: `offer` and `request` take callbacks,
 and the blocking methods wait for theirs. So a blocked `take` from another process costs its owner no thread. A user's
@@ -23,8 +23,8 @@ from distpool.node import node as nodes
 from distpool.refs import gc
 from distpool.refs.gc import Handle
 from distpool.refs.owner import RRID
-from distpool.refs.refs import RAISED_HERE, Future, Outcome
-from distpool.refs.remote import LOCAL_VALUE, Serving, _Waiting, serving, stable
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
+from distpool.refs.remote import Serving, _Waiting, serving, stable
 from distpool.wire import codec, messages
 from distpool.wire.failures import captured
 from distpool.wire.frames import Frame, Kind
@@ -594,7 +594,7 @@ class _Requests:
         buffers = [link.segments.open(buffer) for buffer in frame.buffers]
         body = bytes(frame.body)
         entry = self._refs.owner.get(RRID(message.whence, message.ident))
-        channel = entry.channel if entry is not None else None
+        channel: Any = entry.channel if entry is not None else None
         plain = type(channel) is Channel
         if plain and message.op in ("take", "fetch", "wait") and not message.arguments:
             self._wait_for(channel, message, pid)

@@ -14,7 +14,7 @@ import collections
 import itertools
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from distpool.refs.owner import RRID, Owner
@@ -56,6 +56,9 @@ class Refs:
         self.live: weakref.WeakValueDictionary[RRID, Any] = weakref.WeakValueDictionary()
         self._lock = threading.RLock()  # reentrant: the collector may run user code inside
         self._numbers = itertools.count(1)
+        #: Set by the module that defines them (`refs.remote`).
+        self.new_future: Callable[[int], Any]
+        self.dead_future: Callable[[], Any]
         self._dropped: collections.deque[tuple[RRID, int, int]] = collections.deque()
         self._flushing = False  # a flush is on its way; only saves wake-ups
         node.handlers[Kind.CLIENTS] = self._on_clients
@@ -64,6 +67,23 @@ class Refs:
     def new_id(self) -> RRID:
         """The identity of a reference made here."""
         return RRID(self.node.pid, next(self._numbers))
+
+    def adopt(self, future: Any) -> Handle:
+        """Make a future of this process a reference that others may hold: this process owns it."""
+        handle: Handle | None = future._handle
+        if handle is not None:
+            return handle
+        with self._lock:
+            handle = future._handle
+            if handle is None:
+                rrid, me = self.new_id(), self.node.pid
+                entry = self.owner.touch(rrid, me)
+                future._on_settled = lambda outcome: self.owner.settle(entry, outcome)
+                handle = future._handle = Handle(self, rrid, me, 1)
+                self.live[rrid] = future
+        if future.done():
+            future._report()
+        return handle
 
     # -- giving back -------------------------------------------------------------------------------------------
 
@@ -95,7 +115,7 @@ class Refs:
         me = self.node.pid
         for reference in references:
             handle = getattr(reference, "_handle", None)
-            if handle is None or getattr(reference, "travels_with_value", False):
+            if not isinstance(handle, Handle) or getattr(reference, "travels_with_value", False):
                 continue
             rrid, where = handle.rrid, handle.where
             if where == me:
@@ -115,7 +135,7 @@ class Refs:
         self.owner.forget_client(pid)
         make_error = self.node.peers.dead[pid]
         for reference in list(self.live.values()):
-            if reference.where == pid:
+            if reference._handle is not None and reference._handle.where == pid:
                 reference._owner_lost(make_error)
 
 

@@ -104,7 +104,7 @@ class Owner:
             del outcome, channel
             self._trash.put(box.clear)
 
-    def set(self, entry: Entry, outcome: Outcome) -> bool:
+    def settle(self, entry: Entry, outcome: Outcome) -> bool:
         """The value is there; False if it was before. Watchers are called here and now: they must not block."""
         with self._lock:
             if entry.outcome is not None:

@@ -27,6 +27,7 @@ from concurrent.futures import _base
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+from distpool.node import node as nodes
 from distpool.wire import codec
 from distpool.wire.failures import decode_exception
 from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
@@ -68,8 +69,8 @@ class Outcome(NamedTuple):
     pid: int  # where it ended
 
 
-#: `Outcome.data` is an exception object of this process.
-RAISED_HERE = -1
+#: `Outcome.data` is an exception object of this process, or a value of it.
+RAISED_HERE, LOCAL_VALUE = -1, -2
 
 
 class PendingCall(Protocol):
@@ -109,7 +110,15 @@ class Future(concurrent.futures.Future[T]):
     _call: PendingCall | None = None
     _cause: Callable[[str], BaseException] | None = None
 
-    def __init__(self) -> None:
+    _handle: Any = None  # what makes it a remote reference: on first need (`where`, `id`, sending it)
+    _on_settled: Callable[[Outcome], object] | None = None
+
+    def __new__(cls, pid: Any = None, *rest: Any) -> Any:
+        if pid is not None and cls is Future:
+            return nodes.current().references().new_future(pid)
+        return object.__new__(cls)
+
+    def __init__(self, pid: int | None = None) -> None:
         # Deliberately not calling the base: everything it makes is made on first use.
         pass
 
@@ -150,6 +159,8 @@ class Future(concurrent.futures.Future[T]):
             for sleeper in list(found["_sleepers"]):
                 sleeper.release()
         self._call = None
+        if "_on_settled" in found:
+            self._report()
         return True
 
     def _enter(self, state: str, raw: Outcome | None, result: Any, error: Any) -> bool:
@@ -273,6 +284,76 @@ class Future(concurrent.futures.Future[T]):
         how = "returned a value" if raw.status == VALUE else "raised an error"
         return f"<{type(self).__name__} at {id(self):#x} state=finished {how}, not yet decoded>"
 
+    # -- as a remote reference (Julia's verbs) -----------------------------------------------------------------
+
+    @property
+    def where(self) -> int:
+        """Pid of the process that owns the value (0: a dead handle)."""
+        return int(self._reference().where)
+
+    @property
+    def whence(self) -> int:
+        """Pid of the process that made the reference."""
+        return int(self._reference().rrid.whence)
+
+    @property
+    def id(self) -> int:
+        """Number of the reference at `whence`."""
+        return int(self._reference().rrid.id)
+
+    def _reference(self) -> Any:
+        return nodes.current().references().adopt(self)
+
+    def _report(self) -> None:
+        """Tell the owner's table how it ended."""
+        hook = self.__dict__.pop("_on_settled", None)
+        if hook is not None:
+            hook(self.outcome())
+
+    def outcome(self) -> Outcome:
+        """How it ended, for the owner's table."""
+        if self._raw is not None:
+            return self._raw
+        error = self._exception
+        if error is None and self.cancelled():
+            error = concurrent.futures.CancelledError()
+        if error is not None:
+            return Outcome(RAISED_HERE, error, (), nodes.current().pid)
+        return Outcome(LOCAL_VALUE, self._result, (), nodes.current().pid)
+
+    @property
+    def travels_with_value(self) -> bool:
+        """Whether the value is here, so that it goes along when the reference is sent (Julia case C17)."""
+        raw = self._raw
+        return self._state == FINISHED and (
+            self._exception is None if raw is None else raw.status in (VALUE, LOCAL_VALUE)
+        )
+
+    def fetch(self, timeout: float | None = None) -> T:
+        """As `result`."""
+        return self.result(timeout)
+
+    def isready(self) -> bool:
+        """Whether it has ended."""
+        return self.done()
+
+    def wait(self, timeout: float | None = None) -> Future[T]:
+        """Wait until it has ended and return it; raises its exception if it failed, TimeoutError after `timeout`."""
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        return self
+
+    def put(self, value: T) -> Future[T]:
+        """Set the value, once; RuntimeError the second time, or if a call will set it."""
+        if self._state != PENDING or self._call is not None:
+            raise RuntimeError("Future can be set only once")
+        self.set_result(value)
+        return self
+
+    def finalize(self) -> None:
+        """Give the reference back; nothing to do for a future whose value is here."""
+
     # -- the stdlib's own way to fill a future -----------------------------------------------------------------
 
     def set_running_or_notify_cancel(self) -> bool:
@@ -336,7 +417,12 @@ class Future(concurrent.futures.Future[T]):
         return open_outcome(raw, self._cause)
 
     def __reduce__(self) -> Any:
-        raise TypeError("a pending distpool.Future cannot be pickled")
+        return _dead_handle, ()
+
+
+def _dead_handle() -> Any:
+    """What a pickle made outside of a distpool message gives."""
+    return nodes.current().references().dead_future()
 
 
 def open_outcome(raw: Outcome, cause: Callable[[str], BaseException] | None = None) -> tuple[Any, BaseException | None]:
@@ -350,5 +436,7 @@ def open_outcome(raw: Outcome, cause: Callable[[str], BaseException] | None = No
             return None, error
     if raw.status == RAISED_HERE:
         return None, raw.data
+    if raw.status == LOCAL_VALUE:
+        return raw.data, None
     assert raw.status in (ERROR, UNSENDABLE)
     return None, decode_exception(raw.data, raw.pid, cause)

@@ -18,7 +18,7 @@ from distpool.node import node as nodes
 from distpool.refs import gc
 from distpool.refs.gc import Handle, Refs
 from distpool.refs.owner import RRID
-from distpool.refs.refs import RAISED_HERE, Future, Outcome
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.wire import codec, messages
 from distpool.wire.failures import captured
 from distpool.wire.frames import Frame, Kind
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from distpool.transport.ioloop import IoLoop
     from distpool.transport.link import Link
 
-#: `Outcome.data` is the value itself, an object of this process.
-LOCAL_VALUE = -2
 #: The call has ended, well or not; the outcome is at its owner.
 REMOTE_VALUE, REMOTE_ERROR = -3, -4
 
@@ -69,14 +67,21 @@ class RemoteFuture(Future[Any]):
     """A future owned by process `where`; see `distpool.Future`."""
 
     _handle: Handle | None
+    _refs: Refs
 
-    def __init__(self, refs: Refs, rrid: RRID, where: int, held: int, watched: bool = False) -> None:
-        self._refs = refs
-        self._handle = Handle(refs, rrid, where, held)
-        self._call = _Waiting(refs)
-        self._watched = watched  # the owner will tell us when it is done
-        self._transfer: Future[Any] | None = None
-        refs.live[rrid] = self
+    _watched = False  # the owner will tell us when it is done
+    _transfer: Future[Any] | None = None
+
+    @classmethod
+    def make(cls, refs: Refs, rrid: RRID, where: int, held: int, watched: bool = False) -> RemoteFuture:
+        """The object of reference `rrid` in this process, which holds `held` counts at the owner."""
+        future: RemoteFuture = object.__new__(cls)
+        future._refs = refs
+        future._handle = Handle(refs, rrid, where, held)
+        future._call = _Waiting(refs)
+        future._watched = watched
+        refs.live[rrid] = future
+        return future
 
     # -- identity ----------------------------------------------------------------------------------------------
 
@@ -103,11 +108,6 @@ class RemoteFuture(Future[Any]):
     def __hash__(self) -> int:
         return hash((self.whence, self.id))
 
-    @property
-    def travels_with_value(self) -> bool:
-        """Whether the value is here, so that it goes along when the reference is sent (C17, C33)."""
-        return self._state == "FINISHED" and (self._raw is None or self._raw.status in (VALUE, LOCAL_VALUE))
-
     # -- what Julia offers -------------------------------------------------------------------------------------
 
     def fetch(self, timeout: float | None = None) -> Any:
@@ -116,12 +116,12 @@ class RemoteFuture(Future[Any]):
 
     def result(self, timeout: float | None = None) -> Any:
         """As `fetch`."""
-        self._bring(timeout)
+        self._have(timeout)
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The exception of the call, or `None`; moves the value as `result` does."""
-        self._bring(timeout)
+        self._have(timeout)
         return super().exception(timeout)
 
     def wait(self, timeout: float | None = None) -> RemoteFuture:
@@ -155,7 +155,7 @@ class RemoteFuture(Future[Any]):
         refs = self._refs
         outcome = Outcome(LOCAL_VALUE, value, (), refs.node.pid)
         if handle.where == refs.node.pid:
-            if not refs.owner.set(self._entry(), outcome):
+            if not refs.owner.settle(self._entry(), outcome):
                 raise RuntimeError(_SET_TWICE)
         else:
             seen: list[Any] = []
@@ -249,6 +249,15 @@ class RemoteFuture(Future[Any]):
 
     # -- fetching ----------------------------------------------------------------------------------------------
 
+    def _have(self, timeout: float | None) -> None:
+        """Wait until the outcome itself is here; TimeoutError."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._bring(timeout)
+        if not self.done() and not self._await(timeout):
+            raise TimeoutError
+        # The notice may have been quicker than the value that was asked for.
+        self._bring(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
     def _bring(self, timeout: float | None) -> None:
         """See to it that the outcome comes here; waits only for a value that is known to be at its owner."""
         self._check()
@@ -318,7 +327,7 @@ class RemoteFuture(Future[Any]):
 
     def _decode(self) -> None:
         super()._decode()
-        if self._handle is not None and self._state == "FINISHED" and self._exception is None:
+        if self._handle is not None and self._state == "FINISHED":
             self._handle.release()  # the value is cached here
 
     def _open(self, raw: Outcome) -> tuple[Any, BaseException | None]:
@@ -337,7 +346,7 @@ class RemoteFuture(Future[Any]):
 
 def dead_future() -> RemoteFuture:
     """What a pickle made outside of a distpool message gives: a handle that nobody stands behind."""
-    future: RemoteFuture = RemoteFuture.__new__(RemoteFuture)
+    future: RemoteFuture = object.__new__(RemoteFuture)
     future._handle = None
     future._call = None
     return future
@@ -349,7 +358,7 @@ def new_future(pid: int | None) -> RemoteFuture:
     where = refs.node.pid if pid is None else pid
     if where != refs.node.pid:
         refs.node.peers.ensure(where)
-    return RemoteFuture(refs, refs.new_id(), where, 0)
+    return RemoteFuture.make(refs, refs.new_id(), where, 0)
 
 
 def arrive_future(whence: int, ident: int, where: int) -> RemoteFuture:
@@ -359,7 +368,7 @@ def arrive_future(whence: int, ident: int, where: int) -> RemoteFuture:
     with refs._lock:
         future: RemoteFuture | None = refs.live.get(rrid)
         if future is None or future._handle is None:
-            return RemoteFuture(refs, rrid, where, 1)
+            return RemoteFuture.make(refs, rrid, where, 1)
         if future.travels_with_value:
             refs.drop(rrid, where, 1)  # the value is here: nothing is needed of the owner
         else:
@@ -374,23 +383,26 @@ def arrive_value(whence: int, ident: int, where: int, value: Any) -> RemoteFutur
     with refs._lock:
         future: RemoteFuture | None = refs.live.get(rrid)
         if future is None or future._handle is None:
-            future = RemoteFuture(refs, rrid, where, 0)
+            future = RemoteFuture.make(refs, rrid, where, 0)
     future._arrived(Outcome(LOCAL_VALUE, value, (), where))
     assert future._handle is not None
     future._handle.release()
     return future
 
 
-def _reduce(future: RemoteFuture, peer: Any) -> tuple[Any, ...]:
+def _reduce(future: Any, peer: Any) -> tuple[Any, ...]:
     handle = future._handle
     if handle is None:
-        return dead_future, ()
+        if isinstance(future, RemoteFuture):
+            return dead_future, ()
+        handle = gc.of(nodes.current()).adopt(future)
     if future.travels_with_value:
         return arrive_value, (*handle.rrid, handle.where, future.result())
     return arrive_future, (*handle.rrid, handle.where)
 
 
 codec.register_reducer(RemoteFuture, _reduce)
+codec.register_reducer(Future, _reduce)
 
 
 # -- the owner's side (leader) -----------------------------------------------------------------------------------
@@ -401,6 +413,8 @@ class Serving:
 
     def __init__(self, refs: Refs) -> None:
         self._refs = refs
+        refs.new_future = new_future
+        refs.dead_future = dead_future
         refs.node.handlers[Kind.REFERENCE] = self._on_reference
         refs.node.handlers[Kind.NOTICE] = self._on_notice
         refs.node.handlers[Kind.REPLY] = self._on_reply
@@ -428,7 +442,7 @@ class Serving:
         elif message.op == "put":
             buffers = [link.segments.open(buffer) for buffer in frame.buffers]
             outcome = Outcome(VALUE, bytes(frame.body), buffers, pid)
-            if refs.owner.set(entry, outcome):
+            if refs.owner.settle(entry, outcome):
                 self.reply(pid, message.request, VALUE, b"")
             else:
                 error = RuntimeError(_SET_TWICE)
@@ -486,8 +500,3 @@ def serving(node: Any) -> Serving:
         node.serving = Serving(gc.of(node))
     made: Serving = node.serving
     return made
-
-
-def monotonic() -> float:
-    """Seconds of the clock that deadlines are given in."""
-    return time.monotonic()

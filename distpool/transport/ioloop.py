@@ -38,6 +38,7 @@ from distpool import config
 
 log = logging.getLogger("distpool.ioloop")
 _SIGINT = 2
+_MAX_CRASHES = 10  # of the I/O thread itself: a poller that is broken for good must not spin
 _LONGEST = 86400.0  # seconds of one poll: epoll refuses more than 24 days; waits and timers look again
 
 
@@ -326,8 +327,9 @@ class IoLoop:
     # -- the I/O thread ----------------------------------------------------------------------------------------
 
     def _run_thread(self) -> None:
-        try:
-            while not self._stopped:
+        crashes = 0
+        while not self._stopped and crashes < _MAX_CRASHES:
+            try:
                 with self._leading:
                     self._leader_id = threading.get_ident()
                     try:
@@ -336,9 +338,10 @@ class IoLoop:
                     finally:
                         self._leader_id = 0
                 self._step_back()
-        except (OSError, ValueError) as error:  # the descriptors were closed under us: only at exit and after fork
-            if not self._stopped:
-                self._crashed(error)
+            except Exception as error:  # a defect of ours, or descriptors closed under us: who waits must hear of it
+                crashes += 1
+                if not self._stopped:
+                    self._crashed(error)
 
     def _step_back(self) -> None:
         """Return when this thread should lead again: nobody has led for a while, or somebody hurries us.
