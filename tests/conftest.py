@@ -17,6 +17,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import tempfile
 import threading
 import time
 import uuid
@@ -40,6 +41,7 @@ HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 stderr_key = pytest.StashKey[IO[str]]()
 mark_key = pytest.StashKey[str]()
+forks_key = pytest.StashKey[IO[bytes]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,6 +54,16 @@ def pytest_configure(config: pytest.Config) -> None:
     # The workers of pytest-xdist share their controller's mark: it looks for orphans when they have all ended.
     config.stash[mark_key] = os.environ[MARK] if is_xdist_worker(config) else uuid.uuid4().hex
     os.environ[MARK] = config.stash[mark_key]
+    if not is_xdist_worker(config) and hasattr(os, "register_at_fork"):
+        # A fork of this very process shows the environment that this process was started with: no mark.
+        forks = config.stash[forks_key] = tempfile.TemporaryFile(buffering=0)
+        os.register_at_fork(after_in_child=lambda: note_fork(forks))
+
+
+def note_fork(forks: IO[bytes]) -> None:
+    """In a forked child: leave its process id where the parent will look."""
+    if not forks.closed:
+        forks.write(b"%d\n" % os.getpid())
 
 
 def is_xdist_worker(config: pytest.Config) -> bool:
@@ -60,9 +72,9 @@ def is_xdist_worker(config: pytest.Config) -> bool:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     faulthandler.cancel_dump_traceback_later()
-    stream = config.stash.get(stderr_key, None)
-    if stream is not None:
-        stream.close()
+    for stream in (config.stash.get(stderr_key, None), config.stash.get(forks_key, None)):
+        if stream is not None:
+            stream.close()
 
 
 def limit_of(item: pytest.Item) -> float:
@@ -159,17 +171,26 @@ def end(process: psutil.Process | None) -> None:
         pass
 
 
-def orphans(mark: str) -> list[psutil.Process]:
-    """Living processes of other parents that were started under this session's mark."""
-    here = {process.pid for process in [psutil.Process(), *psutil.Process().children(recursive=True)]}
-    found = []
+def forked_pids(config: pytest.Config) -> set[int]:
+    """Process ids of all forks of this process so far."""
+    forks = config.stash.get(forks_key, None)
+    if forks is None:
+        return set()
+    return {int(line) for line in os.pread(forks.fileno(), 1 << 20, 0).split()}
+
+
+def orphans(config: pytest.Config) -> list[psutil.Process]:
+    """Living processes of other parents that this session started: they carry its mark, or are forks of it."""
+    me = psutil.Process()
+    here = {process.pid for process in [me, *me.children(recursive=True)]}
+    forked, mark, begin, found = forked_pids(config), config.stash[mark_key], me.create_time(), []
     for process in psutil.process_iter():
         try:
-            if (
-                process.pid not in here
-                and process.status() != psutil.STATUS_ZOMBIE
-                and process.environ().get(MARK) == mark
-            ):
+            if process.pid in here or process.status() == psutil.STATUS_ZOMBIE or process.create_time() < begin:
+                continue
+            if process.pid in forked and process.cmdline() == me.cmdline():
+                found.append(process)
+            elif process.environ().get(MARK) == mark:
                 found.append(process)
         except (psutil.Error, OSError):
             continue  # gone meanwhile, or somebody else's
@@ -180,11 +201,10 @@ def orphans(mark: str) -> list[psutil.Process]:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if is_xdist_worker(session.config):
         return
-    mark = session.config.stash[mark_key]
-    left = orphans(mark)
+    left = orphans(session.config)
     if left:
         psutil.wait_procs(left, timeout=EXIT_SECONDS)
-        left = orphans(mark)
+        left = orphans(session.config)
     if left:
         stream = session.config.stash[stderr_key]
         stream.write("\norphaned processes at the end of the session:\n")
