@@ -194,6 +194,15 @@ class ClusterExecutor(Submitter):
         if wait:
             exits.wait_for(crew)
 
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        """As `shutdown()`; but an interrupted program does not wait for its calls: what waits is dropped, what runs is
+        ended. (The standard library's workers get Ctrl-C from the terminal; ours are in sessions of their own.)"""
+        if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
+            self.kill_workers()
+            exits.wait_for(self._crew, 1.0)
+        else:
+            self.shutdown(wait=True)
+
     def terminate_workers(self) -> None:
         """Cancel what has not started and send SIGTERM to the workers at once (Python 3.14)."""
         self._signal_workers(signal.SIGTERM)

@@ -44,13 +44,16 @@ def check_alive() -> None:
         raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
 
-def wait_for(crew: Crew) -> None:
-    """Wait until the crew's work is done and its workers are gone, and their output is printed."""
+def wait_for(crew: Crew, timeout: float | None = None) -> None:
+    """Wait (at most `timeout` seconds) until the work is done, the workers are gone and their output is printed."""
     loop = crew.node.loop
+    deadline = None if timeout is None else time.monotonic() + timeout
     while not crew.finished.is_set():
-        if not loop.lead(crew.finished.is_set):
+        if not loop.lead(crew.finished.is_set, deadline):
             with loop.following():
-                crew.finished.wait()
+                crew.finished.wait(timeout)
+        if deadline is not None and time.monotonic() >= deadline:
+            break
     crew.node.notices.join(_NOTICES)
 
 

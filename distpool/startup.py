@@ -177,7 +177,10 @@ def prepare(settings: dict[str, Any], own_path: list[str]) -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         # Whole lines in one write each, also under PYTHONUNBUFFERED: the master shows lines, and must not mix them.
-        stream.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
+        # UTF-8 whatever the locale: this is a pipe to the master, which decodes it so; no print may fail.
+        stream.reconfigure(  # type: ignore[union-attr]
+            encoding="utf-8", errors="backslashreplace", line_buffering=True, write_through=False
+        )
     try:
         os.chdir(settings["cwd"])
     except OSError as error:
