@@ -269,6 +269,7 @@ def _end_at_exit(node: nodes.Node) -> None:
 
 def _end_pools(node: nodes.Node) -> None:
     if nodes.existing() is node:
+        node.pools_ended = True
         crews = [crew for crew in list(node.crews) if not crew.ends_at_exit]
         for crew in crews:
             node.loop.call_soon(lambda crew=crew: _kill(crew))  # type: ignore[misc]

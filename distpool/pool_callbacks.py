@@ -31,6 +31,17 @@ class PoolTerminated(DistpoolError, BrokenProcessPool):
     """`terminate()` (or the end of a `with` block) ended the pool before this result was there."""
 
 
+def park_at_exit(error: BaseException, scheduler: Scheduler) -> None:
+    """The program ends under a daemon thread that waits for a result: as with the standard library, it just stays.
+
+    The interpreter takes it along. An exception would be one nobody can catch, printed at the end of every program that
+    has such a thread.
+    """
+    ended = isinstance(error, PoolTerminated) and scheduler.node.pools_ended
+    if ended and threading.current_thread().daemon:
+        threading.Event().wait()
+
+
 def open_entry(raw: Any) -> Any:
     """The value behind an outcome (or bare pickle) of a call; raises its exception."""
     if type(raw) is bytes:
@@ -143,4 +154,4 @@ class Callbacks:
                 result._await_callback()
 
 
-__all__ = ["Callbacks", "PoolTerminated", "open_entry"]
+__all__ = ["Callbacks", "PoolTerminated", "open_entry", "park_at_exit"]

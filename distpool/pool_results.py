@@ -18,7 +18,7 @@ import threading
 import time
 from typing import Any, Self
 
-from distpool.pool_callbacks import Callbacks, PoolTerminated, open_entry
+from distpool.pool_callbacks import Callbacks, PoolTerminated, open_entry, park_at_exit
 from distpool.pool_input import Feed
 from distpool.progress import Progress
 from distpool.refs.refs import Future
@@ -101,6 +101,7 @@ class AsyncResult(stdlib.ApplyResult):  # type: ignore[type-arg]
         try:
             if success:
                 return value
+            park_at_exit(value, self._callbacks.scheduler)
             raise value
         finally:
             self = value = None  # type: ignore[assignment]  # break the cycle exception -> traceback -> frame
@@ -281,7 +282,11 @@ class IMapIterator(stdlib.IMapIterator):  # type: ignore[type-arg]
             raw = self._next_raw(deadline)
         finally:
             self._lock.release()
-        return open_entry(raw)
+        try:
+            return open_entry(raw)
+        except PoolTerminated as error:
+            park_at_exit(error, self._callbacks.scheduler)
+            raise
 
     __next__ = next
 
