@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AuthenticationError": "errors",
     "CapturedException": "errors",
-    "Channel": "refs.channels",
+    "Channel": "refs.channel",
     "ChannelClosedError": "errors",
     "ClusterExecutor": "executor",
     "ClusterManager": "managers.base",
@@ -88,7 +88,8 @@ if TYPE_CHECKING:
     from distpool.monitor import dump_stacks, stats
     from distpool.pool import DistPool
     from distpool.recovery import ExponentialBackOff
-    from distpool.refs.channels import Channel, RemoteChannel
+    from distpool.refs.channel import Channel
+    from distpool.refs.channels import RemoteChannel
     from distpool.refs.owner import RRID
     from distpool.refs.refs import Future
     from distpool.traceplot import plot_trace

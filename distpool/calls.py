@@ -17,10 +17,11 @@ from typing import Any, Literal
 from distpool.errors import CapturedException, RemoteException
 from distpool.node import node as nodes
 from distpool.node.node import Node
-from distpool.refs import gc
+from distpool.refs import channelserver, gc
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
-from distpool.refs.remote import RemoteFuture, _Waiting, serving, stable
+from distpool.refs.remote import RemoteFuture, _Waiting, stable
+from distpool.refs.serving import serving
 from distpool.transport.link import Link
 from distpool.wire import codec, messages
 from distpool.wire.failures import captured, encode_exception
@@ -320,9 +321,7 @@ def install(node: Node) -> None:
         if node.callee is None:
             node.remote_calls_loaded = True
             node.callee = Callee(node)
-            from distpool.refs import channels
-
-            channels.install(node)
+            channelserver.install(node)
 
 
 _installing = threading.Lock()  # two threads make their first remote call at the same time

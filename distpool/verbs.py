@@ -7,7 +7,8 @@ from typing import Any
 
 from distpool.node import node as nodes
 from distpool.refs import gc
-from distpool.refs.channels import Channel, RemoteChannel
+from distpool.refs.channel import Channel
+from distpool.refs.channels import RemoteChannel
 from distpool.refs.owner import RRID
 from distpool.refs.refs import Future
 from distpool.transport.link import Link

@@ -60,6 +60,10 @@ class Node:
         self.on_fork: list[Callable[[], None]] = []  # run in a forked child before the node is dropped
         self.master_link: Link | None = None  # workers
         self.runner: Any = None  # workers: the TaskRunner
+        self.worker: Any = None  # workers: the Worker
+        self.manager: Any = None  # workers of a custom transport: what makes links to other workers (`init_worker`)
+        self.topology, self.lazy = "all_to_all", True  # workers: as the master said
+        self.on_interrupt: list[Callable[[], object]] = []  # workers: run by `interrupt`, besides SIGINT to main; leader
         self.launcher: Any = None  # master: made by the cluster layer
         self.group: Any = None  # master: the Group
         self.monitor: Any = None  # master: the Monitor
@@ -70,6 +74,7 @@ class Node:
         self.requests: Any = None  # workers: calls submitted through handles (nested)
         self.exiting = False  # the interpreter is shutting down
         self.exit_registered = False
+        self.end_workers: Any = None  # master: ends the workers of addprocs at exit
         self.ends_pools = False  # the hook that terminates pools at exit is registered
         self.pools_ended = False  # it has run
 

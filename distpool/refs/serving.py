@@ -1,0 +1,108 @@
+"""The owner's side of futures: REFERENCE, NOTICE and REPLY frames (layer 4).
+
+Frames are handled on the leader; serialising a value is user code, so that happens on a library thread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from distpool.refs import gc
+from distpool.refs.gc import Refs
+from distpool.refs.owner import RRID
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
+from distpool.refs.remote import SET_TWICE, dead_future, new_future, stable
+from distpool.wire import codec, messages
+from distpool.wire.failures import encode_exception
+from distpool.wire.frames import Frame, Kind
+from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
+
+if TYPE_CHECKING:
+    from distpool.transport.link import Link
+
+
+class Serving:
+    """Answers REFERENCE and NOTICE frames."""
+
+    def __init__(self, refs: Refs) -> None:
+        self._refs = refs
+        refs.new_future = new_future
+        refs.dead_future = dead_future
+        refs.node.handlers[Kind.REFERENCE] = self._on_reference
+        refs.node.handlers[Kind.NOTICE] = self._on_notice
+        refs.node.handlers[Kind.REPLY] = self._on_reply
+
+    def _on_notice(self, link: Link, frame: Frame) -> None:
+        message = messages.Notice.unpack(frame.control)
+        future = self._refs.live.get(RRID(message.whence, message.ident))
+        if future is not None:
+            future._noticed(message.ok)
+
+    def _on_reply(self, link: Link, frame: Frame) -> None:
+        message = messages.Reply.unpack(frame.control)
+        buffers = [link.segments.open(buffer) for buffer in frame.buffers]
+        self._refs.node.peers.requests.settle(message.request, message.status, bytes(frame.body), buffers)
+
+    def _on_reference(self, link: Link, frame: Frame) -> None:
+        message = messages.Reference.unpack(frame.control)
+        refs, pid = self._refs, int(link.peer)
+        entry = refs.owner.touch(RRID(message.whence, message.ident))
+        if message.op == "watch":
+            refs.owner.watch(entry, lambda outcome: self.notify(pid, entry.rrid, outcome))
+            self.reply(pid, message.request, VALUE, b"")
+        elif message.op == "isready":
+            self.reply(pid, message.request, VALUE, codec.encode(entry.outcome is not None)[0])
+        elif message.op == "put":
+            buffers = [link.segments.open(buffer) for buffer in frame.buffers]
+            outcome = Outcome(VALUE, bytes(frame.body), buffers, pid)
+            if refs.owner.settle(entry, outcome):
+                self.reply(pid, message.request, VALUE, b"")
+            else:
+                error = RuntimeError(SET_TWICE)
+                refs.node.deliver(lambda: self.reply_error(pid, message.request, error))
+        elif message.op == "fetch":
+            refs.owner.watch(entry, lambda outcome: self.send_outcome(pid, message.request, outcome))
+
+    def notify(self, pid: int, rrid: RRID, outcome: Outcome) -> None:
+        """Tell `pid` that the value is there, without the value."""
+        ok = outcome.status in (VALUE, LOCAL_VALUE)
+        self._refs.node.peers.send(pid, Kind.NOTICE, messages.Notice(*rrid, ok).pack())
+
+    def send_outcome(self, pid: int, request: int, outcome: Outcome) -> None:
+        """Send the value; serialising it is user code, so that happens on a library thread."""
+        if outcome.status == LOCAL_VALUE:
+            self._refs.node.deliver(lambda: self.reply_value(pid, request, outcome.data))
+        elif outcome.status == RAISED_HERE:
+            self._refs.node.deliver(lambda: self.reply_error(pid, request, outcome.data))
+        else:
+            self.reply(pid, request, outcome.status, outcome.data, outcome.buffers)
+
+    def reply(self, pid: int, request: int, status: int, data: bytes, buffers: Any = ()) -> None:
+        """Send an answer as it is."""
+        self._refs.node.peers.send(pid, Kind.REPLY, messages.Reply(request, status).pack(), data, list(buffers))
+
+    def reply_value(self, pid: int, request: int, value: Any) -> None:
+        """Serialise and send a value; references in it are lent to `pid` first. Not on the leader."""
+        seen: list[Any] = []
+        try:
+            data, buffers = codec.encode(value, pid, seen)
+        except BaseException as error:
+            self.reply_error(pid, request, error, UNSENDABLE)
+            return
+        self._refs.lend(seen, pid)
+        self.reply(pid, request, VALUE, data, stable(buffers))
+
+    def reply_error(self, pid: int, request: int, error: BaseException, status: int = ERROR) -> None:
+        """Serialise and send an error. Not on the leader."""
+        seen: list[Any] = []
+        data = encode_exception(error, pid, seen=seen)
+        self._refs.lend(seen, pid)
+        self.reply(pid, request, status, data)
+
+
+def serving(node: Any) -> Serving:
+    """The owner's side of `node`, made on first use."""
+    if node.serving is None:
+        node.serving = Serving(gc.of(node))
+    made: Serving = node.serving
+    return made
