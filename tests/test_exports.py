@@ -1,7 +1,7 @@
 """The public API is one list, and importing it is cheap.
 
-`PUBLIC` is what the package promises today; `NOT_YET` are names that the design reserves for what is still being built.
-A name moves from the second to the first together with the code that it stands for, and never back.
+`API` lists every name that the design fixes, `NOT_YET` those of them that are still being built. A name leaves the
+second list together with the code that it stands for, and never comes back. The rest is promised today.
 """
 
 from __future__ import annotations
@@ -16,94 +16,52 @@ import pytest
 
 import distpool
 
-EXECUTORS = {"ClusterExecutor", "DistPool", "Future", "pmap", "pgenerate", "ExponentialBackOff"}
-
-MANAGERS = {"ClusterManager", "LocalManager", "WorkerConfig"}
-
-WATCH = {"dump_stacks", "plot_trace", "stats", "trace"}
+EXECUTORS = {"ClusterExecutor", "DistPool", "ExponentialBackOff", "Future", "pgenerate", "pmap"}
 
 ERRORS = {
-    "AuthenticationError",
-    "CapturedException",
-    "ChannelClosedError",
-    "CompositeException",
-    "DistpoolError",
-    "LaunchWorkerError",
-    "ProcessExitedException",
-    "RemoteException",
-    "SerializationError",
-    "TopologyError",
+    *("AuthenticationError", "CapturedException", "ChannelClosedError", "CompositeException", "DistpoolError"),
+    *("LaunchWorkerError", "ProcessExitedException", "RemoteException", "SerializationError", "TopologyError"),
     "VersionMismatchError",
 }
 
-PUBLIC = EXECUTORS | ERRORS | MANAGERS | WATCH | {"__version__"}
-
 MEMBERSHIP = {
-    "addprocs",
-    "addprocs_async",
-    "check_same_host",
-    "cluster_cookie",
-    "interrupt",
-    "load_machine_file",
-    "myid",
-    "myrole",
-    "nprocs",
-    "nworkers",
-    "on_worker_exited",
-    "on_worker_started",
-    "parse_machine",
-    "procs",
-    "rmprocs",
-    "set_output_hook",
-    "workers",
+    *("addprocs", "addprocs_async", "check_same_host", "cluster_cookie", "interrupt", "load_machine_file", "myid"),
+    *("myrole", "nprocs", "nworkers", "on_worker_exited", "on_worker_started", "parse_machine", "procs", "rmprocs"),
+    *("set_output_hook", "workers"),
 }
 
 CALLS = {
-    "Channel",
-    "RRID",
-    "RemoteChannel",
-    "channel_from_id",
-    "clear",
-    "distributed",
-    "everywhere",
-    "fetch",
-    "fetch_any",
-    "fetchfrom",
-    "finalize",
-    "include",
-    "isready",
-    "put",
-    "remote_do",
-    "remotecall",
-    "remotecall_eval",
-    "remotecall_fetch",
-    "remotecall_wait",
-    "remoteref_id",
-    "spawn",
-    "spawnat",
-    "splitrange",
-    "sync",
-    "take",
-    "wait",
-    "worker_id_from_socket",
+    *("clear", "distributed", "everywhere", "fetch_any", "fetchfrom", "include", "remote_do", "remotecall"),
+    *("remotecall_eval", "remotecall_fetch", "remotecall_wait", "spawn", "spawnat", "splitrange", "sync"),
 }
 
-POOLS_AND_MANAGERS = {
-    "CachingPool",
-    "SSHManager",
-    "WorkerPool",
-    "default_addprocs_params",
-    "default_worker_pool",
-    "init_worker",
-    "process_messages",
-    "remote",
-    "set_default_worker_pool",
-    "start_worker",
+REFERENCES = {
+    *("Channel", "RRID", "RemoteChannel", "channel_from_id", "fetch", "finalize", "isready", "put", "remoteref_id"),
+    *("take", "wait", "worker_id_from_socket"),
 }
 
-WATCHING = {"debug"}
+POOLS = {"CachingPool", "WorkerPool", "default_worker_pool", "remote", "set_default_worker_pool"}
 
-NOT_YET = MEMBERSHIP | CALLS | POOLS_AND_MANAGERS | WATCHING
+MANAGERS = {
+    *("ClusterManager", "LocalManager", "SSHManager", "WorkerConfig", "default_addprocs_params", "init_worker"),
+    *("process_messages", "start_worker"),
+}
+
+WATCHING = {"debug", "dump_stacks", "plot_trace", "stats", "trace"}
+
+API = EXECUTORS | ERRORS | MEMBERSHIP | CALLS | REFERENCES | POOLS | MANAGERS | WATCHING | {"__version__"}
+"""Every name that the design fixes."""
+
+NOT_YET = (
+    MEMBERSHIP
+    | POOLS
+    | {"clear", "distributed", "everywhere", "fetch_any", "fetchfrom", "include", "remotecall_eval"}
+    | {"spawn", "spawnat", "splitrange", "sync"}
+    | {"SSHManager", "default_addprocs_params", "init_worker", "process_messages", "start_worker"}
+)
+"""Those of them that are still being built. A name leaves this set together with the code that it stands for."""
+
+PUBLIC = API - NOT_YET
 
 
 def python(code: str) -> str:
@@ -119,8 +77,8 @@ def test_the_list_is_exact() -> None:
 
 
 def test_what_is_not_there_yet_is_not_promised() -> None:
-    assert NOT_YET.isdisjoint(PUBLIC)
-    assert NOT_YET.isdisjoint(distpool.__all__), "move the name to PUBLIC"
+    assert NOT_YET <= API
+    assert NOT_YET.isdisjoint(distpool.__all__), "take the name out of NOT_YET"
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
