@@ -45,7 +45,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     ),
     8: (
         *("managers.base", "managers.launch", "managers.process", "managers.forked", "managers.executed"),
-        *("managers.handles", "managers.local", "managers.ssh"),
+        *("managers.handles", "managers.specs", "managers.local", "managers.ssh"),
     ),
     9: ("joining", "adding", "cluster", "crew", "hosts", "exits"),
     10: (
@@ -177,7 +177,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
 """The arrows inside one layer, each a decision: (importer, imported)."""
 
 ON_DEMAND: frozenset[tuple[str, str]] = frozenset({("node.node", "calls")})
-"""The one way up: a module that is loaded by `importlib.import_module` when it is first needed and registers itself. The
+"""The one way up: a module loaded by `importlib.import_module` when it is first needed, which registers itself. The
 node hands frames of unknown kinds to whoever registers for them; who only uses an executor loads no remote calls."""
 
 NARROWED: dict[str, int] = {"managers.": 2}
