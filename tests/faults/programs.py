@@ -187,7 +187,9 @@ class Program:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still runs after {seconds:.1f} s\n{self.output()}") from None
         ended = time.monotonic()
-        _, alive = psutil.wait_procs(marked(self.mark), timeout=gone_within)
+        # Looked for again and again: the dying may be replaced, and orphans may stay zombies if nobody reaps them.
+        while (alive := marked(self.mark)) and time.monotonic() < ended + gone_within:
+            psutil.wait_procs(alive, timeout=0.05)
         return Outcome(
             returncode,
             self.read("out"),
