@@ -22,7 +22,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="workers per peer (default 2)")
     parser.add_argument("--repeat", type=int, help="repetitions at most (default 3; --quick: 2)")
     parser.add_argument("--budget", type=float, help="seconds after which no further repetition starts")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter to measure")
+    parser.add_argument("--python", default=sys.executable, help="interpreter to measure")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="directory of the reports")
     parser.add_argument("--check", action="store_true", help="print the targets, met / not met")
     parser.add_argument("--check-gross", action="store_true", help="exit 1 on crashes and gross regressions only")
@@ -42,7 +42,8 @@ def main() -> int:
         workloads = options.only.split(",")
     budget = options.budget or (105.0 if options.quick else 1080.0)
     repeat = options.repeat or (2 if options.quick else 3)
-    plan = runner.Plan(sizes, peers, workloads, options.workers, repeat, budget, options.python)
+    left_out = runner.QUICK_LEFT_OUT if options.quick and not options.peers else set()
+    plan = runner.Plan(sizes, peers, workloads, options.workers, repeat, budget, left_out, options.python)
     machine = {
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -71,7 +71,6 @@ class Peer:
 class Executor(Peer):
     """Anything with the interface of concurrent.futures."""
 
-    default_chunk: bool = False
     holder_chunk = 100
     uneven_chunk = 1
     executor: Any
@@ -84,9 +83,7 @@ class Executor(Peer):
 
     def map(self, fn: Callable[..., Any], items: Iterable[Any], chunksize: int | None) -> list[Any]:
         if chunksize is None:
-            if not self.default_chunk:
-                raise NotApplicable("its default is chunksize 1")
-            return list(self.executor.map(fn, items))
+            raise NotApplicable("its default is chunksize 1")
         return list(self.executor.map(fn, items, chunksize=chunksize))
 
     def close(self) -> None:
@@ -143,10 +140,10 @@ class StdlibPool(Pool):
 
 
 class Distpool(Executor):
-    """distpool.ClusterExecutor; its chunksize is a hint, so that the default is its own choice."""
+    """distpool.ClusterExecutor"""
 
-    name, module, fast, default_chunk = "distpool", "distpool", True, True
-    holder_chunk, uneven_chunk = 1, None
+    name, module, fast = "distpool", "distpool", True
+    holder_chunk = 1
 
     def open(self, workers: int) -> None:
         import distpool

@@ -67,7 +67,8 @@ TARGETS = [
     ratio("W4", "chunksize 1: >= 20 x pool", "chunk1_per_s", 20, "pool", at_least=True),
     ratio("W4", "chunksize 1: >= 100 x ppe", "chunk1_per_s", 100, "ppe", at_least=True),
     ratio("W4", "chunksize 100: >= 1.5 x pool", "chunk100_per_s", 1.5, "pool", at_least=True),
-    ratio("W4", "library's choice: >= 0.9 x pool's", "default_per_s", 0.9, "pool", at_least=True),
+    ratio("W4", "library's choice (DistPool): >= 0.9 x pool's", "default_per_s", 0.9, "pool", at_least=True,
+          peer="distpool-pool"),
     *(
         ratio("W5", f"80 MB {way}: >= 15 x loky", f"{way}_ms", 15, "loky", at_least=True, speed=True)
         for way in ("in", "out", "both")
@@ -83,6 +84,7 @@ TARGETS = [
           other_figure="cpu_bare"),
     ratio("W7", "sleep, map: not below pool's", "sleep_map", 1.0, "pool", at_least=True),
     ratio("W7", "cpu, map: not below pool's", "cpu_map", 1.0, "pool", at_least=True),
+    ratio("W7", "DistPool, cpu, map: not below pool's", "cpu_map", 1.0, "pool", at_least=True, peer="distpool-pool"),
     Target("W7", "200 tasks behind one of 600 ms do not wait for it", "behind_long_ms", 400, unit="ms"),
     Target("W8", "<= 500 bytes per pending task", "bytes_per_pending", 500, unit="bytes"),
     Target("W8", "no growth of the parent (second half, < 1 MiB)", "parent_growth_kb", 1024, unit="KiB"),
