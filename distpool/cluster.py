@@ -1,65 +1,253 @@
-"""Membership: starting processes through a manager and making members of them (layer 9).
+"""Membership: adding, removing and interrupting workers (layer 9).
 
-launch thread:  manager.launch(params) -> WorkerConfig --call_soon--> leader: Group.add, Member.start
+    addprocs --> plan (manager, parameters, checked in the caller) --> Adding (`adding`) --> future
+    rmprocs  --> leader: Member.remove --> SHUTDOWN, SIGTERM, SIGKILL --> GONE --> manager told --> future
+    interrupt --> INTERRUPT to the worker, manage("interrupt") to the manager
+
+The callers' threads check arguments and wait; everything else runs on the leader. Launches of several threads run at
+the same time; only pids and the topology are given out one after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import concurrent.futures
+import logging
+import threading
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from distpool import config
-from distpool.managers.base import ClusterManager, WorkerConfig
-from distpool.managers.launch import Launcher
+from distpool import exits
+from distpool.adding import Adding, close_launcher
+from distpool.hosts import check_options, manager_for
+from distpool.managers.base import ClusterManager
+from distpool.managers.local import LocalManager
+from distpool.members import myrole
 from distpool.node import group as groups
-from distpool.node.group import Member
+from distpool.node import node as nodes
+from distpool.node.group import Group, Member
 from distpool.node.node import Node
+from distpool.wire import messages
+from distpool.wire.frames import Kind
+
+log = logging.getLogger("distpool.cluster")
+
+_PATIENCE = 5.0  # seconds that a worker has to exit when asked
+_BUILT_IN = ("distpool.managers.local", "distpool.managers.ssh")
+Machine = str | tuple[str, int | str]
 
 
-def launcher(node: Node) -> Launcher:
-    """The launcher of local processes of this node, made on first use."""
-    if node.launcher is None:
-        node.launcher = Launcher(node.loop)
-        node.on_fork.append(node.launcher.forget_after_fork)
-    return node.launcher  # type: ignore[no-any-return]
+def addprocs(machines: int | Iterable[Machine] | Path | ClusterManager | None = None, /, **options: Any) -> list[int]:
+    """Start workers and return their pids, sorted, when all of them have joined.
 
+    An int: that many on this machine (default: one per CPU); a list of machine specs, or the `Path` of a machine file:
+    through SSH; a `ClusterManager`. Keywords: `topology`, `lazy`, `dir`, `exename`, `exeflags`, `env`,
+    `enable_threaded_blas`, `timeout` (seconds), and those of the manager (`default_addprocs_params`).
 
-def start_workers(
-    node: Node,
-    manager: ClusterManager,
-    params: dict[str, Any],
-    prepare: Callable[[Member], None],
-    finished: Callable[[int, BaseException | None], None],
-) -> None:
-    """Launch on a library thread. `prepare(member)` (leader) sets the member's callbacks before it is started;
-    `finished(count, error)` (leader) says how many processes were launched, and what went wrong after those.
+    ValueError, TypeError: bad arguments, before anything is started. `CompositeException` of `LaunchWorkerError`s: some
+    workers did not come up; the others stay. RuntimeError: on a worker, or the topology does not fit.
+
+    Example: `pids = addprocs(4, env={"MODE": "fast"})`
     """
-    full = {**manager.default_addprocs_params(), **params, "cookie": node.cookie, "launcher": launcher(node)}
-    timeout = full.get("timeout")
-    seconds = config.worker_timeout() if timeout is None else float(timeout)
+    adding = _plan(machines, options)
+    with adding.node.loop.following():
+        return adding.future.result()
 
-    def work() -> None:
-        count = 0
-        error: BaseException | None = None
+
+def addprocs_async(
+    machines: int | Iterable[Machine] | Path | ClusterManager | None = None, /, **options: Any
+) -> concurrent.futures.Future[list[int]]:
+    """As `addprocs`, but return a Future of the pids at once; each worker can be used as soon as it has joined.
+
+    Bad arguments raise here. Example: `future = addprocs_async(100); ...; pids = future.result()`
+    """
+    return _plan(machines, options).future
+
+
+def _plan(machines: Any, options: dict[str, Any]) -> Adding:
+    """Check everything that can be checked before something is started."""
+    if myrole() != "master":
+        raise RuntimeError("Only process 1 can add and remove workers")
+    exits.check_alive()
+    manager = manager_for(machines, options)
+    defaults = manager.default_addprocs_params()
+    if type(manager).__module__ in _BUILT_IN:
+        check_options(manager, options)
+    params = {**defaults, **options}
+    timeout = params.get("timeout")
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0):
+        raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
+    node = nodes.current()
+    if isinstance(manager, LocalManager):
+        manager.spec({**params, "cookie": node.cookie})  # bad `env`, `exename`, ...
+    group = groups.of(node)
+    group.claim_topology(params.get("topology", "all_to_all"), params.get("lazy", True))
+    exits.register_cluster(node, end_workers)
+    adding = Adding(node, group, manager, params)
+    adding.start()
+    return adding
+
+
+# -- removing ----------------------------------------------------------------------------------------------------
+
+
+def rmprocs(*pids: int | Iterable[int], waitfor: float | None = None) -> concurrent.futures.Future[None]:
+    """Remove these workers: what runs there is interrupted, they exit; who does not is ended by force.
+
+    Takes ints and iterables of ints. Unknown and removed pids are ignored; pid 1 brings a warning. Returns a Future,
+    done when they are gone: waits for it without `waitfor`, not at all with `waitfor=0`, else that many seconds, then
+    `RuntimeError("rmprocs: pids [...] not terminated after S seconds.")` (they go nevertheless).
+
+    Example: `rmprocs(workers())`
+    """
+    if myrole() != "master":
+        raise RuntimeError("Only process 1 can add and remove workers")
+    wanted = _flat(pids)
+    if waitfor is not None and (isinstance(waitfor, bool) or not isinstance(waitfor, int | float) or not waitfor >= 0):
+        raise ValueError(f"waitfor must be a number of seconds, not {waitfor!r}")
+    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
+    if 1 in wanted:
+        warnings.warn("rmprocs: process 1 not removed", stacklevel=2)
+    node = nodes.existing()
+    group: Group | None = None if node is None else node.group
+    members = [group.members[pid] for pid in wanted if pid in group.members] if group is not None else []
+    if node is None or group is None or not members:
+        future.set_result(None)
+        return future
+    for member in members:
+        member.removed = True  # from now on it is not listed
+        group.drop_default(member.pid)
+    removal = _Removal(node, group, members, future)
+    node.loop.call_soon(removal.begin)
+    if waitfor == 0:
+        return future
+    with node.loop.following():
         try:
-            for worker in manager.launch(full):
-                count += 1
-                node.loop.call_soon(lambda worker=worker: begin(worker))  # type: ignore[misc]
-        except Exception as caught:
-            error = caught
-        node.loop.call_soon(lambda: finished(count, error))
-
-    def begin(worker: WorkerConfig) -> None:
-        member = groups.of(node).add(worker.process, address_of(worker))
-        prepare(member)
-        member.start(seconds)
-
-    node.deliver(work)
+            future.result(waitfor)
+        except TimeoutError:
+            left = sorted(member.pid for member in members if member.pid in group.members)
+            if left:
+                text = f"rmprocs: pids {left} not terminated after {waitfor} seconds."
+                raise RuntimeError(text) from None
+    return future
 
 
-def address_of(worker: WorkerConfig) -> tuple[Any, ...]:
-    """Where the worker listens, as `("unix", path)` or `("tcp", host, port)`."""
-    host = worker.host or "127.0.0.1"
-    if host.startswith("unix:"):
-        return "unix", host[len("unix:") :]
-    return "tcp", host, worker.port
+class _Removal:
+    """Some members on their way out. Leader."""
+
+    def __init__(
+        self, node: Node, group: Group, members: list[Member], future: concurrent.futures.Future[None]
+    ) -> None:
+        self._node = node
+        self._group = group
+        self._members = members
+        self._future = future
+        self._left = {member.pid for member in members}
+
+    def begin(self, patience: float = _PATIENCE) -> None:
+        """Ask them to go."""
+        self._group.gone_watchers.append(self._gone)
+        for member in self._members:
+            if member.pid in self._group.members:
+                member.remove(patience)
+            else:
+                self._left.discard(member.pid)
+        self._check()
+
+    def _gone(self, member: Member) -> None:
+        if member.pid in self._left:
+            self._left.discard(member.pid)
+            self._check()
+
+    def _check(self) -> None:
+        if self._left or self._gone not in self._group.gone_watchers:
+            return
+        self._group.gone_watchers.remove(self._gone)
+        told = threading.Semaphore(0)
+
+        def settle() -> None:
+            for _ in self._members:
+                told.acquire(timeout=_PATIENCE)
+            self._future.set_result(None)
+
+        # Behind the `deregister` and `finalize` that their managers are told in this very moment.
+        self._node.loop.call_soon(lambda: [member.notices.put(told.release) for member in self._members])
+        self._node.deliver(settle)
+        close_launcher(self._node)
+
+
+def end_workers(node: Node, patience: float) -> None:
+    """The end of the program: all workers of `addprocs` go, as with `rmprocs`. On the main thread, at exit."""
+    group: Group | None = node.group
+    if group is None:
+        return
+    members = [group.members[pid] for pid in list(group.default_members) if pid in group.members]
+    members += [member for member in list(group.members.values()) if member.removed and member not in members]
+    if not members:
+        return
+    pids = {member.pid for member in members}
+    if pids.intersection(node.peers.requests.pending()):
+        log.warning("The program ends: what still runs on its workers is interrupted.")
+    for member in members:
+        member.removed = True
+    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
+    removal = _Removal(node, group, members, future)
+    node.loop.call_soon(lambda: removal.begin(patience))
+    with node.loop.following():
+        concurrent.futures.wait([future], 2 * _PATIENCE)
+    node.notices.join(_PATIENCE)
+
+
+# -- interrupting ------------------------------------------------------------------------------------------------
+
+
+def interrupt(*pids: int | Iterable[int]) -> None:
+    """Raise KeyboardInterrupt in every call that runs on these workers (default: on all). An idle worker is unharmed.
+
+    `interrupt(1)` does nothing. ValueError: no such process; ProcessExitedException: it is gone; RuntimeError: called
+    on a worker.
+
+    Example: `interrupt(2)` ends a `remotecall(time.sleep, 2, 60)`.
+    """
+    if myrole() != "master":
+        raise RuntimeError("Only process 1 can interrupt workers")
+    node = nodes.existing()
+    group: Group | None = None if node is None else node.group
+    if not pids:
+        wanted = group.listed() if group is not None else []
+    else:
+        wanted = [pid for pid in _flat(pids) if pid != 1]
+    if wanted and group is None:
+        raise ValueError(f"no process with id {wanted[0]} exists")
+    members = [group.member(pid) for pid in wanted] if group is not None else []
+    for member in members:
+        if member.link is not None:
+            member.link.send(Kind.INTERRUPT, messages.Interrupt().pack())
+        member.tell("interrupt")
+
+
+def _flat(pids: Iterable[Any]) -> list[int]:
+    """Ints and iterables of ints as one list without repetitions; TypeError for anything else."""
+    found: dict[int, None] = {}
+    for entry in pids:
+        if isinstance(entry, bool) or (not isinstance(entry, int) and not isinstance(entry, Iterable)):
+            raise TypeError(f"a pid is an int, not {type(entry).__name__}")
+        for pid in [entry] if isinstance(entry, int) else list(entry):
+            if isinstance(pid, bool) or not isinstance(pid, int):
+                raise TypeError(f"a pid is an int, not {type(pid).__name__}")
+            found[pid] = None
+    return list(found)
+
+
+def default_addprocs_params(manager: ClusterManager | None = None) -> dict[str, Any]:
+    """The keywords of `addprocs` that every manager takes, or those of `manager`, with their defaults.
+
+    Example: `default_addprocs_params()["topology"]` is `"all_to_all"`.
+    """
+    return dict((manager if manager is not None else ClusterManager()).default_addprocs_params())
+
+
+__all__ = ["addprocs", "addprocs_async", "default_addprocs_params", "interrupt", "rmprocs"]

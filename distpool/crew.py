@@ -14,8 +14,8 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
 from typing import Any
 
-from distpool.cluster import launcher, start_workers
 from distpool.errors import LaunchWorkerError, ProcessExitedException
+from distpool.joining import launcher, start_workers
 from distpool.managers.base import ClusterManager
 from distpool.node.group import Member, State
 from distpool.node.node import Node
@@ -93,9 +93,7 @@ class Crew:
         if self._failures < _ATTEMPTS and missing > 0 and self._replace:
             self.start(missing)
         elif not self.members and not self._launching:
-            self.fail(
-                lambda: error if isinstance(error, Exception) else LaunchWorkerError("localhost", "", str(error))
-            )
+            self.fail(lambda: error if isinstance(error, Exception) else LaunchWorkerError("localhost", "", str(error)))
 
     def _prepare(self, member: Member) -> None:
         self.members[member.pid] = member

@@ -22,12 +22,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from distpool import config
+from distpool.mapruns import SCALARS, MapRun
 from distpool.refs.refs import Outcome, open_outcome
 from distpool.scheduling import Scheduler
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import VALUE
-from distpool.work import SCALARS, MapRun
 
 #: Elements taken ahead per worker from an input that is taken lazily.
 LOOK_AHEAD = 8

@@ -2,6 +2,7 @@
 
     normal end, uncaught exception   pending calls of executors complete, as with the standard library
     uncaught KeyboardInterrupt       they are dropped; the program is gone within a second
+    workers of addprocs              stay until user `atexit` hooks have run, then are interrupted and end
 
 The hook is registered with `threading._register_atexit`, which runs before the interpreter waits for threads and
 before user `atexit` hooks (plain `atexit` would be too late: "cannot schedule new futures" has to be said already
@@ -10,9 +11,11 @@ inside them). Whatever still lives when the process is gone is ended by the zygo
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distpool.node import node as nodes
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from distpool.crew import Crew
     from distpool.node.node import Node
 
+_PATIENCE = 4.0  # seconds that a busy worker has to end when the program ends
 _NOTICES = 5.0  # seconds for the user's stdout to take the last output of the workers
 
 
@@ -30,6 +34,26 @@ def register(node: Node) -> None:
         node.exit_registered = True
         register_atexit: Any = threading._register_atexit  # type: ignore[attr-defined]
         register_atexit(_at_exit, node)
+
+
+def register_cluster(node: Node, end: Callable[[Node, float], object]) -> None:
+    """Have `end(node, patience in seconds)` called when user `atexit` hooks have run: they may still use the workers."""
+    node.end_workers = end
+    register(node)
+
+
+def end_cluster() -> None:
+    """`distpool/__init__.py` has this called by `atexit`, before it whatever was registered after the import."""
+    node = nodes.existing()
+    if node is None or node.end_workers is None or not node.is_master:
+        return
+    with contextlib.suppress(RuntimeError):  # no new threads: the zygote ends the workers when we are gone
+        node.end_workers(node, 0.2 if _interrupted() else _PATIENCE)
+
+
+def _interrupted() -> bool:
+    """Whether the program ends by an uncaught KeyboardInterrupt."""
+    return isinstance(getattr(sys, "last_value", None), KeyboardInterrupt) and not hasattr(sys, "ps1")
 
 
 def ending() -> bool:
@@ -61,7 +85,7 @@ def _at_exit(node: Node) -> None:
     node.exiting = True
     if nodes.existing() is not node:
         return
-    interrupted = isinstance(getattr(sys, "last_value", None), KeyboardInterrupt) and not hasattr(sys, "ps1")
+    interrupted = _interrupted()
     deadline = time.monotonic() + 0.5
     for crew in list(node.crews):
         if not crew.ends_at_exit:

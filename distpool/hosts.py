@@ -1,14 +1,17 @@
-"""What `hosts=` may be: turned into a manager (layer 9)."""
+"""What `hosts=` and the first argument of `addprocs` may be: turned into a manager (layer 9)."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from distpool.managers.base import ClusterManager
 from distpool.managers.local import LocalManager
+from distpool.managers.specs import load_machine_file
 
 
 @dataclasses.dataclass
@@ -27,6 +30,36 @@ def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0)) or 1
     return os.cpu_count() or 1
+
+
+def manager_for(machines: Any, options: dict[str, Any]) -> ClusterManager:
+    """The manager of `addprocs`. TypeError, ValueError: that is nothing to start workers on."""
+    if isinstance(machines, ClusterManager):
+        return machines
+    if machines is None:
+        machines = usable_cpus()
+    if isinstance(machines, int):
+        return LocalManager(machines, options.get("restrict", True))
+    if isinstance(machines, Path):
+        return ssh_manager(load_machine_file(machines))
+    if isinstance(machines, Iterable) and not isinstance(machines, str | bytes):
+        return ssh_manager(list(machines))
+    raise TypeError(
+        f"addprocs takes an int, a list of machine specs, the Path of a machine file or a ClusterManager, not {machines!r}"
+    )
+
+
+def ssh_manager(machines: list[Any]) -> ClusterManager:
+    """The manager for these machines; it needs paramiko, so it is loaded only here."""
+    name = "distpool.managers.ssh"
+    try:
+        found = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ValueError("machines can be reached only through distpool.managers.ssh, which is not installed") from None
+    manager: ClusterManager = found.SSHManager(machines)
+    return manager
 
 
 def plan_for(hosts: Any, max_workers: int | None, options: dict[str, Any]) -> Plan:
@@ -53,9 +86,7 @@ def plan_for(hosts: Any, max_workers: int | None, options: dict[str, Any]) -> Pl
         return Plan(manager.n, lambda n: LocalManager(n, manager.restrict), options)
     if isinstance(hosts, float):
         raise TypeError(f"max_workers must be an int, not {type(hosts).__name__}")
-    raise TypeError(
-        f"hosts={hosts!r}: this version starts local workers only (int, None, local://N, LocalManager)"
-    )
+    raise TypeError(f"hosts={hosts!r}: this version starts local workers only (int, None, local://N, LocalManager)")
 
 
 def check_count(count: Any) -> None:

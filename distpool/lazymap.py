@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from distpool.mapruns import MapRun
 from distpool.refs.refs import open_outcome
 from distpool.scheduling import Scheduler
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
-from distpool.work import MapRun
 
 _QUICK = 0.001  # seconds of taking elements before results are looked at again
 

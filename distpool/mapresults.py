@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from distpool.lazymap import open_entry
+from distpool.mapruns import MapRun
 from distpool.refs.refs import Future
-from distpool.work import MapRun
 
 
 def fed_results(run: MapRun, deadline: float | None, chunked: bool) -> Iterator[Any]:

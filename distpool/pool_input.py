@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from distpool.work import SCALARS, MapRun
+from distpool.mapruns import SCALARS, MapRun
 
 if TYPE_CHECKING:
     from distpool.executor import ClusterExecutor

@@ -18,12 +18,13 @@ from typing import Any
 
 from distpool.crew import Crew
 from distpool.executor import LOOK_AHEAD
+from distpool.mapruns import MapRun
 from distpool.pool_callbacks import Callbacks
 from distpool.pool_input import PLAIN, Feed, Inputs
 from distpool.pool_results import IMapIterator, IMapUnorderedIterator, MapResult
 from distpool.pool_runs import PolicyRun, chained, star_arguments
 from distpool.progress import Progress, make_progress
-from distpool.work import MapRun, Policy
+from distpool.work import Policy
 
 
 class PoolMaps(stdlib.Pool):

@@ -18,12 +18,12 @@ import threading
 import time
 from typing import Any, Self
 
+from distpool.mapruns import MapRun
 from distpool.pool_callbacks import Callbacks, PoolTerminated, open_entry, park_at_exit
 from distpool.pool_input import Feed
 from distpool.progress import Progress
 from distpool.refs.refs import Future
 from distpool.wire import codec
-from distpool.work import MapRun
 
 log = logging.getLogger("distpool.pool")
 

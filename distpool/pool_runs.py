@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from distpool.mapruns import MapRun
 from distpool.progress import Progress
 from distpool.refs.refs import FINISHED, RAISED_HERE, Future, Outcome
 from distpool.scheduling import Scheduler
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import CHUNK, CHUNK_OF_SCALARS, ONE, ONE_FRESH
-from distpool.work import Call, MapRun, Policy
+from distpool.work import Call, Policy
 
 
 class _Place(Future[Any]):

@@ -25,6 +25,7 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 from distpool.errors import DistpoolError
+from distpool.mapruns import MapRun
 from distpool.node.node import Node, existing
 from distpool.recalls import Recalls
 from distpool.refs.refs import RAISED_HERE, Outcome
@@ -32,7 +33,7 @@ from distpool.retries import Retries
 from distpool.slots import Slot
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
-from distpool.work import Call, MapRun
+from distpool.work import Call
 
 log = logging.getLogger("distpool.scheduling")
 

@@ -16,12 +16,13 @@ from distpool.crew import Crew
 from distpool.errors import SerializationError
 from distpool.lazymap import LazyMap
 from distpool.mapresults import check_map, fed_results, map_by_futures, unordered_futures
+from distpool.mapruns import MapRun
 from distpool.progress import make_progress
 from distpool.refs.refs import RAISED_HERE, Future, Outcome
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import CALL, ONE, ONE_FRESH
-from distpool.work import Call, MapRun, Policy, with_references
+from distpool.work import Call, Policy, with_references
 
 _new_future: Any = object.__new__  # `Future()` would cost a Python call more
 #: Elements that lazy maps take ahead, per worker.

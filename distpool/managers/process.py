@@ -92,6 +92,8 @@ class LaunchedProcess:
     Example: `process.add_exit_callback(lambda code: print("ended with", code))`
     """
 
+    is_worker = True  # and not something that started it
+
     def __init__(
         self,
         ospid: int,
@@ -152,6 +154,9 @@ class LaunchedProcess:
                 callback(exitcode)
             except Exception:
                 log.exception("an exit callback of process %d failed", self.ospid)
+
+    def release(self) -> None:
+        """Its member is gone. Nothing to do: nobody else uses this process."""
 
     def forget(self) -> None:
         """In a forked child of the master, where no lock may be taken: only close what was inherited."""

@@ -10,6 +10,7 @@ then blocks, and memory stays bounded.
 from __future__ import annotations
 
 import collections
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from typing import Any
 from distpool import config
 from distpool.node.threads import SerialQueue
 from distpool.transport.ioloop import IoLoop
+
+log = logging.getLogger("distpool.output")
 
 _CHUNK = 65536
 _HIGH_WATER = 4 << 20  # bytes read and not yet written by the notices thread
@@ -37,7 +40,11 @@ class OutputReader:
         notices: SerialQueue,
         hook: Callable[[], OutputHook | None],
         early: bytes = b"",
+        on_line: Callable[[str], bool] | None = None,
     ) -> None:
+        # While set: gets each line; whether it is what was waited for (the header). Until then nothing is printed,
+        # because what a login prints is not the worker's; the last lines are kept, since they explain a failure.
+        self.on_line = on_line
         self.tail: collections.deque[str] = collections.deque(maxlen=config.OUTPUT_LINES)
         self.ended = False
         self.on_end: Callable[[], object] | None = None
@@ -52,7 +59,8 @@ class OutputReader:
         os.set_blocking(descriptor, False)
         if early:
             self._take(early)
-        loop.register(descriptor, self._on_readable)
+        if not self.ended:
+            loop.register(descriptor, self._on_readable)
 
     def _on_readable(self) -> None:
         try:
@@ -76,26 +84,40 @@ class OutputReader:
 
     def _hand_over(self, lines: list[bytes]) -> None:
         texts = [line.decode("utf-8", "replace") for line in lines]
-        self.tail.extend(texts)
         size = sum(map(len, lines)) + len(lines)
+        if self.on_line is not None:
+            texts = self._search(texts)
+        self.tail.extend(texts)
         self._waiting += size
         self._notices.put(lambda: self._print(texts, size))
         if self._waiting > _HIGH_WATER and not self._paused and not self.ended:
             self._paused = True
             self._loop.unregister(self._descriptor)
 
+    def _search(self, texts: list[str]) -> list[str]:
+        """Show lines to `on_line` until it has found its own; the lines behind that one are the worker's."""
+        for index, text in enumerate(texts):
+            if self.on_line is None:  # nobody waits any more
+                return texts[index:]
+            if self.on_line(text):
+                self.on_line = None
+                return texts[index + 1 :]
+            self.tail.append(text)
+        return []
+
+    def _line(self, hook: OutputHook | None, text: str) -> str:
+        """What is printed for one line."""
+        if hook is not None:
+            try:
+                line = hook(self._pid, text)
+                return "" if line is None else line if line.endswith("\n") else line + "\n"
+            except Exception:
+                log.exception("the output hook failed on a line of worker %d", self._pid)
+        return text + "\n" if text.startswith("      From worker ") else f"      From worker {self._pid}:\t{text}\n"
+
     def _print(self, texts: list[str], size: int) -> None:
         hook = self._hook()
-        prefix = f"      From worker {self._pid}:\t"
-        pieces: list[str] = []
-        for text in texts:
-            line: str | None = text
-            if hook is not None:
-                line = hook(self._pid, text)
-                if line is not None:
-                    pieces.append(line if line.endswith("\n") else line + "\n")
-            else:
-                pieces.append(text + "\n" if text.startswith("      From worker ") else f"{prefix}{text}\n")
+        pieces = [self._line(hook, text) for text in texts]
         stream: Any = sys.stdout
         try:
             if stream is not None and pieces:

@@ -49,6 +49,10 @@ class Requests:
         waiting.answer(status, data, buffers)
         return True
 
+    def pending(self) -> list[int]:
+        """For each request that waits: whom for."""
+        return [waiting.pid for waiting in list(self._waiting.values())]
+
     def forget(self, number: int) -> bool:
         """The caller has given up; False if the answer was first."""
         return self._waiting.pop(number, None) is not None

@@ -123,7 +123,8 @@ class IoLoop:
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
         self._woken = False
-        self.register(self._wake_reader, self._drain_wakes)
+        self._handlers[self._wake_reader.fileno()] = lambda events: self._drain_wakes()
+        self._poller.add(self._wake_reader.fileno())
 
     # -- registration ------------------------------------------------------------------------------------------
 
@@ -132,17 +133,25 @@ class IoLoop:
         descriptor = source if isinstance(source, int) else source.fileno()
         self._handlers[descriptor] = lambda events: on_readable()
         self._poller.add(descriptor)
+        self._changed()
 
     def register_link(self, source: Any, handler: Callable[[int], None]) -> None:
         """As `register`, but the handler gets 1 for readable, 2 for writable, 3 for both."""
         descriptor = source.fileno()
         self._handlers[descriptor] = handler
         self._poller.add(descriptor)
+        self._changed()
 
     def want_write(self, source: Any, wanted: bool) -> None:
         """Report also when `source` can be written (or no longer)."""
         with contextlib.suppress(OSError, ValueError, KeyError):
             self._poller.modify(source.fileno(), wanted)
+        self._changed()
+
+    def _changed(self) -> None:
+        """A poll that is under way sees the change with epoll, but not with select."""
+        if type(self._poller) is not _Epoll and not self.leads:
+            self.wake()
 
     def unregister(self, source: Any) -> None:
         """Forget `source`; call it before closing it. Unknown sources are ignored."""

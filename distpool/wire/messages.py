@@ -103,6 +103,7 @@ class Join(Message):
     segments: str  # directory for segments where memory files do not exist, "" for none
     topology: str = "all_to_all"
     name: str = ""
+    lazy: bool = True
 
 
 @dataclasses.dataclass(slots=True)
@@ -295,6 +296,49 @@ class Traced(Message):
 
 
 @dataclasses.dataclass(slots=True)
+class Connect(Message):
+    """Master -> worker: make your links to these processes now (they are not lazy)."""
+
+    kind: ClassVar[Kind] = Kind.CONNECT
+    pids: list[int]
+
+
+@dataclasses.dataclass(slots=True)
+class Connected(Message):
+    """Worker -> master: each of them has been tried; what went wrong as `[pid, text]`."""
+
+    kind: ClassVar[Kind] = Kind.CONNECTED
+    problems: list[list[Any]]
+
+
+@dataclasses.dataclass(slots=True)
+class Launch(Message):
+    """Master -> worker: start `count` more workers on your host ("auto": one per CPU, yourself included)."""
+
+    kind: ClassVar[Kind] = Kind.LAUNCH
+    count: int | str
+    command: list[str]  # [] for the interpreter that you run on
+    timeout: float
+
+
+@dataclasses.dataclass(slots=True)
+class Launched(Message):
+    """Worker -> master: where those that came up listen (`[number, host, port]`), and why others did not."""
+
+    kind: ClassVar[Kind] = Kind.LAUNCHED
+    workers: list[list[Any]]
+    problems: list[list[str]]  # reason, last output
+
+
+@dataclasses.dataclass(slots=True)
+class Named(Message):
+    """Master -> worker: the pids of those that you started (`[number, pid]`), for the prefix of their output."""
+
+    kind: ClassVar[Kind] = Kind.NAMED
+    pids: list[list[int]]
+
+
+@dataclasses.dataclass(slots=True)
 class Peer(Message):
     """Dialler -> listener, after authentication: which worker I am."""
 
@@ -431,6 +475,7 @@ MESSAGES: dict[int, type[Message]] = {
     for cls in (
         Join, Joined, Function, Forget, Recall, Recalled, Initialize, Initialized, Shutdown,
         SegmentsFree, Blocked, Submit, Outcome, Cancel, Cancelled, Interrupt,
+        Connect, Connected, Launch, Launched, Named,
         Peer, Where, Address, Dial, Dead, Relay, Request, Reply, Notice, Clients, Reference, ChannelOp, CancelRequest,
         Stacks, StacksAre, Usage, UsageIs, Trace, Traced,
     )

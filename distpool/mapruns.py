@@ -1,0 +1,363 @@
+"""Maps whose elements are cut into spans when a worker has room (layer 7).
+
+    consumer's thread: feed()/feed_chunk() -> blocks;  dispatch: take() -> entries for one frame;  results by index
+
+User objects are serialised in the thread that feeds, never at dispatch, which may run on the leader. Exact scalars
+(`SCALARS`) are the exception: pickling them runs no user code, so a whole span of them goes into one pickle, cut as
+long as the measured time per call allows.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pickle import dumps
+from typing import TYPE_CHECKING, Any
+
+from distpool.refs.refs import RAISED_HERE, Outcome
+from distpool.wire import codec
+from distpool.wire.functions import EncodedFunction
+from distpool.wire.messages import CALL, CHUNK, CHUNK_OF_SCALARS, ONE, SPAN, SPAN_OF_SCALARS
+from distpool.work import release_all, with_references
+
+if TYPE_CHECKING:
+    from distpool.scheduling import Scheduler
+
+SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
+_BLOCK = 4096  # scalar elements that are kept together
+_SHORT = 0.002  # seconds: longer calls never travel together in one record
+
+
+class Element:
+    """One element of a map that travels as a record of its own."""
+
+    __slots__ = ("buffers", "function", "index", "record", "run", "timing")
+
+    elements = 1
+    done, stop = 0, 1
+    policy = None
+
+    def __init__(self, run: MapRun, index: int, record: bytes, buffers: list[Any]) -> None:
+        self.run = run
+        self.function = run.function
+        self.timing = run.timing
+        self.index = index
+        self.record = record
+        self.buffers = buffers
+
+    def settle(self, index: int, outcome: Outcome) -> Any:
+        if self.buffers:
+            release_all(self.buffers)
+        self.run.settle(self.index, outcome)
+        return None
+
+    def put_back(self, first: int, count: int, queue: collections.deque[Any]) -> None:
+        self.run.put_back(_Records(self.index, [(self.record, self.buffers)]), queue)
+
+
+class Span:
+    """Consecutive scalar elements of a map that travel in one record."""
+
+    __slots__ = ("done", "elements", "function", "index", "items", "run", "stop", "timing")
+
+    buffers = ()
+    policy = None
+
+    def __init__(self, run: MapRun, index: int, items: list[Any]) -> None:
+        self.run = run
+        self.function = run.function
+        self.timing = run.timing
+        self.index = index
+        self.items = items
+        self.elements = self.stop = len(items)
+        self.done = 0  # elements answered; they are answered in order
+
+    @property
+    def record(self) -> bytes:
+        payload = dumps(self.items, 5)
+        flags = self.run.span_flags
+        return CALL.pack(self.function.number, len(self.items), len(payload), 0, flags) + payload
+
+    def settle(self, index: int, outcome: Outcome) -> Any:
+        self.run.settle(self.index + index, outcome)
+        return None
+
+    def put_back(self, first: int, count: int, queue: collections.deque[Any]) -> None:
+        """Elements `first` to `first + count` have not started."""
+        self.run.put_back(_Scalars(self.index + first, self.items[first : first + count]), queue)
+
+
+class _Scalars:
+    """Fed elements that are exact scalars (or tuples of them, one per iterable)."""
+
+    __slots__ = ("index", "items")
+
+    def __init__(self, index: int, items: list[Any]) -> None:
+        self.index = index
+        self.items = items
+
+    def take(self, run: MapRun, count: int) -> list[Any]:
+        part, self.items = self.items[:count], self.items[count:]
+        start = self.index
+        self.index += len(part)
+        if run.batch == 1 and not 0.0 <= run.timing.mean <= _SHORT:
+            # They may take long: each one can be recalled while the one before it runs.
+            return [Span(run, start + offset, [item]) for offset, item in enumerate(part)]
+        return [Span(run, start, part)]
+
+
+class _Records:
+    """Fed elements that were serialised one by one: pairs (record, buffers)."""
+
+    __slots__ = ("index", "items")
+
+    def __init__(self, index: int, items: list[Any]) -> None:
+        self.index = index
+        self.items = items
+
+    def take(self, run: MapRun, count: int) -> list[Any]:
+        part, self.items = self.items[:count], self.items[count:]
+        entries = [Element(run, self.index + offset, *item) for offset, item in enumerate(part)]
+        self.index += len(part)
+        return entries
+
+
+class Timing:
+    """Measured seconds per element, like the `mean` of a function; -1.0: not known yet."""
+
+    __slots__ = ("mean",)
+
+    def __init__(self) -> None:
+        self.mean = -1.0
+
+
+class MapRun:
+    """One running map: elements in, outcomes by index out.
+
+    A user's thread calls `feed`, `wait_for`, `next_ready`, `close`; the scheduler `take`, `put_back`, `settle`.
+    `results` maps index -> Outcome, or the bare pickle (bytes) of a plain value. Its operations are atomic.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        function: EncodedFunction,
+        *,
+        single: bool,
+        ordered: bool = True,
+        chunked: bool = False,
+    ) -> None:
+        self.scheduler = scheduler
+        self.function = function
+        self.span_flags = SPAN_OF_SCALARS if single else SPAN
+        self.single = single
+        #: Whose `mean` tells the seconds per element: chunks take longer than calls of the same function.
+        self.timing: Any = Timing() if chunked else function
+        self.batch = 1  # elements that are sent to the same worker together, at least
+        self.fed = 0  # elements taken from the input
+        self.fed_bytes = 0  # size of those that were serialised when they were fed
+        self.settled = 0
+        self.results: dict[int, Any] = {}
+        self.ready: collections.deque[int] | None = None if ordered else collections.deque()
+        self.on_settled: Callable[[int], object] | None = None  # leader: called with each index
+        self.closed = False
+        self.queued = False  # in the scheduler's queue
+        self._blocks: collections.deque[Any] = collections.deque()  # protected by the scheduler's lock, except append
+        self._urgent: collections.deque[Any] = collections.deque()  # the same; elements fed again: they go first
+        # Several counters, because an increment is not atomic: each has one writer at a time.
+        self._offered = 0  # elements put into `_blocks` from outside; the feeding thread
+        self._again = 0  # elements fed again; the feeding thread
+        self._taken = 0  # elements that left `_blocks`, less those put back; under the scheduler's lock
+        self._sleepers: list[Any] = []
+
+    # -- feeding (user's thread) -------------------------------------------------------------------------------
+
+    def feed(self, arguments: list[Any]) -> None:
+        """Add elements: bare arguments for one iterable (`single`), else tuples. Serialises them here and now."""
+        if not arguments:
+            return
+        if _all_scalars(arguments, self.single):
+            size = -(-_BLOCK // self.batch) * self.batch
+            for start in range(0, len(arguments), size):  # taking spans off a block copies the rest of it
+                part = arguments[start : start + size]
+                self._append(_Scalars(self.fed, part), len(part))
+            return
+        records: list[Any] = []
+        for argument in arguments:
+            args = (argument,) if self.single else argument
+            seen: list[Any] = []
+            records.append(self._record(partial(codec.encode_args, args, {}, None, seen), ONE, seen))
+        self._append_records(records)
+
+    def feed_again(self, index: int, argument: Any) -> None:
+        """Run element `index` once more (it has ended, and its entry in `results` was taken out)."""
+        self._again += 1
+        block: Any
+        if _all_scalars([argument], self.single):
+            block = _Scalars(index, [argument])
+        else:
+            args = (argument,) if self.single else argument
+            seen: list[Any] = []
+            record = self._record(lambda: codec.encode_args(args, {}, None, seen), ONE, seen)
+            if isinstance(record, Exception):
+                self.settle(index, Outcome(RAISED_HERE, record, (), 1))
+                return
+            block = _Records(index, [record])
+        self._urgent.append(block)
+        self._offered += 1
+        self.scheduler.enqueue(self)
+
+    def feed_chunk(self, chunk: list[Any]) -> None:
+        """Add one element that stands for a whole chunk: it succeeds or fails as one, its value is a list."""
+        flags = CHUNK_OF_SCALARS if self.single else CHUNK
+        if _all_scalars(chunk, self.single):
+            self._append_records([self._record(lambda: (dumps(chunk, 5), ()), flags)])
+        else:
+            seen: list[Any] = []
+            self._append_records([self._record(lambda: codec.encode(chunk, None, seen), flags, seen)])
+
+    def _record(self, encode: Callable[[], tuple[bytes, Any]], flags: int, seen: list[Any] | None = None) -> Any:
+        """`(record, buffers)`, or the exception: it is that element's outcome."""
+        try:
+            data, buffers = encode()
+            staged = self.scheduler.stage(buffers) if buffers else []
+        except Exception as error:
+            return error
+        self.fed_bytes += len(data) + sum(memoryview(buffer).nbytes for buffer in buffers)
+        record = CALL.pack(self.function.number, 1, len(data), len(staged), flags) + data
+        return record, with_references(staged, seen) if seen else staged
+
+    def _append_records(self, records: list[Any]) -> None:
+        start = self.fed
+        good: list[Any] = []
+        for record in records:
+            if isinstance(record, Exception):
+                if good:
+                    self._append(_Records(start, good), len(good))
+                    good = []
+                self.fed += 1
+                self.settle(self.fed - 1, Outcome(RAISED_HERE, record, (), 1))
+                start = self.fed
+            else:
+                good.append(record)
+        if good:
+            self._append(_Records(start, good), len(good))
+
+    def _append(self, block: Any, count: int) -> None:
+        self.fed += count
+        self._blocks.append(block)
+        self._offered += count  # after the block is there: `take` relies on it
+        self.scheduler.enqueue(self)
+
+    # -- dispatch (scheduler's lock held) ----------------------------------------------------------------------
+
+    @property
+    def remaining(self) -> int:
+        """Elements fed and not yet sent."""
+        return self._offered - self._taken
+
+    def take(self, count: int) -> list[Any]:
+        """Up to `count` elements as entries for one frame; empty when there are none."""
+        if self.closed:
+            self._blocks.clear()
+            self._urgent.clear()
+        blocks = self._urgent or self._blocks
+        if not blocks:
+            return []
+        block = blocks[0]
+        if self.batch > 1:
+            count = max(self.batch, count - count % self.batch)
+        entries: list[Any] = block.take(self, count)
+        self._taken += sum(entry.elements for entry in entries)
+        if not block.items:
+            blocks.popleft()
+        return entries
+
+    def put_back(self, block: Any, queue: collections.deque[Any]) -> None:
+        """Elements that have not started come back: they go first."""
+        if self.closed:
+            return
+        self._blocks.appendleft(block)
+        self._taken -= len(block.items)
+        if self not in queue:
+            queue.appendleft(self)
+
+    def fail_rest(self, outcome: Outcome) -> None:
+        """Nothing of this map will be sent any more."""
+        while blocks := self._urgent or self._blocks:
+            block = blocks.popleft()
+            self._taken += len(block.items)
+            for offset in range(len(block.items)):
+                self.settle(block.index + offset, outcome)
+
+    # -- results -----------------------------------------------------------------------------------------------
+
+    def settle(self, index: int, outcome: Any) -> None:
+        """Element `index` has ended (leader; or the feeding thread, if it could not be serialised)."""
+        if self.closed:
+            return
+        self.results[index] = outcome
+        self.settled += 1
+        if self.ready is not None:
+            self.ready.append(index)
+        if self.on_settled is not None:
+            self.on_settled(index)
+        if self._sleepers:
+            self.wake()
+
+    def wake(self) -> None:
+        """Wake the consumers."""
+        for sleeper in list(self._sleepers):
+            with contextlib.suppress(RuntimeError):
+                sleeper.release()
+
+    def wait_for(self, index: int, deadline: float | None = None) -> bool:
+        """Wait until element `index` has ended; False after `deadline` (monotonic seconds)."""
+        return self.wait_until(lambda: index in self.results, deadline)
+
+    def wait_until(self, until: Callable[[], bool], deadline: float | None = None) -> bool:
+        """Wait for a condition that changes with `settle`; False after `deadline`."""
+        if until():
+            return True
+        self.scheduler.check_process()
+        loop = self.scheduler.loop
+        if loop.lead(until, deadline):
+            return until()
+        sleeper = threading.Semaphore(0)
+        self._sleepers.append(sleeper)
+        try:
+            with loop.following():
+                while not until():
+                    timeout = None if deadline is None else deadline - time.monotonic()
+                    if timeout is not None and timeout <= 0:
+                        return False
+                    sleeper.acquire(timeout=timeout)
+        finally:
+            self._sleepers.remove(sleeper)
+        return True
+
+    def close(self) -> None:
+        """Nobody wants the rest: drop what was not sent, recall what has not started."""
+        if not self.closed:
+            self.abandon()
+            self.scheduler.pump()
+
+    def abandon(self) -> None:
+        """As `close`, but safe in a finalizer: what waits is dropped when the queue is next looked at."""
+        self.closed = True
+        self.results.clear()
+        if self.settled < self.fed + self._again:
+            self.scheduler.withdraw(self)
+
+
+def _all_scalars(arguments: list[Any], single: bool) -> bool:
+    if single:
+        return SCALARS.issuperset(map(type, arguments))
+    return all(SCALARS.issuperset(map(type, argument)) for argument in arguments)
+
+
+__all__ = ["SCALARS", "Element", "MapRun", "Span", "Timing"]
