@@ -180,9 +180,15 @@ class IoLoop:
     def wake(self) -> None:
         """Make the leader come out of its poll."""
         if not self._woken:
-            self._woken = True
-            with contextlib.suppress(OSError):  # full: it will wake anyway; closed: nobody is there
+            try:
+                self._woken = True
                 self._wake_writer.send(b"\0")
+            except OSError:
+                pass  # full: it will wake anyway; closed: nobody is there
+            except BaseException:
+                # Ctrl-C in the main thread: with the flag set and no byte sent, nothing could wake the leader again.
+                self._woken = False
+                raise
 
     def _drain_wakes(self) -> None:
         # In this order: a `wake` between the two has its reason looked at in this round. The other way round, its byte
