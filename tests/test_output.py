@@ -1,0 +1,229 @@
+"""What workers print: whole lines, in order, through the user's own stdout, and bounded."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from wires import PATIENCE, until
+
+from distpool import config
+from distpool.node.output import OutputReader
+from distpool.node.threads import SerialQueue, ThreadCache
+from distpool.transport.ioloop import IoLoop
+
+PREFIX = "      From worker 7:\t"
+
+
+class Setup:
+    def __init__(self) -> None:
+        self.loop = IoLoop("output")
+        self.loop.start()
+        self.notices = SerialQueue(ThreadCache("notices"))
+        self.reading, self.writing = os.pipe()
+        self.hook: Any = None
+        self.ended = threading.Event()
+        self.open = True
+
+    def reader(self, early: bytes = b"") -> OutputReader:
+        made: list[OutputReader] = []
+        done = threading.Event()
+
+        def make() -> None:
+            made.append(OutputReader(self.loop, self.reading, 7, self.notices, lambda: self.hook, early))
+            made[0].on_end = self.ended.set
+            done.set()
+
+        self.loop.call_soon(make)
+        assert done.wait(PATIENCE)
+        return made[0]
+
+    def write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self.writing, data) :]
+
+    def end(self) -> None:
+        """The worker is gone: all it said is printed."""
+        if self.open:
+            self.open = False
+            os.close(self.writing)
+        assert self.ended.wait(PATIENCE)
+        assert self.notices.join(PATIENCE)
+
+
+@pytest.fixture
+def setup() -> Iterator[Setup]:
+    made = Setup()
+    yield made
+    if made.open:
+        os.close(made.writing)
+    made.loop.stop()
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """All that has been printed so far."""
+    so_far: list[str] = []
+
+    def look() -> str:
+        so_far.append(capsys.readouterr().out)
+        return "".join(so_far)
+
+    return look
+
+
+def test_lines_get_their_prefix(setup: Setup, printed: Callable[[], str]) -> None:
+    setup.reader()
+    setup.write(b"one\ntwo\n\nfo")
+    setup.write(b"ur\n")
+    setup.end()
+    assert printed() == "".join(f"{PREFIX}{line}\n" for line in ("one", "two", "", "four"))
+
+
+def test_a_last_line_without_an_end(setup: Setup, printed: Callable[[], str]) -> None:
+    reader = setup.reader()
+    setup.write(b"whole\nnot whole")
+    setup.end()
+    assert printed() == f"{PREFIX}whole\n{PREFIX}not whole\n"
+    assert list(reader.tail) == ["whole", "not whole"] and reader.ended
+
+
+def test_early_output(setup: Setup, printed: Callable[[], str]) -> None:
+    """What was read with the header line already."""
+    setup.reader(b"early\nbegin")
+    setup.write(b"ning\n")
+    setup.end()
+    assert printed() == f"{PREFIX}early\n{PREFIX}beginning\n"
+
+
+def test_characters_cut_in_pieces_and_bytes_that_are_none(setup: Setup, printed: Callable[[], str]) -> None:
+    setup.reader()
+    data = "grüße €\n".encode()
+    for byte in data:
+        setup.write(bytes([byte]))
+    setup.write(b"\xff\xfe\n")
+    setup.end()
+    assert printed() == f"{PREFIX}grüße €\n{PREFIX}��\n"
+
+
+def test_lines_that_have_a_prefix_already(setup: Setup, printed: Callable[[], str]) -> None:
+    """A worker's worker: its lines say whose they are."""
+    setup.reader()
+    setup.write(b"      From worker 9:\tdeep\n")
+    setup.end()
+    assert printed() == "      From worker 9:\tdeep\n"
+
+
+def test_the_tail_is_short(setup: Setup, printed: Callable[[], str]) -> None:
+    reader = setup.reader()
+    setup.write(b"".join(b"%d\n" % number for number in range(100)))
+    setup.end()
+    assert list(reader.tail) == [str(number) for number in range(100 - config.OUTPUT_LINES, 100)]
+
+
+def test_the_hook_decides(setup: Setup, printed: Callable[[], str]) -> None:
+    setup.hook = lambda pid, line: None if line == "secret" else f"[{pid}] {line}"
+    setup.reader()
+    setup.write(b"one\nsecret\ntwo\n")
+    setup.end()
+    assert printed() == "[7] one\n[7] two\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("hook"), SystemExit("hook")])
+def test_a_hook_that_raises_costs_no_later_line(setup: Setup, printed: Callable[[], str], error: BaseException) -> None:
+    def hook(pid: int, line: str) -> str:
+        if line == "bad":
+            raise error
+        return line
+
+    setup.hook = hook
+    setup.reader()
+    setup.write(b"bad\n")
+    assert setup.notices.join(PATIENCE)
+    setup.write(b"good\n")
+    setup.end()
+    assert printed().endswith("good\n")
+
+
+class Closed(io.StringIO):
+    def write(self, text: str) -> int:
+        raise ValueError("I/O operation on closed file")
+
+
+@pytest.mark.parametrize("stream", [None, Closed()], ids=["none", "closed"])
+def test_a_stdout_that_takes_nothing(setup: Setup, monkeypatch: pytest.MonkeyPatch, stream: Any) -> None:
+    monkeypatch.setattr(sys, "stdout", stream)
+    reader = setup.reader()
+    setup.write(b"lost\n" * 1000)
+    setup.end()
+    assert list(reader.tail)[-1] == "lost"
+
+
+class Slow(io.StringIO):
+    """A stdout that takes nothing until it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def write(self, text: str) -> int:
+        assert self.go.wait(PATIENCE)
+        return super().write(text)
+
+
+def test_a_slow_stdout_holds_the_worker_up_and_nothing_is_lost(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory stays bounded: the pipe is not read while too much waits."""
+    slow = Slow()
+    monkeypatch.setattr(sys, "stdout", slow)
+    setup.reader()
+    total = 24 << 20
+    written = threading.Event()
+    so_far = [0]
+
+    def write() -> None:
+        line = b"x" * 1023 + b"\n"
+        for _ in range(total // 1024):
+            setup.write(line)
+            so_far[0] += 1024
+        written.set()
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    assert not written.wait(0.5)
+    assert so_far[0] < 16 << 20
+    slow.go.set()
+    assert written.wait(PATIENCE)
+    thread.join(PATIENCE)
+    setup.end()
+    assert slow.getvalue().count("x" * 1023 + "\n") == total // 1024
+
+
+def test_a_line_without_end_is_not_held_for_ever(setup: Setup, printed: Callable[[], str]) -> None:
+    setup.reader()
+    for _ in range(9):
+        setup.write(b"y" * (1 << 20))
+    until(lambda: "y" in printed(), "a part of it is printed")
+    setup.end()
+    assert len(printed().replace(PREFIX, "").replace("\n", "")) == 9 << 20
+
+
+def test_drain_takes_what_is_there_although_somebody_holds_the_pipe(setup: Setup, printed: Callable[[], str]) -> None:
+    reader = setup.reader()
+    done = threading.Event()
+
+    def write_and_drain() -> None:
+        setup.write(b"last words\n")
+        reader.drain()
+        reader.close()
+        reader.close()
+        done.set()
+
+    setup.loop.call_soon(write_and_drain)
+    assert done.wait(PATIENCE) and setup.ended.wait(PATIENCE)
+    assert setup.notices.join(PATIENCE)
+    assert printed() == f"{PREFIX}last words\n"
