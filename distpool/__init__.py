@@ -10,8 +10,10 @@ Example:
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -39,35 +41,51 @@ _HOME = {
     "TopologyError": "errors",
     "VersionMismatchError": "errors",
     "WorkerConfig": "managers.base",
+    "addprocs": "cluster",
+    "addprocs_async": "cluster",
     "channel_from_id": "verbs",
+    "check_same_host": "members",
+    "cluster_cookie": "members",
+    "default_addprocs_params": "cluster",
     "dump_stacks": "monitor",
     "fetch": "verbs",
     "finalize": "verbs",
+    "init_worker": "standalone",
+    "interrupt": "cluster",
     "isready": "verbs",
+    "load_machine_file": "managers.specs",
+    "myid": "members",
+    "myrole": "members",
+    "nprocs": "members",
+    "nworkers": "members",
+    "on_worker_exited": "members",
+    "on_worker_started": "members",
+    "parse_machine": "managers.specs",
     "pgenerate": "mapping",
     "plot_trace": "traceplot",
     "pmap": "mapping",
+    "process_messages": "standalone",
+    "procs": "members",
     "put": "verbs",
     "remote_do": "calls",
     "remotecall": "calls",
     "remotecall_fetch": "calls",
     "remotecall_wait": "calls",
     "remoteref_id": "verbs",
+    "rmprocs": "cluster",
+    "set_output_hook": "members",
+    "start_worker": "standalone",
     "stats": "monitor",
     "take": "verbs",
     "trace": "tracing",
     "wait": "verbs",
     "worker_id_from_socket": "verbs",
+    "workers": "members",
 }
 
 if TYPE_CHECKING:
-    from distpool import debug
-    from distpool.calls import (
-        remote_do,
-        remotecall,
-        remotecall_fetch,
-        remotecall_wait,
-    )
+    from distpool.calls import remote_do, remotecall, remotecall_fetch, remotecall_wait
+    from distpool.cluster import addprocs, addprocs_async, default_addprocs_params, interrupt, rmprocs
     from distpool.errors import (
         AuthenticationError,
         CapturedException,
@@ -84,7 +102,21 @@ if TYPE_CHECKING:
     from distpool.executor import ClusterExecutor
     from distpool.managers.base import ClusterManager, WorkerConfig
     from distpool.managers.local import LocalManager
+    from distpool.managers.specs import load_machine_file, parse_machine
     from distpool.mapping import pgenerate, pmap
+    from distpool.members import (
+        check_same_host,
+        cluster_cookie,
+        myid,
+        myrole,
+        nprocs,
+        nworkers,
+        on_worker_exited,
+        on_worker_started,
+        procs,
+        set_output_hook,
+        workers,
+    )
     from distpool.monitor import dump_stacks, stats
     from distpool.pool import DistPool
     from distpool.recovery import ExponentialBackOff
@@ -92,6 +124,7 @@ if TYPE_CHECKING:
     from distpool.refs.channels import RemoteChannel
     from distpool.refs.owner import RRID
     from distpool.refs.refs import Future
+    from distpool.standalone import init_worker, process_messages, start_worker
     from distpool.traceplot import plot_trace
     from distpool.tracing import trace
     from distpool.verbs import (
@@ -129,26 +162,47 @@ __all__ = [
     "VersionMismatchError",
     "WorkerConfig",
     "__version__",
+    "addprocs",
+    "addprocs_async",
     "channel_from_id",
+    "check_same_host",
+    "cluster_cookie",
     "debug",
+    "default_addprocs_params",
     "dump_stacks",
     "fetch",
     "finalize",
+    "init_worker",
+    "interrupt",
     "isready",
+    "load_machine_file",
+    "myid",
+    "myrole",
+    "nprocs",
+    "nworkers",
+    "on_worker_exited",
+    "on_worker_started",
+    "parse_machine",
     "pgenerate",
     "plot_trace",
     "pmap",
+    "process_messages",
+    "procs",
     "put",
     "remote_do",
     "remotecall",
     "remotecall_fetch",
     "remotecall_wait",
     "remoteref_id",
+    "rmprocs",
+    "set_output_hook",
+    "start_worker",
     "stats",
     "take",
     "trace",
     "wait",
     "worker_id_from_socket",
+    "workers",
 ]
 
 logging.getLogger("distpool").addHandler(logging.NullHandler())
@@ -166,3 +220,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
+
+
+def _at_exit() -> None:
+    """Registered here and not with the first worker: `atexit` hooks of the user run before it, with the workers."""
+    exits = sys.modules.get("distpool.exits")
+    if exits is not None:
+        exits.end_cluster()
+
+
+atexit.register(_at_exit)

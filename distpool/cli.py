@@ -1,6 +1,6 @@
 """The command line: `python -m distpool worker | top` (layer 11).
 
-    worker  cookie (option or stdin) -> listening socket -> header line on stdout -> distpool.worker.run
+    worker  distpool.standalone: cookie (option or stdin) -> header line on stdout -> serve
     top     distpool.top: asks the endpoint of a running program, prints a table
 
 Runs on the main thread of a process of its own; `main` is also the entry point of the `distpool` script.
@@ -9,12 +9,8 @@ Runs on the main thread of a process of its own; `main` is also the entry point 
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 import sys
 from collections.abc import Sequence
-
-_MAX_COOKIE = 64
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,58 +102,20 @@ def _complain(text: object) -> int:
 
 
 def _worker(options: argparse.Namespace) -> int:
-    from distpool import startup
-    from distpool.managers.local import here, routable_address
+    from distpool import standalone
+    from distpool.managers.local import routable_address
 
-    cookie = options.worker if options.worker is not None else _read_line()
-    if not cookie or len(cookie) > _MAX_COOKIE or not cookie.isascii():
-        return _complain(f"the cookie (--worker=COOKIE or a line on stdin) must be 1 to {_MAX_COOKIE} ASCII characters")
+    cookie = options.worker if options.worker is not None else standalone.read_cookie()
+    try:
+        standalone.check_cookie(cookie)
+    except ValueError:
+        most = standalone.MAX_COOKIE
+        return _complain(f"the cookie (--worker=COOKIE or a line on stdin) must be 1 to {most} ASCII characters")
     host, port = options.bind_to or (routable_address(), 0)
     try:
-        listener = _listen(host, port)
+        standalone.serve(None, cookie, host, port)
     except OSError as error:
         return _complain(f"cannot listen on {host}:{port}: {error}")
-    _redirect_streams()
-    # A clean `__main__`, as every worker has it: the caller's functions must not meet this command's names there.
-    startup.prepare({"cwd": here(), "sys_path": sys.path, "own_path": False}, [])
-    name = listener.getsockname()
-    sys.stdout.flush()
-    os.write(1, f"distpool_worker:{name[1]}#{name[0]}\n".encode())  # one write: nothing can get into the line
-    startup.finish(startup.run(listener, {"cookie": cookie}))
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        if port and os.name == "posix":  # a worker that was here a moment ago must not keep its successor out
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _read_line() -> str:
-    """The first line of stdin, and not a byte of what follows."""
-    line = bytearray()
-    while not line.endswith(b"\n") and len(line) <= _MAX_COOKIE + 2:
-        byte = os.read(0, 1)
-        if not byte:
-            break
-        line += byte
-    return line.decode("utf-8", "replace").strip()
-
-
-def _redirect_streams() -> None:
-    """Nothing to read on stdin for user code; errors go where the output goes, since managers forward one stream."""
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    sys.stderr.flush()
-    os.dup2(1, 2)
 
 
 # -- top ---------------------------------------------------------------------------------------------------------

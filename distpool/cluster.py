@@ -172,9 +172,13 @@ class _Removal:
                 told.acquire(timeout=_PATIENCE)
             self._future.set_result(None)
 
+        def after() -> None:
+            for member in self._members:
+                member.notices.put(told.release)
+            self._node.deliver(settle)
+
         # Behind the `deregister` and `finalize` that their managers are told in this very moment.
-        self._node.loop.call_soon(lambda: [member.notices.put(told.release) for member in self._members])
-        self._node.deliver(settle)
+        self._node.loop.call_soon(after)
         close_launcher(self._node)
 
 

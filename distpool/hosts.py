@@ -44,9 +44,8 @@ def manager_for(machines: Any, options: dict[str, Any]) -> ClusterManager:
         return ssh_manager(load_machine_file(machines))
     if isinstance(machines, Iterable) and not isinstance(machines, str | bytes):
         return ssh_manager(list(machines))
-    raise TypeError(
-        f"addprocs takes an int, a list of machine specs, the Path of a machine file or a ClusterManager, not {machines!r}"
-    )
+    expected = "an int, a list of machine specs, the Path of a machine file or a ClusterManager"
+    raise TypeError(f"addprocs takes {expected}, not {machines!r}")
 
 
 def ssh_manager(machines: list[Any]) -> ClusterManager:

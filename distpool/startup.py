@@ -243,8 +243,10 @@ def run(listener: socket.socket, settings: dict[str, Any]) -> int:
     return int(result or 0)
 
 
-def finish(code: int) -> NoReturn:
+def finish(code: int, main: bool = True) -> NoReturn:
     """End this worker as an interpreter ends: threads, atexit hooks, buffers; but surely, within `EXIT_SECONDS`.
+
+    `main=False`: this is not the main thread, so other threads (the main one among them) are not waited for.
 
     The interpreter's own end is not used: it would tear down the modules, which costs 10 ms and can hang in C
     extensions, and a forked child would run through the zygote's frames.
@@ -257,7 +259,8 @@ def finish(code: int) -> NoReturn:
 
     try:
         threading.Thread(target=give_up, name="distpool-exit", daemon=True).start()
-        threading._shutdown()  # type: ignore[attr-defined]
+        if main:
+            threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     except BaseException:
         traceback.print_exc()

@@ -1,11 +1,14 @@
 """What a launched process runs (layer 11).
 
-    run(listener, settings)
-      leader: accept -> Handshake (acceptor) -> JOIN -> JOINED -> TaskRunner gets the frames
-      main thread: TaskRunner.run() until SHUTDOWN or until the master is gone
+    run(listener, settings)     launched by distpool: tasks on the main thread
+    Worker.run_beside()         custom transports (`init_worker`): the main thread is the user's, tasks run beside it
+      leader: accept, or process_messages -> Handshake (acceptor) -> JOIN -> JOINED -> TaskRunner gets the frames
+      task thread: TaskRunner.run() until SHUTDOWN or until the master is gone
 
 A worker that loses its master ends at once, also while a call runs: nobody is left to take the result. SIGINT is ours:
 it raises KeyboardInterrupt only while user code runs on the main thread (`TaskRunner.interruptible`).
+
+Whoever connects and does not prove within seconds that he knows the cookie is cut off; so is the oldest of too many.
 """
 
 from __future__ import annotations
@@ -20,47 +23,79 @@ import threading
 from typing import Any
 
 from distpool import config
+from distpool.errors import ProtocolError
 from distpool.node import node as nodes
 from distpool.node.observe import Observer
 from distpool.node.tasks import TaskRunner
+from distpool.siblings import Siblings
+from distpool.startup import finish
 from distpool.transport.journal import Journal
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
+from distpool.transport.stream import Adopted, Stream
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.protocol import Handshake, Role
 
 _LOST_MASTER = 1  # exit status
+_STRANGERS = 64  # connections at a time that have not authenticated themselves
+_PROOF_SECONDS = 10.0  # that they have for it
+_PRESS = 0.25  # seconds between two interrupts of a call that must end
 
 
 class Worker:
-    """This worker process: its listener, the link to the master, and the task loop."""
+    """This worker process: its listener (if any), the link to the master, and the task loop."""
 
-    def __init__(self, listener: socket.socket, settings: dict[str, Any]) -> None:
-        self.node = nodes.become_worker(settings["cookie"])
+    def __init__(self, cookie: str, listener: socket.socket | None = None, manager: Any = None) -> None:
+        self.node = nodes.become_worker(cookie)
+        self.node.worker = self
+        self.node.manager = manager
         self.loop = self.node.loop
         self.runner: TaskRunner | None = None
         self.observer: Observer | None = None
         self._listener = listener
         self._joined = threading.Event()
         self._segments: Segments | None = None
-        listener.setblocking(False)
-        self.loop.register(listener, self._on_accept)
+        self._strangers: dict[Link, Any] = {}  # links that are not authenticated, and their timers; leader
+        self._replies: set[Link] = set()  # links of custom transports: who dialled wants to hear our pid; leader
+        if listener is not None:
+            listener.setblocking(False)
+            self.loop.register(listener, self._on_accept)
 
     def run(self) -> int:
-        """Serve until the master says goodbye; returns the exit status."""
+        """Serve on this, the main, thread until the master says goodbye; returns the exit status."""
         timeout = config.worker_timeout()
         deadline = self.loop.call_later(timeout, lambda: self._give_up(timeout))
         signal.signal(signal.SIGINT, self._on_sigint)
         self.loop.lead(self._joined.is_set)
         deadline.cancel()
+        self.loop.start()
+        return self._serve()
+
+    def run_beside(self) -> None:
+        """Serve on a thread beside the main one, which is the user's; returns at once. The process ends itself."""
+        timeout = config.worker_timeout()
+        deadline = self.loop.call_later(timeout, lambda: self._give_up(timeout))
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._on_sigint)
+        self.loop.start()
+
+        def work() -> None:
+            with self.loop.following():
+                self._joined.wait()
+            deadline.cancel()
+            finish(self._serve(), main=False)
+
+        # Not a daemon: when the main thread is through with its own work, the interpreter waits for this one.
+        threading.Thread(target=work, name="distpool-tasks").start()
+
+    def _serve(self) -> int:
         assert self.runner is not None
         self.loop.on_tick = self.runner.tick
-        self.loop.start()
         code = self.runner.run()
         if self.observer is not None:
             self.observer.stop()
-            self.runner.link.drain(timeout)
+            self.runner.link.drain(config.worker_timeout())
         return code
 
     def _on_sigint(self, signum: int, frame: Any) -> None:
@@ -69,26 +104,90 @@ class Worker:
             raise KeyboardInterrupt
 
     def _give_up(self, timeout: float) -> None:
-        print(f"Master process (id 1) could not connect within {timeout} seconds.", flush=True)
-        os._exit(_LOST_MASTER)
+        if not self._joined.is_set():
+            print(f"Master process (id 1) could not connect within {timeout} seconds.", flush=True)
+            os._exit(_LOST_MASTER)
 
-    # -- leader ------------------------------------------------------------------------------------------------
+    # -- interrupts (leader) -----------------------------------------------------------------------------------
+
+    def interrupt(self) -> None:
+        """KeyboardInterrupt in every call that runs here."""
+        if self.runner is None:
+            return
+        self.runner.interrupt_others()
+        for hook in self.node.on_interrupt:
+            hook()
+        if self.runner.interruptible:
+            if hasattr(signal, "pthread_kill"):  # to the main thread itself, so that its system call ends
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            else:
+                signal.raise_signal(signal.SIGINT)
+
+    def _on_shutdown(self, link: Link, frame: Frame) -> None:
+        assert self.runner is not None
+        if messages.Shutdown.unpack(frame.control).reason == "now":
+            self.runner.drop_waiting()
+            self.runner.on_shutdown(frame)
+            self._press()
+        else:
+            self.runner.on_shutdown(frame)
+
+    def _press(self) -> None:
+        """Until this process ends: a call may begin in the moment of the first interrupt, or swallow it."""
+        self.interrupt()
+        self.loop.call_later(_PRESS, self._press)
+
+    # -- connections (leader) ----------------------------------------------------------------------------------
 
     def _on_accept(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        assert self._listener is not None
+        try:
             sock, _ = self._listener.accept()
-            handshake = Handshake(Role.ACCEPTOR, self.node.cookie)
-            Link(self.loop, sock, handshake, self._on_ready, self._on_frame, self._on_closed).open()
+        except OSError:  # gone again, or no descriptor left: the next one may have more luck
+            return
+        self.take(sock, Role.ACCEPTOR)
+
+    def take(self, stream: Stream, role: Role, adopted: Adopted | None = None) -> None:
+        """Talk to whoever is at the other end of this stream."""
+
+        def closed(link: Link, reason: BaseException | None) -> None:
+            if adopted is not None:
+                adopted.end()
+            self._forget_stranger(link)
+            self._replies.discard(link)
+            self._on_closed(link, reason)
+
+        link = Link(self.loop, stream, Handshake(role, self.node.cookie), self._on_ready, self._on_frame, closed)
+        if len(self._strangers) >= _STRANGERS:
+            next(iter(self._strangers)).close(ProtocolError("too many unknown connections"))
+        self._strangers[link] = self.loop.call_later(_PROOF_SECONDS, lambda: self._too_late(link))
+        if adopted is not None:
+            self._replies.add(link)
+            adopted.watch(self.loop, lambda: link.close(None))
+        link.open()
+
+    def _too_late(self, link: Link) -> None:
+        error = ProtocolError(f"no proof of the cookie within {_PROOF_SECONDS:g} seconds") if link.bytes_in else None
+        link.close(error)
+
+    def _forget_stranger(self, link: Link) -> None:
+        timer = self._strangers.pop(link, None)
+        if timer is not None:
+            timer.cancel()
 
     def _on_ready(self, link: Link) -> None:
-        pass  # the connector speaks first
+        """Authenticated. The connector speaks first: that is the other side, unless a transport of ours dialled."""
+        self._forget_stranger(link)
+        if link.handshake.role is Role.CONNECTOR:
+            self._replies.discard(link)
+            link.send(Kind.PEER, messages.Peer(self.node.pid, False).pack())
 
     def _on_closed(self, link: Link, reason: BaseException | None) -> None:
         if link is not self.node.master_link:
             if self.node.peers.on_closed(link, reason):
                 return
             if reason is not None:
-                print(reason, file=sys.stderr, flush=True)
+                self._complain(str(reason))
             return
         if self._segments is not None:
             self._segments.close()
@@ -96,18 +195,29 @@ class Worker:
             sys.stdout.flush()
         os._exit(_LOST_MASTER)
 
+    def _complain(self, text: str) -> None:
+        """On a library thread: stderr may be a pipe that is full at the moment."""
+        head = "Invalid connection credentials"
+        line = text if text.startswith(head) else f"{head}: {text}"
+        self.node.deliver(lambda: print(line, file=sys.stderr, flush=True))
+
     def _on_frame(self, link: Link, frame: Frame) -> None:
         if self.runner is None or link is not self.node.master_link:
             if frame.kind == Kind.JOIN and self.runner is None:
+                self._replies.discard(link)
                 self._join(link, messages.Join.unpack(frame.control))
             elif self.runner is not None:
                 self.node.peers.on_frame(link, frame)
+                if frame.kind == Kind.PEER and link in self._replies:
+                    self._replies.discard(link)
+                    link.send(Kind.PEER, messages.Peer(self.node.pid, False).pack())
             return
         self.node.dispatch(link, frame)
 
     def _join(self, link: Link, join: messages.Join) -> None:
         node = self.node
         node.pid = join.pid
+        node.topology, node.lazy = join.topology, join.lazy
         node.master_link = link
         node.set_authkey(bytes.fromhex(join.authkey))
         shares = False
@@ -132,18 +242,37 @@ class Worker:
                 Kind.FORGET: lambda _, frame: runner.on_forget(frame),
                 Kind.INITIALIZE: lambda _, frame: runner.on_initialize(frame),
                 Kind.RECALL: lambda _, frame: runner.on_recall(frame),
-                Kind.SHUTDOWN: lambda _, frame: runner.on_shutdown(frame),
-                Kind.INTERRUPT: lambda _, frame: os.kill(os.getpid(), signal.SIGINT),
+                Kind.SHUTDOWN: self._on_shutdown,
+                Kind.INTERRUPT: lambda _, frame: self.interrupt(),
+                Kind.CONNECT: self._on_connect,
                 Kind.SEGMENTS_FREE: lambda _, frame: segments.on_free(
                     messages.SegmentsFree.unpack(frame.control).segments
                 ),
             }
         )
+        Siblings(node, link)
         answer = messages.Joined(nodes.versions(), os.getpid(), platform.node(), shares)
         link.send(Kind.JOINED, answer.pack())
         self._joined.set()
 
+    def _on_connect(self, link: Link, frame: Frame) -> None:
+        """Links that are not lazy."""
+        pids = messages.Connect.unpack(frame.control).pids
+
+        def work() -> None:
+            problems: list[list[Any]] = []
+            for pid in pids:
+                try:
+                    self.node.peers.ensure(pid)
+                except Exception as error:
+                    problems.append([pid, str(error)])
+            link.send(Kind.CONNECTED, messages.Connected(problems).pack())
+
+        if pids:
+            self.node.references()  # loads the layers that know how links are made
+        self.node.deliver(work)
+
 
 def run(listener: socket.socket, settings: dict[str, Any]) -> int:
     """Serve the master that connects to `listener` and knows `settings["cookie"]`; returns the exit status."""
-    return Worker(listener, settings).run()
+    return Worker(settings["cookie"], listener).run()

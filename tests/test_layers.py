@@ -53,7 +53,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("pool", "pool_maps", "pool_runs", "pool_results", "pool_callbacks", "pool_input"),
         *("monitor", "top", "tracing", "traceplot"),
     ),
-    11: ("startup", "zygote", "worker", "cli", "__main__", "__init__"),
+    11: ("startup", "zygote", "worker", "standalone", "siblings", "cli", "__main__", "__init__"),
 }
 """Layer -> its modules, lowest first. A new module is added here, in the layer of the job that it does."""
 
@@ -174,7 +174,11 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("pool_results", "pool_input"),
         ("top", "monitor"),
         ("zygote", "startup"),
-        ("cli", "startup"),
+        ("standalone", "startup"),
+        ("standalone", "worker"),
+        ("worker", "siblings"),
+        ("worker", "startup"),
+        ("cli", "standalone"),
         ("__main__", "cli"),
     }
 )

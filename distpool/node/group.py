@@ -151,8 +151,7 @@ class Group:
                 self.topology, self.lazy = topology, lazy
             elif topology != self.topology:
                 raise RuntimeError(
-                    f"Workers with Topology {self.topology} already exist. "
-                    f"Requested Topology {topology} cannot be set."
+                    f"Workers with Topology {self.topology} already exist. Requested Topology {topology} cannot be set."
                 )
             elif lazy is not self.lazy:
                 raise ValueError(f"Active workers with lazy={self.lazy}. Cannot set lazy={lazy}")

@@ -63,7 +63,7 @@ class Node:
         self.worker: Any = None  # workers: the Worker
         self.manager: Any = None  # workers of a custom transport: what makes links to other workers (`init_worker`)
         self.topology, self.lazy = "all_to_all", True  # workers: as the master said
-        self.on_interrupt: list[Callable[[], object]] = []  # workers: run by `interrupt`, besides SIGINT to main; leader
+        self.on_interrupt: list[Callable[[], object]] = []  # workers: what `interrupt` runs besides; leader
         self.launcher: Any = None  # master: made by the cluster layer
         self.group: Any = None  # master: the Group
         self.monitor: Any = None  # master: the Monitor

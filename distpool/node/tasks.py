@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -89,6 +90,8 @@ class TaskRunner:
         self.interruptible = False  # the main thread is inside user code: SIGINT may raise there
         self.leaving = False  # SHUTDOWN came, or the master is gone
         self.running: dict[int, Any] = {}  # thread id -> item that runs there
+        self._exposed: set[int] = set()  # other threads than main that run user code; _exposing
+        self._exposing = threading.Lock()  # protects _exposed: an interrupt must not strike behind the user's code
         self.calls: dict[int, str] = {}  # thread id -> name of the remote call that runs there
         self._offered: collections.deque[Any] = collections.deque()  # remote calls for the main thread; _lock
         self._idle = False  # the main thread waits for work; _lock
@@ -343,12 +346,48 @@ class TaskRunner:
     def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The user's code. Only here, and only on the main thread, may SIGINT raise."""
         if threading.current_thread() is not threading.main_thread():
-            return function(*args, **kwargs)
+            return self._call_beside(function, args, kwargs)
         self.interruptible = True
         try:
             return function(*args, **kwargs)
         finally:
             self.interruptible = False
+
+    def _call_beside(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same on another thread, where `interrupt_others` may raise at any bytecode."""
+        thread = threading.get_ident()
+        with self._exposing:
+            self._exposed.add(thread)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._cover(thread)
+
+    def _cover(self, thread: int) -> None:
+        """From the return on, nothing can strike this thread: what comes meanwhile is the call's own outcome."""
+        late: KeyboardInterrupt | None = None
+        while True:
+            try:
+                with self._exposing:
+                    self._exposed.discard(thread)
+                    _raise_in(thread, None)
+                break
+            except KeyboardInterrupt as error:
+                late = error
+        if late is not None:
+            raise late
+
+    def interrupt_others(self) -> None:
+        """KeyboardInterrupt in the calls that run on other threads than the main one, at their next bytecode."""
+        with self._exposing:
+            for thread in self._exposed:
+                _raise_in(thread, KeyboardInterrupt)
+
+    def drop_waiting(self) -> None:
+        """Calls that have not begun will not run: this process ends."""
+        with self._lock:
+            self._inbox.clear()
+            self._offered.clear()
 
     def _run_many(self, item: _Item, function: Callable[..., Any], begin: float) -> float:
         """A span or a chunk; returns from when on the time is not yet accounted for."""
@@ -441,3 +480,13 @@ class TaskRunner:
             self.journal.mark_sent(self._sent)
         if self.link.backlog > _BACKLOG and not self.link.loop.leads:
             self.link.drain()
+
+
+def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
+    """Raise an exception in another thread (None: take it back, if it has not been raised)."""
+    if kind is None and "ctypes" not in sys.modules:
+        return  # never used here
+    import ctypes
+
+    what = ctypes.py_object(kind) if kind is not None else None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), what)

@@ -1,0 +1,325 @@
+"""Starting workers through a manager and making members of them (layer 9).
+
+    launch thread:   manager.launch(params) -> WorkerConfig --call_soon--> leader: Group.add, Member.begin
+    LocalManager     the address is known                                            -> dial (leader) -> Member.connect
+    other managers   thread: manager.connect(pid, config) -> streams                 -> Member.connect
+                                                          -> None: header line of config.io, unless host and port are
+                                                             known -> thread: dial   -> Member.connect
+    config.count     the first worker of a host starts the others (`siblings`); then they come up as others do
+
+`launch` and `connect` are user code: they run on library threads. A launch that brings nothing for longer than its
+time-out is given up; workers that it brings afterwards are ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from distpool import config
+from distpool.errors import LaunchWorkerError
+from distpool.managers.base import ClusterManager, WorkerConfig, parse_header
+from distpool.managers.handles import PopenHandle, open_output
+from distpool.managers.launch import Launcher
+from distpool.managers.local import LocalManager
+from distpool.managers.process import LaunchedProcess
+from distpool.node import group as groups
+from distpool.node.group import Member, State
+from distpool.node.node import Node
+from distpool.transport.stream import adopt, dial
+from distpool.wire import messages
+from distpool.wire.frames import Frame, Kind
+
+MAX_BANNER = 1000
+"""Lines that may come before the header line (CONFORMANCE C201)."""
+
+_SLACK = 5.0  # seconds that a manager's own time-out may come after ours
+
+
+def launcher(node: Node) -> Launcher:
+    """The launcher of local processes of this node, made on first use."""
+    if node.launcher is None:
+        node.launcher = Launcher(node.loop)
+        node.on_fork.append(node.launcher.forget_after_fork)
+    return node.launcher  # type: ignore[no-any-return]
+
+
+def start_workers(
+    node: Node,
+    manager: ClusterManager,
+    params: dict[str, Any],
+    prepare: Callable[[Member], None],
+    finished: Callable[[int, BaseException | None], None],
+) -> None:
+    """Launch on a library thread. `prepare(member)` (leader) sets the member's callbacks before it is started;
+    `finished(count, error)` (leader) says how many processes were launched, and what went wrong after those.
+    """
+    Launch(node, manager, params, prepare, finished).start()
+
+
+class Launch:
+    """One launch: what it needs, and what has come of it. Everything runs on the leader unless it says otherwise."""
+
+    def __init__(
+        self,
+        node: Node,
+        manager: ClusterManager,
+        params: dict[str, Any],
+        prepare: Callable[[Member], None],
+        finished: Callable[[int, BaseException | None], None],
+    ) -> None:
+        self.node = node
+        self.manager = manager
+        self.params = {**manager.default_addprocs_params(), **params, "cookie": node.cookie, "launcher": launcher(node)}
+        timeout = self.params.get("timeout")
+        self.seconds = config.worker_timeout() if timeout is None else float(timeout)
+        self.prepare = prepare
+        self._finished = finished
+        self._count = 0
+        self._over = False
+        self._stalled = node.loop.call_later(self.seconds + _SLACK, self._give_up)
+        self._handles: dict[int, PopenHandle] = {}
+
+    def start(self) -> None:
+        """Begin. Any thread."""
+        self.node.deliver(self._launch)
+
+    def _launch(self) -> None:
+        """On a library thread."""
+        call_soon = self.node.loop.call_soon
+        error: BaseException | None = None
+        try:
+            for worker in self.manager.launch(self.params):
+                if not isinstance(worker, WorkerConfig):
+                    raise TypeError(f"launch must give WorkerConfig objects, not {type(worker).__name__}")
+                call_soon(partial(self.begin, worker))
+        except Exception as caught:
+            error = caught
+        call_soon(partial(self._finish, error))
+
+    def _give_up(self) -> None:
+        text = f"{type(self.manager).__name__}.launch brought nothing within {self.seconds + _SLACK:g} seconds"
+        self._finish(LaunchWorkerError("localhost", "", text))
+
+    def _finish(self, error: BaseException | None) -> None:
+        if not self._over:
+            self._over = True
+            self._stalled.cancel()
+            self._finished(self._count, error)
+
+    # -- one worker --------------------------------------------------------------------------------------------
+
+    def begin(self, worker: WorkerConfig) -> Member:
+        """Make a member of it and connect to it."""
+        if not self._over:
+            self._stalled.cancel()
+            self._stalled = self.node.loop.call_later(self.seconds + _SLACK, self._give_up)
+        if worker.connect_idents is not None:
+            worker.connect_idents = list(worker.connect_idents)
+        self._count += 1
+        member = groups.of(self.node).add(self._handle(worker), worker, self.manager)
+        self._describe(member, worker)
+        if self._over:
+            member.on_gone = lambda member, reason: None
+            member.begin(self.seconds)
+            member.kill("it came too late")
+        else:
+            self.prepare(member)
+            member.begin(self.seconds)
+            self._bring_up(member, worker)
+        return member
+
+    def _describe(self, member: Member, worker: WorkerConfig) -> None:
+        manager, kind = self.manager, type(self.manager)
+        member.tells = kind.manage not in (ClusterManager.manage, LocalManager.manage)
+        if kind.kill is not ClusterManager.kill:
+            member.kills = partial(manager.kill, member.pid, worker)
+        member.site = "" if isinstance(manager, LocalManager) else worker.bind_addr or worker.host or ""
+
+    def _handle(self, worker: WorkerConfig) -> Any:
+        process = worker.process
+        if isinstance(process, subprocess.Popen):
+            handle = self._handles.setdefault(id(process), PopenHandle(self.node.loop, process))
+            return handle.retain()
+        return process if isinstance(process, LaunchedProcess) else None
+
+    def _bring_up(self, member: Member, worker: WorkerConfig) -> None:
+        process = worker.process
+        if isinstance(process, LaunchedProcess):
+            if process.output >= 0:
+                member.read_output(process.output, process.early_output)
+            if type(self.manager).connect is ClusterManager.connect:
+                self._dial_here(member, process.address)
+                member.watch_exit()
+                return
+        member.watch_exit()
+        self.node.deliver(partial(self._connect, member, worker))
+
+    def _dial_here(self, member: Member, address: tuple[Any, ...]) -> None:
+        """A local worker, which listens already: connecting does not block."""
+        member.address = address
+        try:
+            member.connect(dial(address, self.seconds))
+        except OSError as error:
+            member.kill(f"it could not be reached: {error}")
+            member.failed(error)
+
+    def _connect(self, member: Member, worker: WorkerConfig) -> None:
+        """On a library thread: the manager's own transport, if it has one."""
+        call_soon = self.node.loop.call_soon
+        try:
+            given = self.manager.connect(member.pid, worker)
+            adopted = None if given is None else adopt(given)
+        except Exception as error:
+            call_soon(partial(self._failed, member, worker, error))
+            return
+        if adopted is None:
+            call_soon(partial(self._find, member, worker))
+            return
+
+        def attach() -> None:
+            self._read_output(member, worker, None)
+            member.connect(adopted.stream, adopted)
+
+        call_soon(attach)
+
+    def _failed(self, member: Member, worker: WorkerConfig, error: BaseException) -> None:
+        self._read_output(member, worker, None)  # its last lines may say why
+        member.failed(error)
+
+    def _read_output(
+        self, member: Member, worker: WorkerConfig, on_line: Callable[[str], bool] | None
+    ) -> BaseException | None:
+        if worker.io is None or member.output is not None or member.state is State.GONE:
+            return None
+        try:
+            descriptor, early = open_output(worker.io)
+            member.read_output(descriptor, early, on_line)
+        except (OSError, TypeError, ValueError) as error:
+            return error
+        return None
+
+    def _find(self, member: Member, worker: WorkerConfig) -> None:
+        """Where does it listen?"""
+        if worker.host is not None and worker.port is not None:
+            self._read_output(member, worker, None)
+            self._dial(member, worker)
+        elif worker.io is None:
+            member.failed(ValueError("its WorkerConfig has neither io nor host and port"))
+        else:
+            error = self._read_output(member, worker, _HeaderLine(self, member, worker))
+            if error is not None:
+                member.failed(error)
+
+    def _dial(self, member: Member, worker: WorkerConfig) -> None:
+        host, port = str(worker.host), worker.port
+        member.address = ("unix", host[len("unix:") :]) if host.startswith("unix:") else ("tcp", host, port)
+        if not isinstance(self.manager, LocalManager):
+            member.site = worker.bind_addr or host
+
+        def work() -> None:
+            try:
+                sock = dial(member.address, self.seconds)
+            except (OSError, OverflowError, UnicodeError) as error:
+                failure = error
+                self.node.loop.call_soon(lambda: member.failed(failure))
+            else:
+                self.node.loop.call_soon(lambda: member.connect(sock))
+
+        self.node.deliver(work)
+
+    # -- further workers of a host -----------------------------------------------------------------------------
+
+    def more(self, member: Member, done: Callable[[int, list[LaunchWorkerError]], None]) -> bool:
+        """Let a worker that has joined start the rest of its `config.count`; False if there is nothing to start.
+
+        `done(count, errors)`: how many were begun (each went through `prepare`), and why others were not.
+        """
+        worker = member.config
+        count = worker.count
+        if count is None or count == 1 or member.link is None or isinstance(self.manager, LocalManager):
+            return False
+        command = _words(worker.exename) + _words(worker.exeflags) if worker.exename is not None else []
+        wanted = count if count == "auto" else int(count) - 1
+        waiting = _waiting(self.node)
+
+        def over(launched: messages.Launched | None) -> None:
+            if waiting.pop(member.pid, None) is None:
+                return
+            timer.cancel()
+            if launched is None:
+                error = LaunchWorkerError(member.host, member.last_output, "it did not start the others")
+                done(0, [error])
+                return
+            names = []
+            for number, host, port in launched.workers:
+                there = worker.host if worker.bind_addr is None and _is_any(host) else host
+                other = dataclasses.replace(worker, io=None, process=None, count=None, host=there, port=port)
+                names.append([number, self.begin(other).pid])
+            if member.link is not None:
+                member.link.send(Kind.NAMED, messages.Named(names).pack())
+            done(len(names), [LaunchWorkerError(member.host, output, why) for why, output in launched.problems])
+
+        waiting[member.pid] = over
+        timer = self.node.loop.call_later(self.seconds + _SLACK, lambda: over(None))
+        member.link.send(Kind.LAUNCH, messages.Launch(wanted, command, self.seconds).pack())
+        return True
+
+
+class _HeaderLine:
+    """Looks for the header line among the first lines of a worker."""
+
+    def __init__(self, launch: Launch, member: Member, worker: WorkerConfig) -> None:
+        self._launch = launch
+        self._member = member
+        self._worker = worker
+        self._lines = 0
+
+    def __call__(self, line: str) -> bool:
+        found = parse_header(line)
+        if found is not None:
+            self._worker.host, self._worker.port = found
+            self._launch._dial(self._member, self._worker)
+            return True
+        self._lines += 1
+        if self._lines > MAX_BANNER:
+            self._member.failed(ConnectionError(f"it printed more than {MAX_BANNER} lines before the header line"))
+            self._member.kill()
+        return False
+
+
+def _waiting(node: Node) -> dict[int, Callable[[messages.Launched | None], None]]:
+    """Workers that start others, and who waits for that. Leader."""
+    group = groups.of(node)
+    waiting = group.starting_others
+    if Kind.LAUNCHED not in node.handlers:
+
+        def on_launched(link: Any, frame: Frame) -> None:
+            over = waiting.get(link.peer)
+            if over is not None:
+                over(messages.Launched.unpack(frame.control))
+
+        def on_gone(member: Member) -> None:
+            over = waiting.get(member.pid)
+            if over is not None:
+                over(None)
+
+        node.handlers[Kind.LAUNCHED] = on_launched
+        group.gone_watchers.append(on_gone)
+    return waiting
+
+
+def _words(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else [str(part) for part in value]
+
+
+def _is_any(host: str) -> bool:
+    return host in ("0.0.0.0", "::", "")
+
+
+__all__ = ["MAX_BANNER", "Launch", "launcher", "start_workers"]

@@ -1,0 +1,183 @@
+"""Who is in the process group, asked from any process (layer 6).
+
+    pid 1: tables of the Group (no lock: a snapshot)        worker: the same question, asked of pid 1
+
+Nothing here starts anything: alone, there is no node and no thread, and the answers are those of a group of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from distpool.node import group as groups
+from distpool.node import node as nodes
+from distpool.node.group import Group, WorkerInfo
+from distpool.node.output import OutputHook
+
+Hook = TypeVar("Hook", bound=Callable[[WorkerInfo], object])
+_MAX_COOKIE = 64
+
+
+def myid() -> int:
+    """The pid of this process: 1 for the program that started the others.
+
+    Example: `remotecall_fetch(myid, 2)` is 2.
+    """
+    node = nodes.existing()
+    return 1 if node is None else node.pid
+
+
+def myrole() -> str:
+    """`"master"` on pid 1, `"worker"` on every worker. Example: `if myrole() == "master": addprocs(4)`"""
+    node = nodes.existing()
+    return "master" if node is None or node.is_master else "worker"
+
+
+def procs(pid: int | None = None) -> list[int]:
+    """All pids of the group, sorted, 1 included; with `pid`: those on the same machine as that process.
+
+    ValueError: no such process; ProcessExitedException: it is gone. Example: `procs()` is `[1]` alone.
+    """
+    if myrole() == "worker":
+        return list(_ask(procs) if pid is None else _ask(procs, pid))
+    group = _group()
+    if pid is None:
+        return [1, *(group.listed() if group is not None else [])]
+    _check_pid(pid)
+    site = _site(group, pid)
+    members = group.members if group is not None else {}
+    near = [other for other in (group.listed() if group is not None else []) if members[other].site == site]
+    return [1, *near] if site == "" else near
+
+
+def workers() -> list[int]:
+    """All pids except 1, sorted; `[1]` if there are no others. Example: `for pid in workers(): ...`"""
+    everybody = procs()
+    return everybody[1:] or everybody
+
+
+def nprocs() -> int:
+    """How many processes there are, 1 included. Example: `nprocs()` is 5 after `addprocs(4)`."""
+    return len(procs())
+
+
+def nworkers() -> int:
+    """How many workers there are; 1 if this process is alone. Example: `nworkers()` is 4 after `addprocs(4)`."""
+    return len(workers())
+
+
+def check_same_host(pids: Iterable[int]) -> bool:
+    """Whether these processes run on one machine, so that they could share memory.
+
+    ValueError: no such process; ProcessExitedException: it is gone. Example: `check_same_host([1, 2, 3])`
+    """
+    wanted = list(pids)
+    if myrole() == "worker":
+        return bool(_ask(check_same_host, wanted))
+    for pid in wanted:
+        _check_pid(pid)
+    group = _group()
+    return len({_site(group, pid) for pid in wanted}) <= 1
+
+
+def cluster_cookie(cookie: str | None = None) -> str:
+    """The secret that processes of this group prove to know; with an argument: set it for workers to come.
+
+    ASCII text of 1 to 64 printable characters (ValueError otherwise), random by default.
+
+    Example: `cluster_cookie()` goes to a worker that is started by hand.
+    """
+    node = nodes.current()
+    if cookie is not None:
+        if not isinstance(cookie, str):
+            raise TypeError(f"the cookie must be a str, not {type(cookie).__name__}")
+        if not 1 <= len(cookie) <= _MAX_COOKIE or not cookie.isascii() or not cookie.isprintable():
+            raise ValueError(f"the cookie must be 1 to {_MAX_COOKIE} printable ASCII characters")
+        node.cookie = cookie
+    return node.cookie
+
+
+def set_output_hook(hook: OutputHook | None) -> None:
+    """Call `hook(pid, line)` for each line that a worker prints, on a library thread, in order: what it returns is
+    printed instead of the line with its prefix; nothing if that is None. `set_output_hook(None)` undoes it.
+
+    RuntimeError on a worker. Example: `set_output_hook(lambda pid, line: f"[{pid}] {line}")`
+    """
+    if hook is not None and not callable(hook):
+        raise TypeError(f"the hook must be callable, not {type(hook).__name__}")
+    _master_group("set_output_hook").output_hook = hook
+
+
+def on_worker_started(function: Hook) -> Hook:
+    """Call `function(info)` when a worker has joined (also those of executors), on a library thread, in order.
+
+    `info` has `pid`, `host`, `ospid`. Returns `function`, so it can decorate. RuntimeError on a worker.
+
+    Example: `on_worker_started(lambda info: print("new:", info.pid, info.host))`
+    """
+    return _add_hook(_master_group("on_worker_started").started_hooks, function)
+
+
+def on_worker_exited(function: Hook) -> Hook:
+    """Call `function(info)` when a worker has gone, for whatever reason, on a library thread, in order.
+
+    `info` has `pid`, `host`, `ospid`, `exitcode` (negative: the signal; None: unknown) and `reason` (text). Returns
+    `function`, so it can decorate. RuntimeError on a worker.
+
+    Example: `on_worker_exited(lambda info: log.warning("worker %d: %s", info.pid, info.reason))`
+    """
+    return _add_hook(_master_group("on_worker_exited").exited_hooks, function)
+
+
+def _add_hook(hooks: list[Callable[[WorkerInfo], object]], function: Hook) -> Hook:
+    if not callable(function):
+        raise TypeError(f"the function must be callable, not {type(function).__name__}")
+    hooks.append(function)
+    return function
+
+
+def _check_pid(pid: Any) -> None:
+    if not isinstance(pid, int) or isinstance(pid, bool):
+        raise TypeError(f"a pid is an int, not {type(pid).__name__}")
+
+
+def _site(group: Group | None, pid: int) -> str:
+    """What identifies the machine of that process; empty for this one."""
+    if pid == 1:
+        return ""
+    if group is None:
+        raise ValueError(f"no process with id {pid} exists")
+    return group.member(pid).site
+
+
+def _group() -> Group | None:
+    node = nodes.existing()
+    return None if node is None else node.group
+
+
+def _master_group(what: str) -> Group:
+    if myrole() != "master":
+        raise RuntimeError(f"{what}() works on process 1 only")
+    return groups.of(nodes.current())
+
+
+def _ask(function: Callable[..., Any], *args: Any) -> Any:
+    from distpool.calls import remotecall_fetch
+
+    return remotecall_fetch(function, 1, *args)
+
+
+__all__ = [
+    "check_same_host",
+    "cluster_cookie",
+    "myid",
+    "myrole",
+    "nprocs",
+    "nworkers",
+    "on_worker_exited",
+    "on_worker_started",
+    "procs",
+    "set_output_hook",
+    "workers",
+]
