@@ -230,6 +230,8 @@ class Slot:
             del self.inflight[sequence]
             if type(entry.buffers) is Parts:
                 self.lend(entry.buffers.references, -1)
+            if entry.policy is not None and entry.policy.timeout is not None:
+                self.stop_clock()  # it has not begun, so nothing may be killed for it
             return entry, 0
         found = self._span_of(sequence)
         if found is None:
