@@ -1,0 +1,230 @@
+"""Workers that a test plays itself, for the scheduler: what they were sent, and answers at will."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from distpool.mapruns import MapRun
+from distpool.node import node as nodes
+from distpool.refs.refs import Future
+from distpool.scheduling import Scheduler
+from distpool.slots import Slot
+from distpool.wire import codec, messages
+from distpool.wire.failures import encode_exception
+from distpool.wire.frames import Frame, Kind
+from distpool.work import Call, Policy
+
+PATIENCE = 30.0
+
+
+_numbers = itertools.count(1)
+
+
+def fresh() -> Callable[[Any], Any]:
+    """A function that nobody has measured yet: what it captures makes it another one than all before."""
+    number = next(_numbers)
+    return lambda value: value if number else None
+
+
+class FakeJournal:
+    """The shared memory of a worker, as the master reads it."""
+
+    def __init__(self) -> None:
+        self.started = 0
+        self.data = b""
+        self.attention = 0
+
+    def read_from(self, offset: int) -> bytes:
+        return self.data[offset:]
+
+    def raise_attention(self) -> None:
+        self.attention += 1
+
+
+class FakeLink:
+    """Keeps what is sent through it."""
+
+    shares_memory = False
+    closed = False
+
+    def __init__(self, worker: FakeWorker) -> None:
+        self._worker = worker
+
+    def send(self, kind: Kind, control: bytes = b"", body: Any = b"", buffers: Any = ()) -> bool:
+        self._worker.received(kind, control, body, list(buffers))
+        return True
+
+
+class FakeWorker:
+    """A member whose process is the test. Sent elements wait in `inbox` as (sequence number, argument)."""
+
+    segments = None
+    tracer = None
+
+    def __init__(self, pid: int, journal: bool = True) -> None:
+        self.pid = pid
+        self.link = FakeLink(self)
+        self.journal: Any = FakeJournal() if journal else None
+        self.killed: list[str] = []
+        self.kinds: list[Kind] = []
+        self.frames: list[list[int]] = []  # elements of each CALLS frame
+        self.inbox: list[tuple[int, Any]] = []
+        self.recalls: list[messages.Recall] = []
+        self.functions: set[int] = set()
+        self.entries: dict[int, int] = {}  # sequence number -> first one of its record
+        self.arrived = threading.Condition()
+
+    def kill(self, reason: str = "") -> None:
+        with self.arrived:
+            self.killed.append(reason)
+            self.arrived.notify_all()
+
+    def received(self, kind: Kind, control: bytes, body: bytes, buffers: list[Any]) -> None:
+        with self.arrived:
+            self.kinds.append(kind)
+            if kind == Kind.FUNCTION:
+                self.functions.add(messages.Function.unpack(control).number)
+            elif kind == Kind.FORGET:
+                self.functions -= set(messages.Forget.unpack(control).numbers)
+            elif kind == Kind.RECALL:
+                self.recalls.append(messages.Recall.unpack(control))
+            elif kind == Kind.CALLS:
+                self._take_calls(control, body)
+            self.arrived.notify_all()
+
+    def _take_calls(self, control: bytes, body: bytes) -> None:
+        first, count = messages.CALLS.unpack(control)
+        sizes = []
+        for sequence, number, elements, flags, payload, _ in messages.call_records(body, first, count):
+            assert number in self.functions, "the function was not sent before the call"
+            sizes.append(elements)
+            self.entries.update({sequence + offset: sequence for offset in range(elements)})
+            if flags in (messages.SPAN, messages.SPAN_OF_SCALARS):
+                items = codec.decode(payload)
+                assert len(items) == elements
+                self.inbox.extend((sequence + offset, item) for offset, item in enumerate(items))
+            else:
+                args, _kwargs = codec.decode_args(payload, [])
+                self.inbox.append((sequence, args[0] if args else None))
+        self.frames.append(sizes)
+
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> None:
+        with self.arrived:
+            assert self.arrived.wait_for(condition, seconds), f"worker {self.pid}: {what}, after {seconds} s"
+
+    def start(self) -> tuple[int, Any]:
+        """Take the next element and note that it runs."""
+        with self.arrived:
+            sequence, item = self.inbox.pop(0)
+        if self.journal is not None:
+            self.journal.started = sequence
+        return sequence, item
+
+
+def result(sequence: int, value: Any) -> bytes:
+    if isinstance(value, BaseException):
+        payload, status = encode_exception(value), messages.ERROR
+    else:
+        payload, status = codec.encode(value)[0], messages.VALUE
+    return messages.RESULT.pack(sequence, 1, len(payload), 0, status) + payload
+
+
+class Office:
+    """A scheduler with fake workers, and the leader's side of their frames."""
+
+    def __init__(self) -> None:
+        self.node = nodes.current()
+        self.scheduler = Scheduler(self.node)
+        self.retired: list[Slot] = []
+        self.scheduler.on_retire = self.retired.append
+        self.slots: dict[int, Slot] = {}
+        self.default = fresh()
+
+    def on_leader(self, function: Callable[[], Any]) -> Any:
+        """Run it where handlers run, and wait for it."""
+        done = threading.Event()
+        box: list[Any] = []
+
+        def run() -> None:
+            try:
+                box.append(function())
+            except BaseException as error:
+                box.append(error)
+            done.set()
+
+        self.node.loop.call_soon(run)
+        with self.node.loop.following():
+            assert done.wait(PATIENCE), "nobody leads"
+        if isinstance(box[0], BaseException):
+            raise box[0]
+        return box[0]
+
+    def worker(self, pid: int, journal: bool = True, max_tasks: int | None = None) -> FakeWorker:
+        made = FakeWorker(pid, journal)
+        slot = self.slots[pid] = Slot(made, max_tasks)  # type: ignore[arg-type]
+        self.on_leader(lambda: self.scheduler.add(slot))
+        return made
+
+    def submit(
+        self, argument: Any, function: Callable[..., Any] | None = None, policy: Policy | None = None
+    ) -> Future[Any]:
+        encoded = self.node.encoder.encode(function or self.default)
+        data, buffers = codec.encode_args((argument,), {})
+        assert not buffers
+        record = messages.CALL.pack(encoded.number, 1, len(data), 0, messages.ONE) + data
+        future: Future[Any] = Future()
+        future._call = call = Call(self.scheduler, encoded, record, [], future, policy)
+        self.scheduler.enqueue(call)
+        return future
+
+    def run(self, items: list[Any], function: Callable[..., Any], ordered: bool = True) -> MapRun:
+        made = MapRun(self.scheduler, self.node.encoder.encode(function), single=True, ordered=ordered)
+        made.feed(items)
+        return made
+
+    def frame(self, worker: FakeWorker, kind: Kind, control: bytes, body: bytes = b"") -> None:
+        slot = self.slots[worker.pid]
+        self.on_leader(lambda: self.scheduler.on_frame(slot, Frame(kind, control, body, [])))
+
+    def results(self, worker: FakeWorker, *pairs: tuple[int, Any], busy: float = 0.0) -> None:
+        """The worker has finished these: (sequence number, value or exception)."""
+        body = b"".join(result(*pair) for pair in pairs)
+        if worker.journal is not None:
+            worker.journal.data += body
+        offset = len(worker.journal.data) if worker.journal is not None else 0
+        ran = len(pairs) if busy else 0  # 0: nothing was measured
+        self.frame(worker, Kind.RESULTS, messages.RESULTS.pack(offset, busy, ran), body)
+
+    def finish(self, worker: FakeWorker, value: Any = None, busy: float = 0.0) -> Any:
+        """It runs its next element to the end; the value is the argument unless one is given."""
+        sequence, item = worker.start()
+        self.results(worker, (sequence, item if value is None else value), busy=busy)
+        return item
+
+    def recalled(self, worker: FakeWorker, sequences: list[int], asked: list[int] | None = None) -> None:
+        """The worker gives these back."""
+        with worker.arrived:
+            worker.inbox = [pair for pair in worker.inbox if pair[0] not in sequences]
+        ranges: dict[int, list[int]] = {}  # one for each record, as a worker gives them
+        for sequence in sorted(sequences):
+            ranges.setdefault(worker.entries[sequence], [sequence, 0])[1] += 1
+        control = messages.Recalled(list(ranges.values())[::-1], asked or []).pack()
+        self.frame(worker, Kind.RECALLED, control)
+
+    def lost(self, worker: FakeWorker) -> list[bool]:
+        """The worker is gone; what `make_error` was asked."""
+        asked: list[bool] = []
+
+        def make_error(ran: bool) -> BaseException:
+            asked.append(ran)
+            return OSError(f"worker {worker.pid} is gone")
+
+        slot = self.slots.pop(worker.pid)
+        self.on_leader(lambda: self.scheduler.lost(slot, make_error))
+        return asked
+
+    def close(self) -> None:
+        self.on_leader(lambda: self.scheduler.fail_all(lambda: RuntimeError("the test is over")))
