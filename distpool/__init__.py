@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 #: Public name -> module that defines it.
 _HOME = {
     "AuthenticationError": "errors",
+    "CachingPool": "pools",
     "CapturedException": "errors",
     "Channel": "refs.channel",
     "ChannelClosedError": "errors",
@@ -41,12 +42,14 @@ _HOME = {
     "TopologyError": "errors",
     "VersionMismatchError": "errors",
     "WorkerConfig": "managers.base",
+    "WorkerPool": "pools",
     "addprocs": "cluster",
     "addprocs_async": "cluster",
     "channel_from_id": "verbs",
     "check_same_host": "members",
     "cluster_cookie": "members",
     "default_addprocs_params": "cluster",
+    "default_worker_pool": "pools",
     "dump_stacks": "monitor",
     "fetch": "verbs",
     "finalize": "verbs",
@@ -67,12 +70,14 @@ _HOME = {
     "process_messages": "standalone",
     "procs": "members",
     "put": "verbs",
+    "remote": "pools",
     "remote_do": "calls",
     "remotecall": "calls",
     "remotecall_fetch": "calls",
     "remotecall_wait": "calls",
     "remoteref_id": "verbs",
     "rmprocs": "cluster",
+    "set_default_worker_pool": "pools",
     "set_output_hook": "members",
     "start_worker": "standalone",
     "stats": "monitor",
@@ -119,6 +124,7 @@ if TYPE_CHECKING:
     )
     from distpool.monitor import dump_stacks, stats
     from distpool.pool import DistPool
+    from distpool.pools import CachingPool, WorkerPool, default_worker_pool, remote, set_default_worker_pool
     from distpool.recovery import ExponentialBackOff
     from distpool.refs.channel import Channel
     from distpool.refs.channels import RemoteChannel
@@ -141,6 +147,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AuthenticationError",
+    "CachingPool",
     "CapturedException",
     "Channel",
     "ChannelClosedError",
@@ -161,6 +168,7 @@ __all__ = [
     "TopologyError",
     "VersionMismatchError",
     "WorkerConfig",
+    "WorkerPool",
     "__version__",
     "addprocs",
     "addprocs_async",
@@ -169,6 +177,7 @@ __all__ = [
     "cluster_cookie",
     "debug",
     "default_addprocs_params",
+    "default_worker_pool",
     "dump_stacks",
     "fetch",
     "finalize",
@@ -189,12 +198,14 @@ __all__ = [
     "process_messages",
     "procs",
     "put",
+    "remote",
     "remote_do",
     "remotecall",
     "remotecall_fetch",
     "remotecall_wait",
     "remoteref_id",
     "rmprocs",
+    "set_default_worker_pool",
     "set_output_hook",
     "start_worker",
     "stats",

@@ -12,9 +12,10 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
-from distpool.errors import CapturedException, RemoteException
+from distpool.errors import CapturedException, ProcessExitedException, RemoteException
 from distpool.node import node as nodes
 from distpool.node.node import Node
 from distpool.refs import channelserver, gc
@@ -84,7 +85,7 @@ def remotecall_fetch(f: Callable[..., Any], where: Where, /, *args: Any, **kwarg
     To oneself the call runs inline, and nothing is copied. Example: `remotecall_fetch(os.getpid, 2)`
     """
     if not isinstance(where, int):
-        return _somewhere(where, lambda pid: remotecall_fetch(f, pid, *args, **kwargs))
+        return _fetch_somewhere(f, where, args, kwargs)
     node = _node()
     if where == node.pid:
         try:
@@ -177,15 +178,20 @@ def _do(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 # -- pools and "any" ---------------------------------------------------------------------------------------------
 
 
-def _somewhere(where: Any, call: Callable[[int], Any]) -> Any:
-    """Take a worker, run `call(pid)`, give the worker back."""
+def _fetch_somewhere(f: Any, where: Any, args: Any, kwargs: Any) -> Any:
+    """Take a worker, call there, give the worker back."""
     if where == "any":
-        return call(next_worker())
-    pid = _pool(where).take()
-    try:
-        return call(pid)
-    finally:
-        where.put(pid)
+        return remotecall_fetch(f, next_worker(), *args, **kwargs)
+    pool = _pool(where)
+    while True:
+        pid = pool.take()
+        try:
+            return remotecall_fetch(_prepared(pool, f, pid), pid, *args, **kwargs)
+        except ProcessExitedException as error:
+            if error.maybe_ran or error.worker_id != pid:
+                raise
+        finally:
+            pool.put(pid)
 
 
 def _remotecall_somewhere(f: Any, where: Any, args: Any, kwargs: Any, do: bool = False) -> Future[Any]:
@@ -197,28 +203,35 @@ def _remotecall_somewhere(f: Any, where: Any, args: Any, kwargs: Any, do: bool =
             return Future()
         return remotecall(f, pid, *args, **kwargs)
     pool = _pool(where)
-    pid = pool.take()
-    try:
-        future = remotecall(pool.prepare(f, pid), pid, *args, **kwargs)
-    except BaseException:
-        pool.put(pid)
-        raise
-    future.add_done_callback(lambda done: pool.put(pid))
-    if do:
-        future.add_done_callback(_report)
-    return future
-
-
-def _report(future: Future[Any]) -> None:
-    error = future.exception()
-    if error is not None:
-        print(error, file=sys.stderr, flush=True)
+    while True:
+        pid = pool.take()
+        try:
+            prepared = _prepared(pool, f, pid)
+            future = remotecall(_do, pid, prepared, args, kwargs) if do else remotecall(prepared, pid, *args, **kwargs)
+        except BaseException as error:
+            pool.put(pid)
+            if isinstance(error, ProcessExitedException) and error.worker_id == pid:
+                continue  # it had died before; the pool will not give it out again
+            raise
+        # `prepared` keeps the function on the worker until the call has ended.
+        future.add_done_callback(partial(_give_back, pool, pid, prepared))
+        return future
 
 
 def _pool(where: Any) -> Any:
     if hasattr(where, "take") and hasattr(where, "put"):
         return where
     raise TypeError(f"a call goes to a pid, 'any' or a WorkerPool, not {codec.describe(where)}")
+
+
+def _give_back(pool: Any, pid: int, prepared: Any, done: Future[Any]) -> None:
+    pool.put(pid)
+
+
+def _prepared(pool: Any, f: Any, pid: int) -> Any:
+    """What to call on `pid`; a pool of the user's own need not know of this."""
+    prepare = getattr(pool, "prepare", None)
+    return f if prepare is None else prepare(f, pid)
 
 
 def next_worker() -> int:

@@ -38,7 +38,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("refs.channel", "refs.channels", "refs.channelserver"),
     ),
     5: ("calls", "verbs"),
-    6: ("spawn", "pools", "members", "debug"),
+    6: ("spawn", "pools", "poolqueue", "replies", "members", "debug"),
     7: (
         *("work", "mapruns", "slots", "recalls", "retries", "scheduling", "lazymap", "policy"),
         *("mapping", "ordered", "elements", "recovery"),
@@ -121,6 +121,8 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("refs.channelserver", "refs.serving"),
         ("slots", "work"),
         ("mapruns", "work"),
+        ("pools", "members"),
+        ("pools", "poolqueue"),
         ("recalls", "slots"),
         ("scheduling", "recalls"),
         ("scheduling", "retries"),

@@ -54,6 +54,7 @@ class Node:
         self.refs: Any = None  # references that this process holds or owns (refs.gc)
         self.serving: Any = None  # the owner's side of references (refs.remote)
         self.callee: Any = None  # the callee's side of remote calls (calls)
+        self.default_pool: Any = None  # master: the default WorkerPool, once somebody has asked for it (pools)
         self.round_robin = -1
         self.round_robin_lock = threading.Lock()  # protects round_robin
         self.next_pid = itertools.count(2)

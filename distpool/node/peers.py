@@ -95,7 +95,7 @@ class Peers:
         """Raise what is known to be wrong with `pid`."""
         dead = self.dead.get(pid)
         if dead is not None:
-            raise dead()
+            raise _unstarted(dead())
         problem = self._problems.get(pid)
         if problem is not None:
             raise problem()
@@ -302,3 +302,11 @@ class Peers:
         for other, link in list(self._links.items()):
             if other != pid:
                 link.send(Kind.DEAD, packed)
+
+
+def _unstarted(error: BaseException) -> BaseException:
+    """The error of a call that was never sent."""
+    if isinstance(error, ProcessExitedException):
+        error.maybe_ran = False
+        error.args = (*error.args[:2], False, *error.args[3:])
+    return error

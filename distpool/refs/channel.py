@@ -64,6 +64,9 @@ class Channel:
     Example: `c = Channel(10); c.put(1); c.take()`
     """
 
+    by_callbacks = True
+    """This very class (not its subclasses) does not block: the server may call it on the leader."""
+
     def __init__(self, maxsize: int = 0, type: type = object) -> None:
         if isinstance(maxsize, bool) or not isinstance(maxsize, int | float):
             raise TypeError("maxsize must be a number")

@@ -48,7 +48,8 @@ class _Requests:
         body = bytes(frame.body)
         entry = self._refs.owner.get(RRID(message.whence, message.ident))
         channel: Any = entry.channel if entry is not None else None
-        plain = type(channel) is Channel
+        # Its own dict: a user's subclass may have overridden anything.
+        plain = "by_callbacks" in vars(type(channel))
         if plain and message.op in ("take", "fetch", "wait") and not message.arguments:
             self._wait_for(channel, message, pid)
         elif plain and message.op == "put" and message.arguments == 1 and channel.type is object:
@@ -119,7 +120,7 @@ class _Requests:
                 if message.op in ("put", "wait", "close"):
                     value = None
         except (ChannelClosedError, TimeoutError, TypeError) as error:
-            if type(channel) is Channel:
+            if "by_callbacks" in vars(type(channel)):
                 self._plain_error(pid, message.request, error)
             else:
                 self._answers.reply_error(pid, message.request, error)

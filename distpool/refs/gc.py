@@ -54,6 +54,8 @@ class Refs:
         self.owner = Owner(node)
         #: The one living object of each reference. Protected by `_lock`, because looking and making is one step.
         self.live: weakref.WeakValueDictionary[RRID, Any] = weakref.WeakValueDictionary()
+        #: Futures with callbacks that wait for their outcome: they live until then, although nobody may hold them.
+        self.kept: set[Any] = set()
         self._lock = threading.RLock()  # reentrant: the collector may run user code inside
         self._numbers = itertools.count(1)
         #: Set by the module that defines them (`refs.remote`).

@@ -188,7 +188,10 @@ class RemoteFuture(Future[Any]):
         """Call `fn(self)` when the call has ended; the value is not moved for that."""
         self._check()
         self._watch()
+        self._refs.kept.add(self)  # whoever drops the future still wants the callback
         super().add_done_callback(fn)
+        if self.done():
+            self._refs.kept.discard(self)
 
     def _check(self) -> None:
         if self._finalized:
@@ -233,6 +236,7 @@ class RemoteFuture(Future[Any]):
         """The outcome is here (any thread that may not run user code)."""
         if self._settle(outcome):
             self._refs.node.deliver(self._run_callbacks)
+        self._refs.kept.discard(self)
 
     def _noticed(self, ok: bool) -> None:
         """Leader: the owner says that it has ended."""

@@ -1,0 +1,74 @@
+"""One call to one process, without waiting: what maps and executors over pools are built of (layer 6).
+
+    request(f, pid, args) -> REQUEST "fetch" --> REPLY --> Future: the value, or the call's own exception
+
+Unlike `remotecall`, the value comes along with the answer, no reference is made, and errors are the original ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from distpool.calls import _node, _send
+from distpool.refs import gc
+from distpool.refs.owner import RRID
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
+from distpool.refs.remote import _Waiting
+
+
+def request(
+    f: Callable[..., Any], pid: int, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> Future[Any]:
+    """Start `f(*args)` on process `pid`. Raises at once as `remotecall` does; what `f` raises is the future's error.
+
+    Callbacks of the future run on library threads.
+    """
+    node = _node()
+    future: Future[Any] = Future()
+    future._call = _Waiting(gc.of(node))
+
+    def settle(outcome: Outcome) -> None:
+        if future._settle(outcome):
+            node.deliver(future._run_callbacks)
+
+    if pid == node.pid:
+        node.deliver(lambda: settle(_run(f, args, kwargs or {}, pid)))
+        return future
+    node.peers.ensure(pid)
+    requests = node.peers.requests
+    number = requests.new(
+        pid,
+        lambda status, data, buffers: settle(Outcome(status, data, buffers, pid)),
+        lambda error: settle(Outcome(RAISED_HERE, error, (), pid)),
+    )
+    try:
+        _send(node, pid, "fetch", RRID(0, 0), f, args, kwargs or {}, number)
+    except BaseException:
+        requests.forget(number)
+        raise
+    if pid in node.peers.dead:  # died between the two looks: nobody else will say so
+        requests.fail(pid, node.peers.dead[pid])
+    return future
+
+
+def _run(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], pid: int) -> Outcome:
+    try:
+        return Outcome(LOCAL_VALUE, f(*args, **kwargs), (), pid)
+    except BaseException as error:  # as on any other process: it is the call's outcome
+        note_traceback(error)
+        return Outcome(RAISED_HERE, error, (), pid)
+
+
+def note_traceback(error: BaseException) -> None:
+    """Give an error of this process the text of its traceback as `__cause__`, as errors from elsewhere have it."""
+    import traceback
+    from concurrent.futures.process import _RemoteTraceback
+
+    remote_traceback: Any = _RemoteTraceback
+    if error.__cause__ is None:
+        text = "".join(traceback.format_exception(error))
+        BaseException.__setattr__(error, "__cause__", remote_traceback(f'\n"""\n{text}"""'))
+
+
+__all__ = ["note_traceback", "request"]
