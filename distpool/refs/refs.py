@@ -158,7 +158,11 @@ class Future(concurrent.futures.Future[T]):
         if "_sleepers" in found:
             for sleeper in list(found["_sleepers"]):
                 sleeper.release()
-        self._call = None
+        call, self._call = self._call, None
+        if call is not None:
+            loop = call.loop
+            if loop is not None and not loop.leads:
+                loop.wake()  # a waiter may be leading: only what comes through a socket would bring it out of its poll
         if "_on_settled" in found:
             self._report()
         return True

@@ -1,0 +1,350 @@
+"""CONFORMANCE 2.2 and 2.3: futures as references, and their distributed collection."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import wait as wait_all
+from typing import Any
+
+import pytest
+
+import distpool
+from distpool import (
+    Future,
+    RemoteChannel,
+    RemoteException,
+    fetch,
+    finalize,
+    isready,
+    put,
+    remote_do,
+    remotecall,
+    remotecall_fetch,
+    remotecall_wait,
+    remoteref_id,
+    wait,
+)
+
+from .conftest import wait_until
+from .helpers import boom, dropped, holders, ident, make_noticed, myid
+
+
+def both(w: list[int]) -> list[int]:
+    return [1, w[0]]
+
+
+def test_C010_future_life(w: list[int]) -> None:
+    for pid in both(w):
+        f = Future(pid)
+        assert not isready(f)
+        assert put(f, "OK") is f
+        assert isready(f)
+        with pytest.raises(RuntimeError) as info:
+            f.put("OK")
+        assert not isinstance(info.value, RemoteException)
+        assert not hasattr(f, "take")
+        assert fetch(f) == "OK"
+
+
+def test_C011_put_and_wait_return_the_future(w: list[int]) -> None:
+    for pid in both(w):
+        f = Future(pid)
+        assert f.put(1) is f
+        assert wait(f) is f
+
+
+def test_C013_cached_fetch_is_local(w: list[int]) -> None:
+    f = remotecall(ident, w[3], [1, 2])
+    assert fetch(f) == [1, 2]
+    ospid = remotecall_fetch(os.getpid, w[3])
+    os.kill(ospid, signal.SIGSTOP)
+    try:
+        assert fetch(f) == [1, 2]
+        assert f.result(timeout=1) == [1, 2]
+    finally:
+        os.kill(ospid, signal.SIGCONT)
+    assert remotecall_fetch(myid, w[3]) == w[3]
+
+
+def test_C014_none_is_a_value(w: list[int]) -> None:
+    f = remotecall(lambda: None, w[0])
+    assert fetch(f) is None
+    assert isready(f)
+    assert fetch(remotecall(lambda: 10, w[0])) == 10
+
+
+def test_C015_ten_threads_fetch_one_future(w: list[int]) -> None:
+    release = RemoteChannel(w[1])
+    f = remotecall(lambda: release.take(timeout=30), w[0])
+    with ThreadPoolExecutor(10) as threads:
+        results = [threads.submit(fetch, f) for _ in range(10)]
+        release.put(7)
+        assert [r.result(30) for r in results] == [7] * 10
+
+
+def test_C016_fetched_here_and_there(w: list[int]) -> None:
+    f = remotecall(ident, w[0], "value")
+    with ThreadPoolExecutor(2) as threads:
+        here = threads.submit(fetch, f)
+        there = threads.submit(remotecall_fetch, fetch, w[1], f)
+        assert here.result(30) == there.result(30) == "value"
+
+
+def test_C017_a_fetched_future_travels_with_its_value(w: list[int]) -> None:
+    v = remotecall_wait(lambda: 1, w[0])
+    assert fetch(v) == 1
+    assert fetch(remotecall_wait(fetch, w[0], v)) == 1
+
+
+def test_C019_remote_do_sets_a_future(w: list[int]) -> None:
+    for pid in both(w):
+        f = Future(pid)
+        remote_do(lambda fut: fut.put(myid()), pid, f)
+        assert f.fetch(timeout=30) == pid
+
+
+def test_C020_put_is_seen_elsewhere(w: list[int]) -> None:
+    channel = RemoteChannel(w[1])
+
+    def there(rc: Any) -> list[Any]:
+        future = rc.take(timeout=30)
+        wait_until(future.isready)
+        try:
+            future.put("again")
+        except (RuntimeError, RemoteException) as error:
+            return [type(error).__name__, future.fetch(timeout=30)]
+        return ["no error"]
+
+    for _ in range(20):
+        f = Future(w[0])
+        reply = remotecall(there, w[1], channel)
+        channel.put(f)
+        f.put("OK")
+        name, value = reply.fetch(timeout=30)
+        assert name in ("RuntimeError", "RemoteException")
+        assert value == "OK"
+
+
+def test_C021_one_object_per_reference(w: list[int]) -> None:
+    f = Future(w[0])
+    back = remotecall_fetch(ident, w[1], f)
+    assert back is f
+    assert hash(back) == hash(f)
+    assert remotecall_fetch(lambda a, b: a is b, w[1], f, f)
+
+
+def test_C022_identities(w: list[int]) -> None:
+    channel = RemoteChannel(w[0])
+    assert remoteref_id(channel).whence == 1
+    assert channel.where == w[0]
+    refs = [Future(w[0]) for _ in range(1000)]
+    assert len({remoteref_id(f) for f in refs}) == 1000
+
+
+def test_C023_channel_from_id(w: list[int]) -> None:
+    here = RemoteChannel()
+    distpool.channel_from_id(remoteref_id(here)).put(3)
+    assert here.take() == 3
+    there = RemoteChannel(w[0])
+    with pytest.raises(LookupError, match="Local instance of remote reference not found"):
+        distpool.channel_from_id(remoteref_id(there))
+
+
+def test_C025_C026_errors_are_thrown_again_and_again(w: list[int]) -> None:
+    for pid in both(w):
+        f = remotecall(boom, pid)
+        for _ in range(3):
+            with pytest.raises(RemoteException) as info:
+                fetch(f)
+            assert info.value.pid == pid
+            assert isinstance(info.value.captured.ex, RuntimeError)
+        with pytest.raises(RemoteException):
+            wait(f)
+        with pytest.raises(RemoteException):
+            remotecall_fetch(fetch, w[1], f)
+
+
+def test_C027_an_exception_is_a_value(w: list[int]) -> None:
+    value = remotecall_fetch(lambda: ValueError("data"), w[0])
+    assert isinstance(value, ValueError)
+    assert isinstance(fetch(remotecall(lambda: KeyError(1), w[0])), KeyError)
+
+
+def test_C028_fetch_frees(w: list[int]) -> None:
+    for pid in both(w):
+        f = remotecall(myid, pid)
+        assert holders(f) == {1}
+        assert fetch(f) == pid
+        wait_until(lambda f=f: holders(f) is None)
+
+
+def test_C028_black_box_value_is_dropped(w: list[int]) -> None:
+    f = remotecall_wait(make_noticed, w[0], "C028")
+    assert "C028" not in remotecall_fetch(dropped, w[0])
+    del f
+    wait_until(lambda: "C028" in remotecall_fetch(dropped, w[0]))
+
+
+def test_C029_finalize_or_del_frees(w: list[int]) -> None:
+    for pid in both(w):
+        f = remotecall_wait(myid, pid)
+        key, where = remoteref_id(f), f.where
+        finalize(f)
+        finalize(f)
+        with pytest.raises(RuntimeError):
+            fetch(f)
+        wait_until(lambda key=key, where=where: key not in distpool.debug.refs(where))
+        g = remotecall(myid, pid)
+        key = remoteref_id(g)
+        del g
+        wait_until(lambda key=key, where=where: key not in distpool.debug.refs(where))
+
+
+def test_C031_no_entry_until_touched(w: list[int]) -> None:
+    f = Future(w[0])
+    assert holders(f) is None
+    assert not isready(f)
+    assert holders(f) == {1}
+    put(f, "OK")
+    wait_until(lambda: holders(f) is None)
+    assert fetch(f) == "OK"
+
+
+def test_C032_the_owners_own_handle_does_not_stay(w: list[int]) -> None:
+    f = remotecall_wait(ident, w[0], list(range(100_000)))
+    for _ in range(2):
+        assert remotecall_fetch(lambda r: (fetch(r), True)[1], w[0], f)
+        wait_until(lambda: holders(f) == {1})
+    key = remoteref_id(f)
+    finalize(f)
+    wait_until(lambda: key not in distpool.debug.refs(w[0]))
+
+
+def test_C033_a_fetched_future_registers_nobody(w: list[int]) -> None:
+    f = remotecall(ident, w[0], 5)
+    assert fetch(f) == 5
+    assert remotecall_fetch(fetch, w[1], f) == 5
+    wait_until(lambda: holders(f) is None)
+
+
+def test_C034_value_arrives_for_a_handle(w: list[int]) -> None:
+    channel = RemoteChannel(lambda: distpool.Channel(2), w[1])
+    f = remotecall_wait(ident, w[0], "v")
+
+    def there(rc: Any) -> Any:
+        handle = rc.take(timeout=30)
+        rc2 = rc.take(timeout=30)
+        assert handle is rc2
+        return handle.fetch(timeout=30)
+
+    reply = remotecall(there, w[1], channel)
+    channel.put(f)
+    wait_until(lambda: holders(f) is not None and w[1] in (holders(f) or ()))
+    fetch(f)
+    channel.put(f)
+    assert reply.fetch(timeout=30) == "v"
+    wait_until(lambda: holders(f) is None)
+
+
+def test_C035_not_freed_too_early(w: list[int]) -> None:
+    for number in range(200):
+        f = remotecall(ident, w[0], number)
+        reply = remotecall(fetch, w[1], f)
+        assert fetch(f) == number
+        del f
+        assert reply.fetch(timeout=30) == number
+
+
+def test_C037_a_dead_client_holds_nothing(w: list[int]) -> None:
+    executor = distpool.ClusterExecutor(1)
+    assert executor.submit(abs, 1).result(60) == 1
+    (victim,) = executor.workers
+    from .helpers import keep
+
+    here = RemoteChannel()
+    there = RemoteChannel(w[0])
+    remotecall_fetch(keep, victim, "refs", [here, there])
+    keys = [(remoteref_id(here), 1), (remoteref_id(there), w[0])]
+    del here, there
+    for key, pid in keys:
+        wait_until(lambda key=key, pid=pid: distpool.debug.refs(pid).get(key) == {victim})
+    os.kill(remotecall_fetch(os.getpid, victim), signal.SIGKILL)
+    for key, pid in keys:
+        wait_until(lambda key=key, pid=pid: key not in distpool.debug.refs(pid))
+    executor.shutdown()
+
+
+def test_C038_calls_leave_nothing(w: list[int]) -> None:
+    before = len(distpool.debug.refs(1)), len(distpool.debug.refs(w[0]))
+    for _ in range(300):
+        remotecall_fetch(myid, w[0])
+        remotecall_wait(myid, w[0])
+    wait_until(lambda: (len(distpool.debug.refs(1)), len(distpool.debug.refs(w[0]))) <= before)
+
+
+def test_C039_dropping_in_awkward_places(w: list[int]) -> None:
+    class Holder:
+        def __init__(self, ref: Any) -> None:
+            self.ref = ref
+            self.me = self
+
+        def __del__(self) -> None:
+            self.ref = None
+
+    lock = threading.Lock()
+    for _ in range(50):
+        holder = Holder(remotecall(myid, w[0]))
+        with lock:
+            del holder
+    wait_until(lambda: len(distpool.debug.refs(w[0])) == 0)
+
+
+def test_C040_back_and_forth(w: list[int]) -> None:
+    for _ in range(20):
+        channel = RemoteChannel(lambda: distpool.Channel(1))
+        key = remoteref_id(channel)
+        reply = remotecall(ident, w[1], channel)
+        finalize(channel)
+        back = reply.fetch(timeout=30)
+        back.put(1)
+        assert back.take() == 1
+        assert remoteref_id(back) == key
+        del back, reply, channel
+        wait_until(lambda key=key: key not in distpool.debug.refs(1))
+
+
+def test_futures_work_with_the_standard_library(w: list[int]) -> None:
+    futures = [remotecall(pow, pid, pid, 2) for pid in w for _ in range(5)]
+    assert len(wait_all(futures, timeout=30).done) == 20
+    assert sorted(f.result() for f in as_completed(futures, timeout=30)) == sorted(p * p for p in w for _ in range(5))
+
+    async def main() -> Any:
+        return await remotecall(pow, w[0], 2, 5), await asyncio.wrap_future(remotecall(pow, w[0], 2, 6))
+
+    assert asyncio.run(main()) == (32, 64)
+    seen: list[Any] = []
+    called = threading.Event()
+    remotecall(ident, w[0], 9).add_done_callback(lambda f: (seen.append(f.result()), called.set()))
+    assert called.wait(30)
+    assert seen == [9]
+
+
+def test_C059_pickled_outside_it_is_a_dead_handle(w: list[int]) -> None:
+    f = Future(w[0])
+    for ref in (f, RemoteChannel(w[0]), remotecall(myid, w[0])):
+        copy = pickle.loads(pickle.dumps({"ref": ref}))["ref"]
+        assert (copy.where, copy.whence, copy.id) == (0, 0, 0)
+        with pytest.raises(RuntimeError):
+            fetch(copy)
+    assert holders(f) is None
+
+
+def test_cancel_of_a_remote_call_is_false(w: list[int]) -> None:
+    f = remotecall(ident, w[0], 1)
+    assert f.cancel() is False
+    assert f.result(30) == 1
