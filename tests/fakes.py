@@ -106,6 +106,8 @@ class FakeWorker:
                 items = codec.decode(payload)
                 assert len(items) == elements
                 self.inbox.extend((sequence + offset, item) for offset, item in enumerate(items))
+            elif flags in (messages.CHUNK, messages.CHUNK_OF_SCALARS):
+                self.inbox.append((sequence, codec.decode(payload)))
             else:
                 args, _kwargs = codec.decode_args(payload, [])
                 self.inbox.append((sequence, args[0] if args else None))

@@ -1,0 +1,153 @@
+"""The end of a program: what is pending is done, or dropped after Ctrl-C, and nothing is said on stderr."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+NOISE = 3.0
+
+
+def run(text: str, *arguments: object, timeout: float = 50.0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize("ending", ["", "ex.shutdown(wait=False)", "sys.exit(4)", "del ex"])
+def test_pending_work_is_done(tmp_path: Path, ending: str) -> None:
+    done = run(
+        f"""
+        import pathlib, sys, time, distpool
+        path = pathlib.Path(sys.argv[1])
+        def work(n):
+            time.sleep(0.01)
+            (path / str(n)).touch()
+            return n
+        ex = distpool.ClusterExecutor(2)
+        futures = [ex.submit(work, n) for n in range(20)]
+        results = ex.map(work, range(20, 40))
+        {ending}
+        """,
+        tmp_path,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (4 if "exit" in ending else 0, "", "")
+    assert sorted(int(name) for name in os.listdir(tmp_path)) == list(range(40))
+
+
+def test_callbacks_of_pending_work_run() -> None:
+    done = run("""
+        import distpool
+        ex = distpool.ClusterExecutor(1)
+        for n in range(5):
+            ex.submit(pow, n, 2).add_done_callback(lambda future: print(future.result(), flush=True))
+    """)
+    assert sorted(done.stdout.split()) == ["0", "1", "16", "4", "9"] and done.stderr == ""
+
+
+def test_output_of_workers_appears() -> None:
+    done = run("""
+        import distpool
+        ex = distpool.ClusterExecutor(1)
+        ex.submit(print, "from the worker")
+    """)
+    assert done.stderr == "" and done.stdout.endswith(":\tfrom the worker\n")
+
+
+def test_a_forgotten_executor() -> None:
+    """No shutdown, no with; work that is done, work that never came, objects in cycles."""
+    done = run("""
+        import distpool
+        ex = distpool.ClusterExecutor(2)
+        assert ex.submit(pow, 2, 3).result() == 8
+        cycle = [ex]; cycle.append(cycle)
+        idle = distpool.ClusterExecutor(1)
+        never = distpool.ClusterExecutor(1, initializer=print, initargs=("init",))
+    """)
+    assert (done.returncode, done.stderr) == (0, "") and "init" in done.stdout
+
+
+def test_an_executor_dropped_in_mid_program_leaves_no_process() -> None:
+    done = run("""
+        import gc, os, time, psutil, distpool
+        ex = distpool.ClusterExecutor(1)
+        worker = ex.submit(os.getpid).result()
+        del ex; gc.collect()
+        end = time.monotonic() + 20
+        while psutil.pid_exists(worker) and psutil.Process(worker).status() != "zombie":
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        print("gone")
+    """)
+    assert (done.stdout, done.stderr) == ("gone\n", "")
+
+
+def test_nothing_is_taken_any_more_in_atexit_hooks() -> None:
+    done = run("""
+        import atexit, distpool
+        ex = distpool.ClusterExecutor(1)
+        ex.submit(pow, 2, 3).result()
+        def hook():
+            for call in (lambda: ex.submit(pow, 1, 1), lambda: distpool.ClusterExecutor(1)):
+                try:
+                    call()
+                except RuntimeError as error:
+                    print(error)
+        atexit.register(hook)
+    """)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all(line.startswith("cannot schedule new futures") for line in lines)
+    assert done.stderr == ""
+
+
+def test_an_uncaught_keyboard_interrupt_drops_pending_work() -> None:
+    text = """
+        import time, distpool
+        ex = distpool.ClusterExecutor(1)
+        ex.submit(pow, 2, 3).result()
+        futures = [ex.submit(time.sleep, 60) for n in range(5)]
+        print("ready", flush=True)
+        futures[0].result()
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(text)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    begin = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=30)
+    assert time.monotonic() - begin < 1.0 * NOISE
+    assert child.returncode == -signal.SIGINT
+    assert errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_os_exit_leaves_nothing() -> None:
+    done = run("""
+        import os, time, distpool
+        ex = distpool.ClusterExecutor(2)
+        pids = {ex.submit(os.getpid).result() for _ in range(5)}
+        print(*pids, flush=True)
+        futures = [ex.submit(time.sleep, 60) for _ in range(4)]
+        os._exit(3)
+    """)
+    assert (done.returncode, done.stderr) == (3, "")
+    end = time.monotonic() + 20
+    for pid in map(int, done.stdout.split()):
+        while alive(pid):
+            assert time.monotonic() < end, f"worker {pid} outlived the program"
+            os.sched_yield()
+
+
+def alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,166 @@
+"""Lazy maps: bounded look-ahead, order, errors of the input, time limits, and an end when nobody wants more."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fakes import PATIENCE, FakeWorker, Office, fresh
+
+from distpool.lazymap import LazyMap
+
+
+@pytest.fixture
+def office() -> Iterator[Office]:
+    made = Office()
+    yield made
+    made.close()
+
+
+class Robot:
+    """A fake worker that answers by itself."""
+
+    def __init__(self, office: Office, pid: int = 2) -> None:
+        self.office, self.worker, self.stop = office, office.worker(pid), False
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        worker: FakeWorker = self.worker
+        while True:
+            with worker.arrived:
+                worker.arrived.wait_for(lambda: worker.inbox or self.stop, PATIENCE)
+                if self.stop:
+                    return
+            self.office.finish(worker)
+
+    def end(self) -> None:
+        self.stop = True
+        with self.worker.arrived:
+            self.worker.arrived.notify_all()
+        self.thread.join(PATIENCE)
+
+
+@pytest.fixture
+def robot(office: Office) -> Iterator[Robot]:
+    made = Robot(office)
+    yield made
+    made.end()
+
+
+def lazy(office: Office, source: Any, ahead: int = 4, **options: Any) -> LazyMap:
+    function = office.node.encoder.encode(fresh())
+    return LazyMap(office.scheduler, function, iter(source), single=True, look_ahead=lambda: ahead, **options)
+
+
+def test_in_order(office: Office, robot: Robot) -> None:
+    assert list(lazy(office, range(300))) == list(range(300))
+    assert list(lazy(office, [[n] for n in range(50)])) == [[n] for n in range(50)]
+    assert list(lazy(office, [])) == []
+
+
+def test_unordered(office: Office, robot: Robot) -> None:
+    assert sorted(lazy(office, range(100), ordered=False)) == list(range(100))
+
+
+def test_takes_no_more_than_it_may(office: Office, robot: Robot) -> None:
+    taken = itertools.count()
+    results = lazy(office, taken, ahead=5)
+    assert [next(results) for _ in range(20)] == list(range(20))
+    assert next(taken) <= 20 + 5
+    results.close()
+
+
+def test_nothing_is_taken_before_it_is_asked_for(office: Office) -> None:
+    taken = itertools.count()
+    lazy(office, taken)
+    assert next(taken) == 0
+    filled = itertools.count()
+    results = lazy(office, filled, ahead=3, fill_at_once=True)
+    assert next(filled) == 3
+    results.close()
+
+
+def test_errors_of_the_input_come_after_the_results(office: Office, robot: Robot) -> None:
+    def source() -> Iterator[int]:
+        yield from range(5)
+        raise OSError("input")
+
+    results = lazy(office, source(), ahead=100)
+    assert [next(results) for _ in range(5)] == list(range(5))
+    with pytest.raises(OSError, match="input"):
+        next(results)
+    with pytest.raises(StopIteration):
+        next(results)
+
+
+def test_time_limit(office: Office) -> None:
+    begin = time.monotonic()
+    results = lazy(office, range(5), deadline=begin + 0.05)
+    with pytest.raises(TimeoutError):
+        next(results)
+    assert time.monotonic() - begin < 5
+    results.close()
+
+
+def test_an_error_ends_it_unless_it_may_go_on(office: Office) -> None:
+    worker = office.worker(2)
+    for stop in (True, False):
+        results = lazy(office, range(3), ahead=1, stop_at_error=stop, fill_at_once=True)
+        office.finish(worker, KeyError("first"))
+        with pytest.raises(KeyError):
+            next(results)
+        if stop:
+            with pytest.raises(StopIteration):
+                next(results)
+        else:
+            box: list[Any] = []
+            thread = threading.Thread(target=lambda results=results, box=box: box.append(next(results)), daemon=True)
+            thread.start()
+            worker.wait(lambda: worker.inbox, "the next one")
+            office.finish(worker)
+            thread.join(PATIENCE)
+            assert box == [1]
+            results.close()
+
+
+def test_chunks(office: Office) -> None:
+    worker = office.worker(2)
+    results = lazy(office, range(7), ahead=2, chunk=3, fill_at_once=True)
+    assert len(worker.inbox) == 2
+    first = worker.start()[0]
+    office.results(worker, (first, [0, 1, 2]))
+    assert next(results) == [0, 1, 2]
+    results.close()
+
+
+def test_a_slow_input_does_not_keep_results_waiting(office: Office, robot: Robot) -> None:
+    pause = threading.Event()
+
+    def source() -> Iterator[int]:
+        for number in range(20):
+            pause.wait(0.02)
+            yield number
+
+    begin = time.monotonic()
+    results = lazy(office, source(), ahead=20)
+    assert next(results) == 0
+    assert time.monotonic() - begin < 0.3
+    assert list(results) == list(range(1, 20))
+
+
+def test_dropping_it_ends_it(office: Office) -> None:
+    worker = office.worker(2)
+    results = lazy(office, itertools.count(), fill_at_once=True)
+    run = results.run
+    del results
+    gc.collect()
+    assert run.closed
+    while worker.inbox:
+        office.finish(worker)
+    assert not run.results and not worker.inbox

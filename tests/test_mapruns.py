@@ -1,0 +1,125 @@
+"""A running map: elements in, outcomes by index out, each one once, whatever is put back and fed again."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fakes import PATIENCE, Office, fresh
+
+from distpool.lazymap import open_entry
+from distpool.refs.refs import RAISED_HERE, Outcome
+
+
+@pytest.fixture
+def office() -> Iterator[Office]:
+    made = Office()
+    yield made
+    made.close()
+
+
+def values(run: Any, count: int) -> list[Any]:
+    return [open_entry(run.results[index]) for index in range(count)]
+
+
+def test_scalars_and_objects_travel_alike(office: Office) -> None:
+    worker = office.worker(2)
+    items: list[Any] = [1, "two", 3.0, None, b"5", [6], {"7": 7}, (8,)]
+    run = office.run(items, fresh())
+    while worker.inbox:
+        office.finish(worker)
+    assert values(run, len(items)) == items and run.fed == run.settled == len(items)
+
+
+def test_what_cannot_be_serialised_is_that_elements_outcome(office: Office) -> None:
+    worker = office.worker(2)
+    run = office.run([[1], threading.Lock(), [3], threading.Lock()], fresh())
+    while worker.inbox:
+        office.finish(worker)
+    assert open_entry(run.results[0]) == [1] and open_entry(run.results[2]) == [3]
+    for index in (1, 3):
+        with pytest.raises(Exception, match="lock"):
+            open_entry(run.results[index])
+
+
+def test_unordered_says_which_are_ready(office: Office) -> None:
+    worker = office.worker(2)
+    run = office.run([10, 20], fresh(), ordered=False)
+    assert run.ready is not None
+    (first, _), (second, _) = worker.inbox
+    worker.inbox.clear()
+    office.results(worker, (second, "b"), (first, "a"))
+    assert list(run.ready) == [1, 0]
+
+
+def test_waiting(office: Office) -> None:
+    worker = office.worker(2)
+    run = office.run([1], fresh())
+    begin = time.monotonic()
+    assert run.wait_for(0, begin + 0.05) is False
+    assert 0.04 < time.monotonic() - begin < 5
+    answers: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(run.wait_for(0, time.monotonic() + PATIENCE))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    office.finish(worker)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert answers == [True] * 4
+
+
+def test_a_closed_map_sends_and_keeps_nothing(office: Office) -> None:
+    run = office.run(list(range(10)), fresh())
+    run.close()
+    run.close()
+    worker = office.worker(2)
+    assert not worker.inbox and run.closed
+    run.settle(0, b"late")
+    assert not run.results
+
+
+def test_closing_recalls_what_was_sent_ahead(office: Office) -> None:
+    worker = office.worker(2)
+    run = office.run(list(range(10)), fresh())
+    worker.start()
+    run.close()
+    worker.wait(lambda: worker.recalls, "asked to give back")
+    office.recalled(worker, [sequence for sequence, _ in worker.inbox])
+    assert not worker.inbox
+
+
+def test_fail_rest(office: Office) -> None:
+    run = office.run(list(range(5)), fresh())
+    run.fail_rest(Outcome(RAISED_HERE, OSError("all"), (), 1))
+    assert run.settled == 5 and run.remaining == 0
+    with pytest.raises(OSError, match="all"):
+        open_entry(run.results[4])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_taking_and_putting_back_at_random(seed: int) -> None:
+    """The part of the scheduler, played: each element is taken exactly as often as it was put back, plus once."""
+    office = Office()
+    chance = random.Random(seed)
+    total = 500
+    run = office.run(list(range(total)) if seed % 2 else [[n] for n in range(total)], fresh())
+    queue: Any = office.scheduler._queue
+    ended: set[int] = set()
+    while run.remaining:
+        for entry in run.take(chance.randint(1, 50)):
+            keep = chance.randint(0, entry.elements)
+            for offset in range(keep):
+                index = entry.index + offset
+                assert index not in ended
+                ended.add(index)
+                entry.settle(offset, b"\x80\x05K\x01.")
+            if keep < entry.elements:
+                entry.put_back(keep, entry.elements - keep, queue)
+    assert ended == set(range(total)) and run.settled == total
+    office.close()

@@ -1,0 +1,119 @@
+"""Buffers of one link: through shared memory where both ends can, and every lease comes back."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from wires import PATIENCE, End, ends, until
+
+from distpool.transport.segments import Segments
+from distpool.transport.shm import SegmentPool
+from distpool.wire import messages
+from distpool.wire.frames import Frame, Kind, SegmentRef
+
+
+class Both:
+    """Two ends that lend each other buffers."""
+
+    def __init__(self, left: End, right: End) -> None:
+        self.left, self.right = left, right
+        self.pool = SegmentPool()
+        left.link.shares_memory = right.link.shares_memory = True
+        self.sender = Segments(left.link, self.pool)
+        self.receiver = Segments(right.link, SegmentPool())
+        self.freed = threading.Event()
+        left.on_frame = self._on_left
+
+    def _on_left(self, frame: Frame) -> None:
+        assert frame.kind == Kind.SEGMENTS_FREE
+        self.sender.on_free(messages.SegmentsFree.unpack(frame.control).segments)
+        self.freed.set()
+
+    def pass_on(self, buffer: Any, private: bool = False) -> Any:
+        self.left.link.send(Kind.RESULTS, b"", b"", [self.sender.stage(buffer)])
+        received = self.right.next_frame().buffers[0]
+        assert isinstance(received, SegmentRef)
+        return self.receiver.open(received, private)
+
+
+@pytest.fixture
+def both() -> Iterator[Both]:
+    with ends() as (left, right):
+        yield Both(left, right)
+
+
+def test_a_buffer_crosses_and_its_lease_comes_back(both: Both) -> None:
+    data = os.urandom(500_000)
+    view = both.pass_on(data)
+    assert bytes(view) == data and both.pool.bytes_in_use >= len(data)
+    del view
+    gc.collect()
+    assert both.freed.wait(PATIENCE)
+    until(lambda: both.pool.bytes_in_use == 0, "the segment is free")
+    created = both.pool.created
+    again = both.pass_on(b"x" * 500_000)
+    assert bytes(again[:3]) == b"xxx" and both.pool.created == created, "it is used again"
+
+
+def test_private_views_are_leases_too(both: Both) -> None:
+    view = both.pass_on(b"p" * 300_000, private=True)
+    view[:1] = b"q"
+    assert bytes(view[:2]) == b"qp"
+    del view
+    gc.collect()
+    until(lambda: both.pool.bytes_in_use == 0, "the segment is free")
+
+
+def test_without_shared_memory_buffers_travel_as_they_are(both: Both) -> None:
+    both.left.link.shares_memory = False
+    data = bytearray(300_000)
+    assert both.sender.stage(data) is data
+    assert both.receiver.open(data) is data and both.pool.created == 0
+
+
+def test_a_pool_without_room_lets_buffers_travel(both: Both) -> None:
+    both.pool.limit = 1000
+    data = bytearray(300_000)
+    assert both.sender.stage(data) is data and both.pool.refused == 1
+
+
+def test_one_segment_lent_several_times(both: Both) -> None:
+    lease = both.pool.put(b"m" * 300_000)
+    assert lease is not None
+    lease.retain()
+    views = []
+    for _ in range(2):
+        both.left.link.send(Kind.RESULTS, b"", b"", [both.sender.lend(lease)])
+        views.append(both.receiver.open(both.right.next_frame().buffers[0]))
+    views.pop()
+    gc.collect()
+    assert both.freed.wait(PATIENCE)
+    assert both.pool.bytes_in_use > 0, "one of them is still looked at"
+    assert bytes(views[0][:2]) == b"mm"
+    views.pop()
+    gc.collect()
+    until(lambda: both.pool.bytes_in_use == 0, "both are back")
+
+
+def test_what_is_freed_twice_or_unknown_is_ignored(both: Both) -> None:
+    both.sender.on_free([12345, 12345])
+    view = both.pass_on(b"z" * 300_000)
+    (segment,) = both.sender._lent
+    both.sender.on_free([segment, segment, segment])
+    assert bytes(view[:1]) == b"z"
+
+
+def test_a_closed_link_keeps_views_valid(both: Both) -> None:
+    data = os.urandom(300_000)
+    view = both.pass_on(data)
+    both.sender.close()
+    both.receiver.close()
+    other = both.pool.put(b"other" * 60_000)
+    assert bytes(view) == data, "its segment was not used for something else"
+    del view, other
+    gc.collect()

@@ -1,0 +1,112 @@
+"""One worker's record: numbers, windows, functions sent and forgotten, and what is unfinished when it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fakes import Office, fresh
+
+from distpool import config, slots
+from distpool.wire import messages
+from distpool.wire.frames import Kind
+
+
+@pytest.fixture
+def office() -> Iterator[Office]:
+    made = Office()
+    yield made
+    made.close()
+
+
+def test_room_follows_the_measured_time(office: Office) -> None:
+    office.worker(2)
+    slot = office.slots[2]
+    assert slot.room(-1.0) == 2, "unknown"
+    assert slot.room(10.0) == 1 and slot.room(0.01) == 2
+    assert slot.room(1e-4) == int(config.WINDOW_SECONDS / 1e-4)
+    assert slot.room(0.0) == slot.room(1e-12) > 100
+    slot.load = 1
+    assert slot.room(-1.0) == 1
+    slot.blocked = 3
+    assert slot.room(-1.0) == 4
+    for name in ("retiring", "gone"):
+        setattr(slot, name, True)
+        assert slot.room(-1.0) == 0 and not slot.usable
+        setattr(slot, name, False)
+    slot.load = 0
+
+
+def test_a_limited_worker_has_room_for_what_is_left(office: Office) -> None:
+    worker = office.worker(2, max_tasks=3)
+    slot = office.slots[2]
+    assert slot.room(1e-6) == 3
+    function = fresh()
+    for number in range(5):
+        office.submit(number, function)
+    office.finish(worker)
+    assert slot.exhausted and slot.room(1e-6) == 0 and len(worker.inbox) == 2
+
+
+def test_functions_are_sent_once_and_forgotten_when_there_are_many(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "_MAX_FUNCTIONS", 8)
+    worker = office.worker(2)
+    functions = [fresh() for _ in range(30)]
+    for _ in range(3):
+        for function in functions:
+            future = office.submit(1, function)
+            office.finish(worker)  # FakeWorker fails when a call comes whose function it does not have
+            assert future.result(0) == 1
+    assert len(worker.functions) <= 9 and Kind.FORGET in worker.kinds
+
+
+def test_functions_in_use_are_kept(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_MAX_FUNCTIONS", 2)
+    worker = office.worker(2)
+    office.frame(worker, Kind.BLOCKED, messages.Blocked(20).pack())
+    futures = [office.submit(number, fresh()) for number in range(10)]
+    assert len(worker.inbox) == 10 and len(worker.functions) == 10
+    while worker.inbox:
+        office.finish(worker)
+    assert [future.result(0) for future in futures] == list(range(10))
+
+
+def unfinished(office: Office, pid: int = 2) -> list[tuple[int, int, bool]]:
+    found: list[tuple[Any, int, int, bool]] = office.slots[pid].unfinished()
+    return [(first, count, ran) for _, first, count, ran in found]
+
+
+def span(office: Office, journal: bool) -> Any:
+    worker = office.worker(2, journal)
+    function = fresh()
+    office.node.encoder.encode(function).mean = 1e-6
+    office.run(list(range(10)), function)
+    assert sum(worker.frames[0]) >= 3
+    return worker
+
+
+def test_unfinished_of_a_span_with_a_journal(office: Office) -> None:
+    worker = span(office, journal=True)
+    sent = len(worker.inbox)
+    done, _ = worker.start()
+    office.results(worker, (done, 0))
+    worker.start()
+    parts = unfinished(office)
+    assert parts[0] == (1, 1, True) and not any(ran for _, _, ran in parts[1:])
+    assert sum(count for _, count, _ in parts) == sent - 1
+    assert office.slots[2].load == 0 and unfinished(office) == []
+
+
+def test_unfinished_without_a_journal(office: Office) -> None:
+    worker = span(office, journal=False)
+    done, _ = worker.start()
+    office.results(worker, (done, 0))
+    assert [part for part in unfinished(office) if part[2]] == [(1, 1, True)]
+
+
+def test_nothing_started_nothing_ran(office: Office) -> None:
+    span(office, journal=True)
+    assert not any(ran for _, _, ran in unfinished(office))

@@ -1,0 +1,109 @@
+"""Policies, and what becomes of single calls when they are put back."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import pytest
+from fakes import Office
+
+from distpool.policy import make_policy
+from distpool.work import Call, Policy, release_all
+
+
+@pytest.mark.parametrize(
+    "check, error, expected",
+    [
+        (None, ValueError(), True),
+        (None, SystemExit(), False),
+        (None, KeyboardInterrupt(), False),
+        (OSError, FileNotFoundError(), True),
+        (OSError, ValueError(), False),
+        ((OSError, KeyError), KeyError(), True),
+        ((), ValueError(), False),
+        (lambda error: "yes" in str(error), ValueError("yes"), True),
+        (lambda error: [], ValueError("yes"), False),
+        (BaseException, SystemExit(), True),
+    ],
+)
+def test_may_retry(check: Any, error: BaseException, expected: bool) -> None:
+    assert Policy(retries=1, retry_check=check).may_retry(error) is expected
+
+
+def test_delays_are_used_in_order_and_the_last_one_again() -> None:
+    policy = Policy(retries=4, retry_delays=(0.5, 2.0))
+    assert [policy.delay(attempt) for attempt in (1, 2, 3, 4)] == [0.5, 2.0, 2.0, 2.0]
+    assert Policy(retries=3).delay(1) == 0.0 and Policy(retries=3, retry_delays=()).delay(1) == 0.0
+
+
+def test_plain() -> None:
+    assert Policy().plain and Policy(label="x").plain
+    for policy in (Policy(timeout=1), Policy(retries=1), Policy(pids=frozenset([2]))):
+        assert not policy.plain
+
+
+def test_make_policy() -> None:
+    assert make_policy(None) is None
+    assert make_policy(None, timeout=None, retries=0) is None
+    base = make_policy(None, timeout=5, retries=1)
+    assert base == Policy(timeout=5, retries=1)
+    assert make_policy(base, timeout=None) == Policy(retries=1)
+    assert make_policy(base, timeout=None, retries=0) is None
+    assert make_policy(None, retry_delays=[0, 1]) == Policy(retries=2, retry_delays=(0.0, 1.0))
+    assert make_policy(None, retry_delays=[0, 1], retries=1) == Policy(retries=1, retry_delays=(0.0, 1.0))
+    assert make_policy(None, pids=3) == make_policy(None, pids=[3, 3]) == Policy(pids=frozenset([3]))
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"timeout": 0}, ValueError),
+        ({"timeout": -1.5}, ValueError),
+        ({"timeout": "1"}, TypeError),
+        ({"timeout": True}, TypeError),
+        ({"retries": -1}, ValueError),
+        ({"retries": 1.0}, TypeError),
+        ({"retries": True}, TypeError),
+        ({"retry_check": 3}, TypeError),
+        ({"retry_delays": 3}, TypeError),
+        ({"retry_delays": ["x"]}, (TypeError, ValueError)),
+        ({"pids": 2.5}, TypeError),
+        ({"nonsense": 1}, TypeError),
+    ],
+)
+def test_make_policy_checks(options: dict[str, Any], error: Any) -> None:
+    with pytest.raises(error):
+        make_policy(None, **options)
+
+
+class Buffer:
+    def __init__(self) -> None:
+        self.released = 0
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def test_buffers_are_given_back_once_and_not_before_the_end() -> None:
+    office = Office()
+    future = office.submit(1)
+    call: Any = future._call
+    assert isinstance(call, Call)
+    buffer = Buffer()
+    call.buffers = [buffer]
+    queue: collections.deque[Any] = collections.deque()
+    call.put_back(0, 1, queue)
+    assert list(queue) == [call] and buffer.released == 0, "it will be sent again"
+    call.cancelled = True
+    call.put_back(0, 1, queue)
+    assert len(queue) == 1 and buffer.released == 1
+    call.release()
+    assert buffer.released == 1
+    office.close()
+
+
+def test_views_of_the_user_are_not_released() -> None:
+    view, buffer = memoryview(b"abc"), Buffer()
+    release_all([view, buffer, b"bytes"])
+    assert bytes(view) == b"abc" and buffer.released == 1
