@@ -1,0 +1,86 @@
+"""addprocs, rmprocs and interrupt on local workers."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+import distpool
+from distpool.cluster import addprocs, addprocs_async, rmprocs
+from distpool.node import group as groups
+from distpool.node import node as nodes
+
+PATIENCE = 30.0
+
+
+@pytest.fixture
+def pids() -> Iterator[list[int]]:
+    found = addprocs(2)
+    yield found
+    rmprocs(*found).result(PATIENCE)
+
+
+def listed() -> list[int]:
+    return groups.of(nodes.current()).listed()
+
+
+def test_pids_are_sorted_and_never_used_again(pids: list[int]) -> None:
+    assert pids == sorted(pids) and len(set(pids)) == 2 and all(pid >= 2 for pid in pids)
+    more = addprocs(1)
+    assert more[0] > max(pids)
+    rmprocs(*more).result(PATIENCE)
+    again = addprocs(1)
+    assert again[0] > more[0]
+    rmprocs(*again).result(PATIENCE)
+
+
+def test_members_come_and_go(pids: list[int]) -> None:
+    assert set(pids) <= set(listed())
+    more = addprocs(1)
+    assert set(more) <= set(listed())
+    removed = rmprocs(*more)
+    assert isinstance(removed, concurrent.futures.Future)
+    removed.result(PATIENCE)
+    assert not set(more) & set(listed()) and set(pids) <= set(listed())
+
+
+def test_in_the_background() -> None:
+    future = addprocs_async(1)
+    assert isinstance(future, concurrent.futures.Future)
+    found = future.result(PATIENCE)
+    assert len(found) == 1
+    rmprocs(*found).result(PATIENCE)
+
+
+def test_bad_arguments_start_nothing() -> None:
+    before = listed()
+    with pytest.raises(ValueError, match="^Invalid keyword argument foo$"):
+        addprocs(1, foo=2)
+    with pytest.raises((TypeError, ValueError)):
+        addprocs(-1)
+    with pytest.raises(TypeError):
+        addprocs(1.5)  # type: ignore[arg-type]
+    with pytest.raises((TypeError, ValueError)):
+        addprocs(object())  # type: ignore[arg-type]
+    assert listed() == before
+
+
+def test_removing_what_is_not_there(pids: list[int]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rmprocs(987654).result(PATIENCE)
+        rmprocs().result(PATIENCE)
+    with pytest.warns(UserWarning):
+        rmprocs(1).result(PATIENCE)
+    assert set(pids) <= set(listed())
+
+
+def test_workers_of_an_executor_are_members_until_it_ends() -> None:
+    with distpool.ClusterExecutor(1) as executor:
+        executor.submit(pow, 2, 3).result(PATIENCE)
+        own = executor.workers
+        assert set(own) <= set(listed())
+    assert not set(own) & set(listed())

@@ -1,0 +1,141 @@
+"""The workers of one executor: they come up, are replaced, grow and shrink, and their number is right afterwards."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.helpers import Gate, hold, note, noted
+
+from distpool import ClusterExecutor, LaunchWorkerError, ProcessExitedException
+
+PATIENCE = 30.0
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., ClusterExecutor]]:
+    made: list[ClusterExecutor] = []
+
+    def one(*args: Any, **options: Any) -> ClusterExecutor:
+        made.append(ClusterExecutor(*args, **options))
+        return made[-1]
+
+    yield one
+    for executor in made:
+        executor.kill_workers()
+        executor.shutdown()
+
+
+def all_at_once(executor: ClusterExecutor, count: int) -> set[int]:
+    """That many tasks run at the same time; the processes that run them."""
+    gate = Gate()
+    futures = [executor.submit(hold, gate.address) for _ in range(count)]
+    found = {arrival.ospid for arrival in gate.arrivals(count)}
+    gate.close()
+    for future in futures:
+        future.result(PATIENCE)
+    return found
+
+
+def test_killed_workers_are_replaced_one_for_one(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(3)
+    before = all_at_once(executor, 3)
+    assert len(before) == 3
+    for ospid in before:
+        os.kill(ospid, signal.SIGKILL)
+    after = all_at_once(executor, 3)
+    assert len(after) == 3 and not after & before
+    assert len(executor.workers) == 3
+
+
+def test_a_worker_that_dies_idle_costs_nothing(
+    make: Callable[..., ClusterExecutor], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "distpool"):
+        executor = make(1)
+        victim = executor.submit(os.getpid).result(PATIENCE)
+        os.kill(victim, signal.SIGKILL)
+        for number in range(20):
+            try:
+                assert executor.submit(abs, -number).result(PATIENCE) == number
+            except ProcessExitedException:
+                pass  # it was sent in the moment between death and its notice, and may have run
+    assert "terminated" in caplog.text
+
+
+@pytest.mark.leaves_processes("the shell that removes the launcher's directory at the end of this program")
+def test_workers_that_never_come_up(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(2, exename="/bin/false")
+    error = executor.submit(abs, 1).exception(PATIENCE)
+    assert isinstance(error, (LaunchWorkerError, BrokenProcessPool))
+    executor.shutdown()
+
+
+def test_growing_while_calls_wait(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(1)
+    gate = Gate()
+    futures = [executor.submit(hold, gate.address, number) for number in range(3)]
+    first = gate.arrivals(1)
+    executor.scale(3)
+    others = gate.arrivals(2)
+    assert len({arrival.ospid for arrival in first + others}) == 3, "what was sent ahead goes to the new ones"
+    gate.close()
+    assert [future.result(PATIENCE) for future in futures] == [0, 1, 2]
+
+
+def test_shrinking_while_calls_wait(make: Callable[..., ClusterExecutor], tmp_path: Path) -> None:
+    executor = make(3)
+    all_at_once(executor, 3)
+    futures = [executor.submit(note, tmp_path / "ran", number) for number in range(200)]
+    executor.scale(1)
+    for future in futures:
+        future.result(PATIENCE)
+    assert noted(tmp_path / "ran") == {str(number): 1 for number in range(200)}
+    deadline = time.monotonic() + PATIENCE
+    while len(executor.workers) != 1:
+        assert time.monotonic() < deadline
+        executor.submit(abs, 1).result(PATIENCE)
+
+
+def test_replaced_after_so_many_tasks(make: Callable[..., ClusterExecutor], tmp_path: Path) -> None:
+    executor = make(2, max_tasks_per_child=5)
+    futures = [executor.submit(note, tmp_path / "ran", number) for number in range(100)]
+    for future in futures:
+        future.result(PATIENCE)
+    assert noted(tmp_path / "ran") == {str(number): 1 for number in range(100)}
+
+
+def _fail_in_the_second(path: Path) -> None:
+    note(path, "init")
+    if noted(path)["init"] > 1:
+        raise OSError("no more of these")
+
+
+def test_an_initializer_that_fails_in_a_replacement_breaks_it(
+    make: Callable[..., ClusterExecutor], tmp_path: Path
+) -> None:
+    executor = make(1, initializer=_fail_in_the_second, initargs=(tmp_path / "count",))
+    assert executor.submit(abs, -1).result(PATIENCE) == 1
+    assert executor.submit(os._exit, 1).exception(PATIENCE)
+    error = None
+    while error is None:
+        try:
+            error = executor.submit(abs, 1).exception(PATIENCE)
+        except BrokenProcessPool as broken:
+            error = broken
+    assert isinstance(error, BrokenProcessPool) and "no more of these" in str(error)
+    assert noted(tmp_path / "count")["init"] == 2, "no respawn loop"
+
+
+def test_shutdown_at_once_waits_for_nobody(make: Callable[..., ClusterExecutor]) -> None:
+    begin = time.monotonic()
+    for _ in range(3):
+        make(2).shutdown()
+    assert time.monotonic() - begin < 15

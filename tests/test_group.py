@@ -1,0 +1,89 @@
+"""The members as this process sees them: legal states, hooks, and errors that say what happened."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+from typing import Any
+
+import pytest
+
+import distpool
+from distpool.node import group as groups
+from distpool.node import node as nodes
+
+PATIENCE = 30.0
+
+
+def test_a_worker_that_dies_is_reported_with_its_last_words() -> None:
+    def die() -> None:
+        print("first line")
+        print("last words", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with distpool.ClusterExecutor(1) as executor:
+        pid = (executor.submit(pow, 1, 1).result(PATIENCE), executor.workers[0])[1]
+        error: Any = executor.submit(die).exception(PATIENCE)
+        assert isinstance(error, distpool.ProcessExitedException)
+        assert (error.worker_id, error.exitcode, error.maybe_ran) == (pid, -signal.SIGKILL, True)
+        assert error.output.endswith("first line\nlast words")
+        assert "last words" in str(error)
+
+
+def test_the_group_is_one_for_the_node() -> None:
+    node = nodes.current()
+    assert groups.of(node) is groups.of(node)
+
+
+def test_a_pid_that_never_existed() -> None:
+    with pytest.raises(ValueError, match="no process with id 987654 exists"):
+        groups.of(nodes.current()).member(987654)
+
+
+def test_hooks_are_told_of_starts_and_ends() -> None:
+    group = groups.of(nodes.current())
+    seen: list[tuple[str, Any]] = []
+    ended = threading.Event()
+    started = lambda info: seen.append(("started", info))
+
+    def exited(info: Any) -> None:
+        seen.append(("exited", info))
+        ended.set()
+
+    group.started_hooks.append(started)
+    group.exited_hooks.append(exited)
+    try:
+        with distpool.ClusterExecutor(1) as executor:
+            ospid = executor.submit(os.getpid).result(PATIENCE)
+            pid = executor.workers[0]
+        assert ended.wait(PATIENCE)
+    finally:
+        group.started_hooks.remove(started)
+        group.exited_hooks.remove(exited)
+    assert [what for what, _ in seen] == ["started", "exited"]
+    for _, info in seen:
+        assert (info.pid, info.ospid) == (pid, ospid)
+    assert seen[1][1].exitcode == 0
+
+
+def test_the_members_states_are_a_table() -> None:
+    """Walked: every move that is not in it raises, and there is no way back from the end."""
+    from distpool.node import member as members
+
+    allowed: Any = getattr(members, "_ALLOWED", None)
+    assert allowed, "the table of legal moves"
+    states = list(members.State)
+    assert not [move for move in allowed if move[0] is members.State.GONE]
+    assert all((state, members.State.GONE) in allowed for state in states if state is not members.State.GONE)
+    group = groups.of(nodes.current())
+    for before, after in itertools.product(states, states):
+        made = members.Member.__new__(members.Member)
+        made.pid, made.state, made.group = 99, before, group
+        if (before, after) in allowed:
+            made.move(after)
+            assert made.state is after
+        else:
+            with pytest.raises(RuntimeError, match="illegal move"):
+                made.move(after)

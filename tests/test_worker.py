@@ -1,0 +1,180 @@
+"""A worker process from outside: strangers, interrupts, a master that never comes or goes away."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+from faults.helpers import Gate, arrive, hold
+
+from distpool import ClusterExecutor
+
+PATIENCE = 30.0
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., ClusterExecutor]]:
+    made: list[ClusterExecutor] = []
+
+    def one(*args: Any, **options: Any) -> ClusterExecutor:
+        made.append(ClusterExecutor(*args, **options))
+        return made[-1]
+
+    yield one
+    for executor in made:
+        executor.kill_workers()
+        executor.shutdown()
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    made = Gate()
+    yield made
+    made.close()
+
+
+class ByHand:
+    """`python -m distpool worker`, as a manager would start it."""
+
+    def __init__(self, **env: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "distpool", "worker", "--worker=the-cookie", "--bind-to=127.0.0.1"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **env},
+            text=True,
+        )
+
+    def address(self) -> tuple[str, int]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        match = re.fullmatch(r"distpool_worker:(\d+)#(\S+)\n", line)
+        assert match, line
+        return match[2], int(match[1])
+
+    def __enter__(self) -> ByHand:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_a_master_that_never_comes() -> None:
+    with ByHand(DISTPOOL_WORKER_TIMEOUT="0.5") as worker:
+        worker.address()
+        output, _ = worker.process.communicate(timeout=PATIENCE)
+        assert worker.process.returncode == 1
+        assert "could not connect within 0.5 seconds" in output
+
+
+def test_strangers_are_sent_away_and_the_worker_waits_on() -> None:
+    with ByHand(DISTPOOL_WORKER_TIMEOUT="20") as worker:
+        address = worker.address()
+        for data in (b"", b"GET / HTTP/1.1\r\n\r\n" * 3, b"\0" * 100, os.urandom(200)):
+            with socket.create_connection(address, PATIENCE) as stranger:
+                stranger.sendall(data)
+                stranger.shutdown(socket.SHUT_WR)
+                try:
+                    while stranger.recv(4096):
+                        pass
+                except ConnectionError:
+                    pass
+        assert worker.process.poll() is None
+
+
+def test_an_interrupt_ends_what_runs_and_nothing_else(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    executor = make(1)
+    worker = executor.submit(os.getpid).result(PATIENCE)
+    os.kill(worker, signal.SIGINT)
+    assert executor.submit(os.getpid).result(PATIENCE) == worker, "an idle worker is unharmed"
+    address = gate.address
+
+    def sleep_long() -> None:
+        connection = arrive(address)
+        try:
+            time.sleep(600)
+        finally:
+            connection.close()
+
+    future = executor.submit(sleep_long)
+    gate.arrival()
+    os.kill(worker, signal.SIGINT)
+    assert isinstance(future.exception(PATIENCE), KeyboardInterrupt)
+    assert executor.submit(os.getpid).result(PATIENCE) == worker
+
+
+def test_many_interrupts_cost_at_most_what_runs(make: Callable[..., ClusterExecutor]) -> None:
+    """At any moment: while decoding, between calls, while results are sent. Nothing else may break or be lost."""
+    executor = make(1)
+    worker = executor.submit(os.getpid).result(PATIENCE)
+    hit = 0
+    for _ in range(100):
+        futures = [executor.submit(pow, number, 2) for number in range(20)]
+        os.kill(worker, signal.SIGINT)
+        for number, future in enumerate(futures):
+            error = future.exception(PATIENCE)
+            if error is None:
+                assert future.result() == number * number
+            else:
+                assert isinstance(error, KeyboardInterrupt)
+                hit += 1
+    assert hit <= 100
+    assert executor.submit(os.getpid).result(PATIENCE) == worker
+
+
+def test_a_worker_ends_with_its_master() -> None:
+    """Killed without a chance to say goodbye, while its workers are busy."""
+    program = textwrap.dedent("""
+        import os, time, distpool
+        ex = distpool.ClusterExecutor(2)
+        futures = [ex.submit(os.getpid) for _ in range(20)]
+        print(*{future.result() for future in futures}, flush=True)
+        [ex.submit(time.sleep, 600) for _ in range(4)]
+        time.sleep(600)
+    """)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as master:
+        assert master.stdout is not None
+        workers = [psutil.Process(int(pid)) for pid in master.stdout.readline().split()]
+        assert workers
+        master.kill()
+        gone, alive = psutil.wait_procs(workers, timeout=10)
+        assert not alive
+
+
+def test_workers_are_fresh_interpreters_with_the_callers_path(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(1)
+
+    def look() -> tuple[list[str], bool, str]:
+        import threading
+
+        return sys.path, threading.current_thread() is threading.main_thread(), os.getcwd()
+
+    path, on_main, directory = executor.submit(look).result(PATIENCE)
+    assert [entry for entry in sys.path if entry] == [entry for entry in path if entry]
+    assert on_main and directory == os.getcwd()
+
+
+def test_standard_input_is_empty(make: Callable[..., ClusterExecutor]) -> None:
+    assert make(1).submit(lambda: sys.stdin.read() if sys.stdin is not None else "").result(PATIENCE) == ""
+
+
+def test_two_executors_do_not_disturb_each_other(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
+    one, other = make(1), make(1)
+    held = one.submit(hold, gate.address, "held")
+    gate.arrival()
+    assert other.submit(pow, 2, 3).result(PATIENCE) == 8
+    other.shutdown()
+    gate.close()
+    assert held.result(PATIENCE) == "held" and one.submit(pow, 2, 4).result(PATIENCE) == 16
