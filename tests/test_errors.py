@@ -91,7 +91,7 @@ def test_process_exited() -> None:
 
 def test_remote_exception() -> None:
     original = ValueError("deep")
-    error = RemoteException(5, CapturedException(original, "Traceback (most recent call last):\n...\nValueError: deep\n"))
+    error = RemoteException(5, CapturedException(original, "Traceback (most recent call last):\nValueError: deep\n"))
     assert error.pid == 5 and error.captured.ex is original and error.__cause__ is original
     assert str(error).startswith("On worker 5:\n") and "ValueError: deep" in str(error)
     bare = RemoteException(2, original)
