@@ -171,9 +171,9 @@ def test_callbacks_get_the_value_or_the_bare_exception(pool: DistPool) -> None:
         pool.map_async(square, [threading.Lock()], callback=values.append, error_callback=errors.append),
     ):
         result.wait(20)  # callbacks have run when it returns
-    assert values == [9, [0, 1, 4], [0, 1, 4], [8], []]
-    assert [type(error) for error in errors[:2]] == [ValueError, ValueError]
-    assert all(isinstance(error, pickle.PicklingError) for error in errors[2:])
+    assert sorted(map(str, values)) == ["9", "[0, 1, 4]", "[0, 1, 4]", "[8]", "[]"]
+    assert sum(isinstance(error, ValueError) for error in errors) == 2
+    assert sum(isinstance(error, pickle.PicklingError) for error in errors) == 2
     assert len(errors) == 4
 
 
