@@ -47,12 +47,18 @@ _HOME = {
     "addprocs_async": "cluster",
     "channel_from_id": "verbs",
     "check_same_host": "members",
+    "clear": "broadcast",
     "cluster_cookie": "members",
     "default_addprocs_params": "cluster",
     "default_worker_pool": "pools",
+    "distributed": "loops",
     "dump_stacks": "monitor",
+    "everywhere": "broadcast",
     "fetch": "verbs",
+    "fetch_any": "spawning",
+    "fetchfrom": "spawning",
     "finalize": "verbs",
+    "include": "broadcast",
     "init_worker": "standalone",
     "interrupt": "cluster",
     "isready": "verbs",
@@ -73,14 +79,19 @@ _HOME = {
     "remote": "pools",
     "remote_do": "calls",
     "remotecall": "calls",
+    "remotecall_eval": "broadcast",
     "remotecall_fetch": "calls",
     "remotecall_wait": "calls",
     "remoteref_id": "verbs",
     "rmprocs": "cluster",
     "set_default_worker_pool": "pools",
     "set_output_hook": "members",
+    "spawn": "spawning",
+    "spawnat": "spawning",
+    "splitrange": "loops",
     "start_worker": "standalone",
     "stats": "monitor",
+    "sync": "spawning",
     "take": "verbs",
     "trace": "tracing",
     "wait": "verbs",
@@ -89,6 +100,7 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from distpool.broadcast import clear, everywhere, include, remotecall_eval
     from distpool.calls import remote_do, remotecall, remotecall_fetch, remotecall_wait
     from distpool.cluster import addprocs, addprocs_async, default_addprocs_params, interrupt, rmprocs
     from distpool.errors import (
@@ -105,6 +117,7 @@ if TYPE_CHECKING:
         VersionMismatchError,
     )
     from distpool.executor import ClusterExecutor
+    from distpool.loops import distributed, splitrange
     from distpool.managers.base import ClusterManager, WorkerConfig
     from distpool.managers.local import LocalManager
     from distpool.managers.specs import load_machine_file, parse_machine
@@ -130,6 +143,7 @@ if TYPE_CHECKING:
     from distpool.refs.channels import RemoteChannel
     from distpool.refs.owner import RRID
     from distpool.refs.refs import Future
+    from distpool.spawning import fetch_any, fetchfrom, spawn, spawnat, sync
     from distpool.standalone import init_worker, process_messages, start_worker
     from distpool.traceplot import plot_trace
     from distpool.tracing import trace
@@ -174,13 +188,19 @@ __all__ = [
     "addprocs_async",
     "channel_from_id",
     "check_same_host",
+    "clear",
     "cluster_cookie",
     "debug",
     "default_addprocs_params",
     "default_worker_pool",
+    "distributed",
     "dump_stacks",
+    "everywhere",
     "fetch",
+    "fetch_any",
+    "fetchfrom",
     "finalize",
+    "include",
     "init_worker",
     "interrupt",
     "isready",
@@ -201,14 +221,19 @@ __all__ = [
     "remote",
     "remote_do",
     "remotecall",
+    "remotecall_eval",
     "remotecall_fetch",
     "remotecall_wait",
     "remoteref_id",
     "rmprocs",
     "set_default_worker_pool",
     "set_output_hook",
+    "spawn",
+    "spawnat",
+    "splitrange",
     "start_worker",
     "stats",
+    "sync",
     "take",
     "trace",
     "wait",

@@ -55,6 +55,22 @@ def remotecall(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any
 
     Example: `fetch(remotecall(pow, 2, 3, 4))` is 81, computed by worker 2.
     """
+    node = _node()
+    future = start(f, where, args, kwargs)
+    if node.collecting:
+        note_started(node, future)
+    return future
+
+
+def note_started(node: Node, future: Any) -> None:
+    """If the calling thread is inside a `sync()` block, that waits for `future`."""
+    blocks = node.collecting.get(threading.get_ident())
+    if blocks:
+        blocks[-1].append(future)
+
+
+def start(f: Callable[..., Any], where: Where, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[Any]:
+    """As `remotecall`, for the library's own calls: no `sync()` block waits for them."""
     if not isinstance(where, int):
         return _remotecall_somewhere(f, where, args, kwargs)
     node = _node()
@@ -116,7 +132,7 @@ def remotecall_wait(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs
 
     Example: `future = remotecall_wait(load, 2, path)`
     """
-    future = remotecall(f, where, *args, **kwargs)
+    future = start(f, where, args, kwargs)
     wait = getattr(future, "wait", None)
     if wait is not None:
         wait()
@@ -201,13 +217,13 @@ def _remotecall_somewhere(f: Any, where: Any, args: Any, kwargs: Any, do: bool =
         if do:
             remote_do(f, pid, *args, **kwargs)
             return Future()
-        return remotecall(f, pid, *args, **kwargs)
+        return start(f, pid, args, kwargs)
     pool = _pool(where)
     while True:
         pid = pool.take()
         try:
             prepared = _prepared(pool, f, pid)
-            future = remotecall(_do, pid, prepared, args, kwargs) if do else remotecall(prepared, pid, *args, **kwargs)
+            future = start(_do, pid, (prepared, args, kwargs), {}) if do else start(prepared, pid, args, kwargs)
         except BaseException as error:
             pool.put(pid)
             if isinstance(error, ProcessExitedException) and error.worker_id == pid:
@@ -245,6 +261,12 @@ def next_worker() -> int:
         return pids[node.round_robin % len(pids)]
 
 
+def _listed() -> list[int]:
+    """On pid 1: the workers."""
+    group = _node().group
+    return group.listed() if group is not None else []
+
+
 # -- the callee's side -------------------------------------------------------------------------------------------
 
 
@@ -260,6 +282,7 @@ class Callee:
         node.handlers[Kind.REQUEST] = self._on_request
         node.handlers[Kind.CANCEL_REQUEST] = lambda link, frame: None  # the answer is simply dropped by the asker
         peers = node.peers
+        peers.members_asked = lambda node: list(remotecall_fetch(_listed, 1))
         node.handlers[Kind.ADDRESS] = peers.on_address
         node.handlers[Kind.DIAL] = peers.on_dial
         node.handlers[Kind.DEAD] = peers.on_dead

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
 from typing import Any
 
+from distpool import config
 from distpool.errors import LaunchWorkerError, ProcessExitedException
 from distpool.joining import launcher, start_workers
 from distpool.managers.base import ClusterManager
@@ -30,6 +32,7 @@ remote_traceback: Any = _RemoteTraceback  # typeshed has its argument wrong
 
 _PATIENCE = 5.0  # seconds that a worker has to exit when asked
 _ATTEMPTS = 3  # launches that may fail in a row
+_MANY_ATTEMPTS = 30  # the same, when workers of this executor have worked before
 
 
 class Crew:
@@ -52,8 +55,11 @@ class Crew:
         self.scheduler.on_idle = self.dismiss
         self.scheduler.on_retire = self._retire
         self.scheduler.handlers[Kind.INITIALIZED] = self._on_initialized
+        if not replace:
+            self.scheduler.on_unloadable = self._on_unloadable
         self.members: dict[int, Member] = {}  # every worker that is not gone; changed on the leader
         self.finished = threading.Event()  # closed, and every worker is gone
+        self._changed = threading.Event()  # some worker was launched
         self.broken: BaseException | None = None  # what `submit` raises
         self.was_initialized = False
         self.ends_at_exit = True  # the program's end waits for its work (`exits`); pools end otherwise
@@ -84,18 +90,48 @@ class Crew:
         self.scheduler.check_done()
         self._check_finished()
 
+    @property
+    def coming(self) -> int:
+        """Workers that have been asked for and do not take calls yet."""
+        return max(0, self._launching + len(self.members) - len(self.scheduler.slots)) if not self._dismissed else 0
+
+    def wait_for_members(self) -> None:
+        """Wait until some worker process exists, or none will come. Not on the leader."""
+        loop = self.node.loop
+        deadline = time.monotonic() + config.worker_timeout()
+        while not self.members and self._launching and time.monotonic() < deadline:
+            if not loop.lead(lambda: bool(self.members or not self._launching), deadline):
+                with loop.following():
+                    self._changed.wait(0.05)  # the I/O thread leads: it sets this when a worker is launched
+
     def _launch_failed(self, error: BaseException) -> None:
         self._failures += 1
         log.warning("%s", error)
         if self._dismissed:
             return
         missing = self.size - len(self.members) - self._launching
-        if self._failures < _ATTEMPTS and missing > 0 and self._replace:
-            self.start(missing)
+        # Where workers have worked before, it is not the set-up that is wrong: something kills them. Then we are
+        # stubborn, but with growing pauses.
+        attempts = _ATTEMPTS if not self.was_initialized else _MANY_ATTEMPTS
+        if self._failures < attempts and missing > 0 and self._replace:
+            if self.was_initialized:
+                self._launching += missing
+                pause = min(1.0, 0.02 * self._failures)
+                self.node.loop.call_later(pause, lambda: self._start_again(missing))
+            else:
+                self.start(missing)
         elif not self.members and not self._launching:
             self.fail(lambda: error if isinstance(error, Exception) else LaunchWorkerError("localhost", "", str(error)))
 
+    def _start_again(self, count: int) -> None:
+        self._launching -= count
+        if self._dismissed:
+            self._check_finished()
+        else:
+            self.start(count)
+
     def _prepare(self, member: Member) -> None:
+        self._changed.set()
         self.members[member.pid] = member
         member.on_joined = self._on_joined
         member.on_frame = self._on_frame
@@ -154,6 +190,29 @@ class Crew:
             self._on_death(member, slot)
         self.scheduler.check_done()
         self._check_finished()
+
+    def _on_unloadable(self, data: bytes) -> BaseException:
+        """Break mode: a worker could not load a call. Everything fails, as with the standard library."""
+        info = failure_info(data)
+
+        def make_error() -> BaseException:
+            error = BrokenProcessPool(f"a worker could not load a call: {info.type_name}: {info.message}")
+            error.__cause__ = remote_traceback(f'\n"""\n{info.traceback}"""')
+            return error
+
+        self.node.loop.call_soon(lambda: self._break(make_error))
+        return make_error()
+
+    def break_here(self, error: BaseException) -> BaseException:
+        """Break mode: a result could not be loaded in this process (any thread). Returns what its future raises."""
+
+        def make_error() -> BaseException:
+            broken = BrokenProcessPool(f"a result could not be loaded: {type(error).__name__}: {error}")
+            broken.__cause__ = error
+            return broken
+
+        self.node.loop.call_soon(lambda: self._break(make_error))
+        return make_error()
 
     def _on_death(self, member: Member, slot: Slot) -> None:
         log.warning("Worker %d terminated.", member.pid)

@@ -22,7 +22,7 @@ from distpool.hosts import Plan, plan_for
 from distpool.nested import reduce_executor, reduce_view
 from distpool.node import node as nodes
 from distpool.policy import make_policy
-from distpool.submitter import LOOK_AHEAD, Submitter
+from distpool.submitter import LOOK_AHEAD, Submitter, strict_future
 from distpool.wire import codec
 from distpool.work import Policy
 
@@ -93,6 +93,8 @@ class ClusterExecutor(Submitter):
             max_tasks=max_tasks_per_child,
             replace=on_worker_exit == "replace",
         )
+        if on_worker_exit == "break":
+            self._future_class = strict_future(self._crew)
         exits.register(self._crew.node)
         self._finalizer = weakref.finalize(self, _forgotten, self._crew)
         self._finalizer.atexit = False
@@ -189,7 +191,7 @@ class ClusterExecutor(Submitter):
             self._finalizer.detach()
         crew.scheduler.closing = True
         if cancel_futures:
-            crew.scheduler.cancel_waiting()
+            crew.scheduler.cancel_waiting(spare=crew.coming)
         crew.node.loop.call_soon(crew.scheduler.check_done)
         if wait:
             exits.wait_for(crew)
@@ -233,6 +235,7 @@ class ClusterExecutor(Submitter):
     def _processes(self) -> dict[int, Any] | None:
         if self._shutdown:
             return None
+        self._crew.wait_for_members()
         return {member.ospid: _Process(member) for member in list(self._crew.members.values())}
 
 
@@ -244,6 +247,7 @@ class ExecutorView(Submitter):
         self._crew = executor._crew
         self._policy = policy
         self._progress = executor._progress
+        self._future_class = executor._future_class
 
     def _check_usable(self) -> None:
         self._executor._check_usable()

@@ -37,7 +37,7 @@ def register(node: Node) -> None:
 
 
 def register_cluster(node: Node, end: Callable[[Node, float], object]) -> None:
-    """Have `end(node, patience in seconds)` called when user `atexit` hooks have run: they may still use the workers."""
+    """Have `end(node, patience in seconds)` called when user `atexit` hooks have run: they may use the workers."""
     node.end_workers = end
     register(node)
 

@@ -80,6 +80,7 @@ class Launch:
         self._finished = finished
         self._count = 0
         self._over = False
+        self._given_up = False
         self._stalled = node.loop.call_later(self.seconds + _SLACK, self._give_up)
         self._handles: dict[int, PopenHandle] = {}
 
@@ -101,6 +102,7 @@ class Launch:
         call_soon(partial(self._finish, error))
 
     def _give_up(self) -> None:
+        self._given_up = True
         text = f"{type(self.manager).__name__}.launch brought nothing within {self.seconds + _SLACK:g} seconds"
         self._finish(LaunchWorkerError("localhost", "", text))
 
@@ -122,8 +124,7 @@ class Launch:
         self._count += 1
         member = groups.of(self.node).add(self._handle(worker), worker, self.manager)
         self._describe(member, worker)
-        if self._over:
-            member.on_gone = lambda member, reason: None
+        if self._given_up:
             member.begin(self.seconds)
             member.kill("it came too late")
         else:

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from distpool.calls import _node, remotecall, remotecall_fetch
+from distpool.calls import _node, remotecall_fetch, start
 from distpool.errors import RemoteException
 from distpool.members import procs
 from distpool.node import group as groups
@@ -211,7 +211,7 @@ class _Cache:
         with entry.lock:
             reference = entry.references.get(pid)
             if reference is None:
-                reference = entry.references[pid] = remotecall(_itself, pid, f)
+                reference = entry.references[pid] = start(_itself, pid, (f,), {})
         return KeptFunction(reference)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from distpool.calls import _node, _send
+from distpool.calls import _node, _Reply, _run_here, _send
 from distpool.refs import gc
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
@@ -18,14 +18,18 @@ from distpool.refs.remote import _Waiting
 
 
 def request(
-    f: Callable[..., Any], pid: int, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    f: Callable[..., Any],
+    pid: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    remote: bool = False,
 ) -> Future[Any]:
-    """Start `f(*args)` on process `pid`. Raises at once as `remotecall` does; what `f` raises is the future's error.
-
-    Callbacks of the future run on library threads.
+    """Start `f(*args)` on process `pid`. Raises at once as `remotecall` does; what `f` raises is the future's error,
+    with `remote` inside a `RemoteException`. Callbacks of the future run on library threads.
     """
     node = _node()
-    future: Future[Any] = Future()
+    future: Future[Any] = _Reply() if remote else Future()
     future._call = _Waiting(gc.of(node))
 
     def settle(outcome: Outcome) -> None:
@@ -33,7 +37,7 @@ def request(
             node.deliver(future._run_callbacks)
 
     if pid == node.pid:
-        node.deliver(lambda: settle(_run(f, args, kwargs or {}, pid)))
+        node.deliver(lambda: settle(_run_here(f, args, kwargs or {}) if remote else _run(f, args, kwargs or {}, pid)))
         return future
     node.peers.ensure(pid)
     requests = node.peers.requests

@@ -54,6 +54,10 @@ class Scheduler:
         self.handlers: dict[int, Callable[[Slot, Frame], object]] = {}  # kinds of upper layers
         self._queue: collections.deque[Any] = collections.deque()  # Calls and MapRuns; append is atomic, rest: _lock
         self._lock = threading.Lock()  # protects the queue's head, the slots' tables and Call.slot
+        #: The stdlib's rule ("break"): what cannot be loaded on a worker breaks everything. Returns the error.
+        self.on_unloadable: Callable[[bytes], BaseException] | None = None
+        #: Whether some worker may have room: a hint for submitters, so that they need not look at each worker.
+        self._has_room = False
         self._wanted = False  # somebody could not get the lock and wants a dispatch
         self._stealing = False  # a timer for `_steal` is set; leader only
         self._recalls = Recalls(self.loop, self._lock)
@@ -84,7 +88,7 @@ class Scheduler:
             self._queue.append(entry)
         if self.failure is not None:
             self.loop.call_soon(self._fail_queue)
-        elif any_room(self.slots):
+        elif self._has_room:
             self.pump()
 
     def pump(self) -> None:
@@ -132,8 +136,10 @@ class Scheduler:
                 count = self._share(slot, queue[0])
                 if count > 0 and self._fill(slot, count):
                     progress = True
+        self._has_room = any_room(self.slots)
         for slot in self.slots.values():
-            slot.pinned_turn(self)
+            if slot.pinned:
+                slot.pinned_turn(self)
 
     def _clean_head(self) -> bool:
         """Remove what needs no worker from the head of the queue; False when nothing is left."""
@@ -241,6 +247,8 @@ class Scheduler:
             outcome: Any
             if type(entry) is Call:
                 outcome = Outcome(status, bytes(payload), buffers[:parts], pid)
+                if status == messages.UNLOADABLE and self.on_unloadable is not None:
+                    outcome = Outcome(RAISED_HERE, self.on_unloadable(outcome.data), (), pid)
                 policy = entry.policy
                 if policy is not None:
                     slot.stop_clock()
@@ -264,6 +272,7 @@ class Scheduler:
             self.node.deliver(future._run_callbacks)
 
     def _after_results(self, slot: Slot) -> None:
+        self._has_room = True
         if self._queue or slot.pinned:
             self.pump()
         if not slot.inflight and not self._consider_retiring(slot) and not self._queue:
@@ -432,13 +441,14 @@ class Scheduler:
                 self._settle(entry, 0, Outcome(RAISED_HERE, self.failure(), (), 1))
         self.check_done()
 
-    def cancel_waiting(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+    def cancel_waiting(self, meanwhile: Callable[[], object] = lambda: None, spare: int = 0) -> None:
         """Cancel everything that has not started (`shutdown(cancel_futures=True)`). Not on the leader.
 
-        `meanwhile` is called before the workers' answers are waited for.
+        `meanwhile` is called before the workers' answers are waited for. `spare`: so many calls at the head of the
+        queue count as started: those of workers that are still coming up.
         """
         with self._lock:
-            calls = [entry for entry in self._queue if type(entry) is Call]
+            calls = [entry for entry in self._queue if type(entry) is Call][spare:]
             ahead: list[Call] = []
             for slot in self.slots.values():
                 calls.extend(slot.pinned)

@@ -21,12 +21,25 @@ from distpool.progress import make_progress
 from distpool.refs.refs import RAISED_HERE, Future, Outcome
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
-from distpool.wire.messages import CALL, ONE, ONE_FRESH
+from distpool.wire.messages import CALL, ONE, ONE_FRESH, VALUE
 from distpool.work import Call, Policy, with_references
 
 _new_future: Any = object.__new__  # `Future()` would cost a Python call more
 #: Elements that lazy maps take ahead, per worker.
 LOOK_AHEAD = 8
+
+
+def strict_future(crew: Crew) -> type[Future[Any]]:
+    """Futures of an executor in "break" mode: a result that cannot be loaded here breaks it (the stdlib's rule)."""
+
+    class StrictFuture(Future[Any]):
+        def _open(self, raw: Outcome) -> tuple[Any, BaseException | None]:
+            value, error = super()._open(raw)
+            if error is not None and raw.status == VALUE:
+                error = crew.break_here(error)
+            return value, error
+
+    return StrictFuture
 
 
 class Submitter(concurrent.futures.Executor):
@@ -35,6 +48,7 @@ class Submitter(concurrent.futures.Executor):
     _crew: Crew
     _policy: Policy | None
     _progress: Any
+    _future_class: type[Future[Any]] = Future
 
     # -- single calls ------------------------------------------------------------------------------------------
 
@@ -49,7 +63,7 @@ class Submitter(concurrent.futures.Executor):
         crew = self._crew
         self._check_usable()
         scheduler = crew.scheduler
-        future: Future[Any] = _new_future(Future)
+        future: Future[Any] = _new_future(self._future_class)
         try:
             function = crew.node.encoder.encode(fn)
             seen: list[Any] = []

@@ -58,6 +58,8 @@ class Group:
         self.default_members: dict[int, None] = {}  # an ordered set
         self.on_member_added: list[Callable[[int], object]] = []  # of the default pool; called on the leader
         self.on_member_removed: list[Callable[[int], object]] = []
+        self.prologues: list[Any] = []  # what everywhere(later=True) keeps for workers to come; leader
+        self.run_prologue: Callable[[Any, int], object] = lambda action, pid: None  # set with the first of them
         self.last_pid = 1  # the highest pid given so far
         self.started_hooks: list[Callable[[WorkerInfo], object]] = []
         self.exited_hooks: list[Callable[[WorkerInfo], object]] = []
@@ -91,6 +93,25 @@ class Group:
         if pid in range(2, self.last_pid + 1):
             raise ProcessExitedException(pid, None, False)
         raise ValueError(f"no process with id {pid} exists")
+
+    def introduce(self, member: Member) -> None:
+        """The member has come up (leader): what `everywhere(later=True)` left for it comes first, then it is used."""
+        actions = list(self.prologues)
+
+        def use() -> None:
+            if self.members.get(member.pid) is member:
+                self.joined(member)
+                member.on_joined(member)
+
+        def work() -> None:
+            for action in actions:
+                self.run_prologue(action, member.pid)
+            self.node.loop.call_soon(use)
+
+        if actions:
+            self.node.deliver(work)
+        else:
+            use()
 
     def joined(self, member: Member) -> None:
         """The member is ready (leader)."""

@@ -247,8 +247,7 @@ class Member:
         self.tell("register")
         self.move(State.READY)
         self.group.node.peers.add(self.pid, link)
-        self.group.joined(self)
-        self.on_joined(self)
+        self.group.introduce(self)
 
     # -- being ended -------------------------------------------------------------------------------------------
 

@@ -55,6 +55,8 @@ class Node:
         self.serving: Any = None  # the owner's side of references (refs.remote)
         self.callee: Any = None  # the callee's side of remote calls (calls)
         self.default_pool: Any = None  # master: the default WorkerPool, once somebody has asked for it (pools)
+        self.collecting: dict[int, list[list[Any]]] = {}  # thread id -> futures started in each of its sync() blocks
+        self.brought: dict[str, Any] = {}  # globals that functions of `everywhere` brought to __main__ (mainmodule)
         self.round_robin = -1
         self.round_robin_lock = threading.Lock()  # protects round_robin
         self.next_pid = itertools.count(2)
@@ -169,7 +171,7 @@ def become_worker(cookie: str) -> Node:
 def workers_of(node: Node) -> list[int]:
     """Pids of the workers as this process sees them: all members but pid 1, or [1] if there are none."""
     if node.is_master:
-        pids = sorted(pid for pid in node.peers.known() if pid != 1)
+        pids = node.group.listed() if node.group is not None else []
     else:
         pids = node.peers.ask_workers()
     return pids or [1]

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 _Parts = tuple[Kind, bytes, Any, list[Any]]
 
 
+class _Ready(threading.Event):
+    """Set when there is a link, or when it is known why there is none (`problem`)."""
+
+    problem: Callable[[], BaseException] | None = None
+
+
 class Peers:
     """The other members as this process reaches them."""
 
@@ -46,7 +52,7 @@ class Peers:
         self._links: dict[int, Link] = {}
         self._waiting: dict[int, list[_Parts]] = {}  # leader
         self._problems: dict[int, Callable[[], BaseException]] = {}  # pid -> why no link can be made; leader
-        self._ready: dict[int, threading.Event] = {}  # pid -> set when `ensure` may look again
+        self._ready: dict[int, _Ready] = {}  # pid -> set when `ensure` may look again
 
     # -- sending (any thread) ----------------------------------------------------------------------------------
 
@@ -81,12 +87,14 @@ class Peers:
         if pid in self._links:
             return
         self.check(pid)
-        event = self._ready.setdefault(pid, threading.Event())
+        event = self._ready.setdefault(pid, _Ready())
         self._node.loop.call_soon(lambda: self._open(pid))
         loop = self._node.loop
         if not loop.lead(event.is_set):
             with loop.following():
                 event.wait()
+        if event.problem is not None:
+            raise event.problem()
         self.check(pid)
         if pid not in self._links:
             raise ConnectionError(f"no connection to process {pid}")
@@ -114,9 +122,10 @@ class Peers:
         self._links[pid] = link
         self._announce(pid)
 
-    def _announce(self, pid: int) -> None:
+    def _announce(self, pid: int, problem: Callable[[], BaseException] | None = None) -> None:
         event = self._ready.pop(pid, None)
         if event is not None:
+            event.problem = problem
             event.set()
 
     def _send_later(self, pid: int, parts: _Parts) -> None:
@@ -154,7 +163,7 @@ class Peers:
         for parts in waiting:
             if parts[0] is Kind.CLIENTS:
                 self._send_later(pid, parts)
-        self._announce(pid)
+        self._announce(pid, make_error)
 
     def on_address(self, link: Link, frame: Frame) -> None:
         """Worker: pid 1 says where a process listens, or why there will be no link."""

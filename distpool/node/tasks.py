@@ -40,6 +40,7 @@ from distpool.wire.messages import (
     ONE_FRESH,
     RESULT,
     SPAN_OF_SCALARS,
+    UNLOADABLE,
     UNSENDABLE,
     VALUE,
 )
@@ -52,7 +53,7 @@ _BACKLOG = 4 << 20  # a worker does not produce results faster than the master r
 class _Item:
     """A received record that waits or runs."""
 
-    __slots__ = ("buffers", "elements", "flags", "index", "number", "payload", "sequence", "stop")
+    __slots__ = ("buffers", "elements", "flags", "index", "loaded", "number", "payload", "sequence", "stop")
 
     def __init__(
         self, sequence: int, number: int, elements: int, flags: int, payload: bytes, buffers: list[Any]
@@ -63,6 +64,7 @@ class _Item:
         self.flags = flags
         self.payload = payload
         self.buffers = buffers
+        self.loaded = False  # function and arguments have been rebuilt
         self.index = 0  # spans: the element that runs, published by the runner
         self.stop = elements  # spans: elements from here on were recalled
 
@@ -316,7 +318,7 @@ class TaskRunner:
             with self._lock:
                 self.running.pop(threading.get_ident(), None)  # from here on no element of it can be recalled
             for sequence in range(item.sequence + item.index, item.sequence + item.stop):
-                self._fail(sequence, error)
+                self._fail(sequence, error, ERROR if item.loaded else UNLOADABLE)
             del error
         now = time.perf_counter()
         self.running.pop(threading.get_ident(), None)
@@ -338,7 +340,7 @@ class TaskRunner:
 
     def _run_one(self, item: _Item, function: Callable[..., Any]) -> None:
         args, kwargs = codec.decode_args(item.payload, item.buffers)
-        item.payload, item.buffers = b"", []
+        item.payload, item.buffers, item.loaded = b"", [], True
         value = self._call(function, args, kwargs)
         del args, kwargs
         self._succeed(item.sequence, value)
@@ -392,7 +394,7 @@ class TaskRunner:
     def _run_many(self, item: _Item, function: Callable[..., Any], begin: float) -> float:
         """A span or a chunk; returns from when on the time is not yet accounted for."""
         arguments = codec.decode(item.payload, item.buffers)
-        item.payload, item.buffers = b"", []
+        item.payload, item.buffers, item.loaded = b"", [], True
         if item.flags in (CHUNK, CHUNK_OF_SCALARS):
             each = itertools.starmap if item.flags == CHUNK else map
             value = self._call(list, (each(function, arguments),), {})  # in C: chunks are there for tiny calls
@@ -437,12 +439,15 @@ class TaskRunner:
                 if seen:
                     self.lend(seen)
         except BaseException as error:
-            self._record(sequence, UNSENDABLE, encode_exception(error), None)
+            if isinstance(error.__cause__, SystemExit):  # the value's own pickling said so: as if the task had
+                self._fail(sequence, error.__cause__)
+            else:
+                self._record(sequence, UNSENDABLE, encode_exception(error), None)
             return
         self._record(sequence, VALUE, data, buffers)
 
-    def _fail(self, sequence: int, error: BaseException) -> None:
-        self._record(sequence, ERROR, encode_exception(error), None)
+    def _fail(self, sequence: int, error: BaseException, status: int = ERROR) -> None:
+        self._record(sequence, status, encode_exception(error), None)
 
     def _record(self, sequence: int, status: int, data: bytes, buffers: list[Any] | None) -> None:
         if buffers or len(data) > _JOURNALED:

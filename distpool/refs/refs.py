@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from distpool.node import node as nodes
 from distpool.wire import codec
 from distpool.wire.failures import decode_exception
-from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
+from distpool.wire.messages import ERROR, UNLOADABLE, UNSENDABLE, VALUE
 
 T = TypeVar("T")
 log = logging.getLogger("distpool.futures")
@@ -442,5 +442,5 @@ def open_outcome(raw: Outcome, cause: Callable[[str], BaseException] | None = No
         return None, raw.data
     if raw.status == LOCAL_VALUE:
         return raw.data, None
-    assert raw.status in (ERROR, UNSENDABLE)
+    assert raw.status in (ERROR, UNSENDABLE, UNLOADABLE)
     return None, decode_exception(raw.data, raw.pid, cause)

@@ -9,8 +9,12 @@ link's outbox wait). Tried: a stream of our own over two `SimpleQueue`s with a w
 calls per message and needs a lock, a bound and a partial-write rule of its own; the threads' hand-over dominates both.
 
 Either side's end is everybody's: end of file or an error of the reader, an error of the writer, or the link's close.
-Then writer and reader are closed. `close()` of a buffered reader waits for a read that is under way, so it comes last,
-on a thread that has nothing else to do.
+Then writer and reader are closed.
+
+A thread that reads holds the lock of a buffered reader, and whoever closes it meanwhile waits for that thread; a raw
+descriptor that is closed does not wake its reader at all. So streams of the standard library are polled before they are
+read (`_source_of`), together with a socket that ends the wait. Other classes have to wake their readers when they are
+closed; where they do not, a daemon thread stays behind until the process ends.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import io
 import logging
 import select
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +45,8 @@ class Pump:
         self._readinto = readinto
         self._write = write
         self.stream, self._near = socket.socketpair()
+        self._stop, self._stopped = socket.socketpair()
+        self._source = _source_of(reader)
         for target, name in ((self._pump_in, "in"), (self._pump_out, "out")):
             threading.Thread(target=target, name=f"distpool-pump-{name}", daemon=True).start()
 
@@ -50,8 +57,10 @@ class Pump:
     def _pump_in(self) -> None:
         buffer = bytearray(_CHUNK)
         view = memoryview(buffer)
+        poll = False  # not before the first read: something may lie in the reader's buffer
         try:
-            while True:
+            while not poll or self._wait_readable():
+                poll = self._source is not None
                 count = self._readinto(buffer)
                 if count is None:
                     _wait_for(self._reader, reading=True)
@@ -62,6 +71,12 @@ class Pump:
         except Exception as error:  # the reader is user code: whatever it raises is the end of the stream
             log.debug("the reader of a custom transport failed: %r", error)
         self._end()
+        self._stopped.close()
+
+    def _wait_readable(self) -> bool:
+        """False when it is over. Each read takes all that a buffered reader has, so the descriptor tells the truth."""
+        assert self._source is not None
+        return self._stopped not in _select([self._source, self._stopped])
 
     def _pump_out(self) -> None:
         try:
@@ -88,6 +103,7 @@ class Pump:
         """Both directions are over: the link sees the end, and the other thread comes out of its `recv`."""
         with contextlib.suppress(OSError):
             self._near.shutdown(socket.SHUT_RDWR)
+        self._stop.close()
 
 
 def readinto_of(reader: Any) -> Callable[[Any], int | None]:
@@ -116,6 +132,26 @@ def write_of(writer: Any) -> Callable[[bytes], int]:
         return int(count)
 
     return write
+
+
+def _source_of(reader: Any) -> Any:
+    """What can be polled in place of a blocking read; None if there is nothing, or it would not be the truth."""
+    base = reader.raw if isinstance(reader, io.BufferedReader) else reader
+    sock = getattr(base, "_sock", base) if isinstance(base, socket.SocketIO | socket.socket) else None
+    if sock is not None:
+        return None if hasattr(sock, "pending") else sock  # TLS keeps data of its own
+    return base if isinstance(base, io.FileIO) and sys.platform != "win32" else None
+
+
+def _select(sources: list[Any]) -> list[Any]:
+    """Wait until one of these is readable, or at its end; which are. `select.select` is limited to 1,024 descriptors."""
+    if not hasattr(select, "poll"):
+        return select.select(sources, [], [])[0]
+    poll = select.poll()
+    numbers = {source.fileno(): source for source in sources}
+    for number in numbers:
+        poll.register(number, select.POLLIN)
+    return [numbers[number] for number, _ in poll.poll()]
 
 
 def _closed(end: Any) -> bool:
