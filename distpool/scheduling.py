@@ -38,6 +38,8 @@ from distpool.work import Call
 log = logging.getLogger("distpool.scheduling")
 
 _STEAL_DELAY = 0.002  # seconds that calls sit in a busy worker before an idle one may have them
+_FEW = 4  # calls that travel together if each takes less than
+_TINY = 50e-6  # seconds: a frame of its own would cost as much
 
 
 class Scheduler:
@@ -180,7 +182,8 @@ class Scheduler:
         if head.policy is not None if type(head) is Call else False:
             return 1 if slot.load == 0 else 0
         waiting = head.remaining if type(head) is MapRun else len(self._queue)
-        return min(room, max(1, math.ceil(waiting / (2 * len(self.slots)))))
+        least = _FEW if 0.0 <= head.timing.mean < _TINY else 1
+        return min(room, max(least, math.ceil(waiting / (2 * len(self.slots)))))
 
     def _fill(self, slot: Slot, count: int) -> bool:
         """Send up to `count` calls from the head of the queue as one frame."""
