@@ -85,8 +85,9 @@ class _Child:
 class Siblings:
     """Answers LAUNCH. The methods run on the leader unless they say otherwise."""
 
-    def __init__(self, node: Node, link: Link) -> None:
+    def __init__(self, node: Node, link: Link, bound_to: str) -> None:
         self._node = node
+        self._bound_to = bound_to  # the address on which this worker listens: theirs too
         self._link = link
         self._children: dict[int, _Child] = {}
         node.handlers[Kind.LAUNCH] = self._on_launch
@@ -100,6 +101,8 @@ class Siblings:
         """On a library thread."""
         count = (_cpus() - 1) if message.count == "auto" else int(message.count)
         command = [*(message.command or [sys.executable]), "-m", "distpool", "worker"]
+        if self._bound_to:
+            command += ["--bind-to", self._bound_to]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([PACKAGE, os.environ.get("PYTHONPATH", "")]).rstrip(":")}
         problems: list[list[str]] = []
         children: list[_Child] = []

@@ -250,10 +250,15 @@ class Worker:
                 ),
             }
         )
-        Siblings(node, link)
+        Siblings(node, link, self._bound_to())
         answer = messages.Joined(nodes.versions(), os.getpid(), platform.node(), shares)
         link.send(Kind.JOINED, answer.pack())
         self._joined.set()
+
+    def _bound_to(self) -> str:
+        """The address of our listener if it is one that others may bind to as well."""
+        name = self._listener.getsockname() if self._listener is not None else ""
+        return str(name[0]) if isinstance(name, tuple) else ""
 
     def _on_connect(self, link: Link, frame: Frame) -> None:
         """Links that are not lazy."""

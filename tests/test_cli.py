@@ -22,7 +22,7 @@ import pytest
 
 import distpool
 from distpool import cli, top
-from distpool.cluster import start_workers
+from distpool.joining import start_workers
 from distpool.managers.base import ClusterManager, WorkerConfig, parse_header
 from distpool.node import node as nodes
 from distpool.node.group import Member
