@@ -136,11 +136,15 @@ def assert_squares(calls: Iterable[Call], but: int | None = None) -> None:
 
 
 def assert_all_work(runner: Runner, seconds: float) -> None:
-    """All workers run a task at the same time again (each is held), within that time."""
+    """All workers run a task at the same time again (each is held), within that time.
+
+    Under a limit of their own: whoever arrives first waits for the launch of the others.
+    """
     gate = Gate()
     count = runner.workers
+    patient = runner.executor.options(timeout=PATIENCE)
     begin = time.monotonic()
-    calls = [runner.submit(helpers.hold, gate.address, index) for index in range(count)]
+    calls = [Call(patient.submit(helpers.hold, gate.address, index)) for index in range(count)]
     arrivals = gate.arrivals(count, seconds * NOISE)
     took = time.monotonic() - begin
     assert len({arrival.ospid for arrival in arrivals}) == count

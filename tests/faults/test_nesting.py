@@ -155,6 +155,20 @@ def test_a_long_task_keeps_nobody_behind_it(runner: Runner, gate: Gate) -> None:
     assert held.value() == "held"
 
 
+@pytest.mark.parametrize("warm", [0, 300])
+@pytest.mark.parametrize("how", ["python", "c", "stopped"])
+def test_nobody_waits_behind_a_task_that_never_ends(runner: Runner, gate: Gate, how: str, warm: int) -> None:
+    """Whatever its worker was sent besides runs elsewhere, even if that worker cannot be asked to give it back."""
+    assert_squares([runner.submit(helpers.square, number) for number in range(warm)])
+    calls = [runner.submit(helpers.square, number) for number in range(10)]
+    runner.submit(helpers.be_busy, gate.address, how)
+    calls += [runner.submit(helpers.square, number) for number in range(10, 40)]
+    gate.arrival()
+    with at_most(2, "forty short calls"):
+        assert_squares(calls)
+    runner.end()
+
+
 def test_tasks_in_one_map_that_wait_for_each_other(runner: Runner, gate: Gate) -> None:
     """Neighbours of one map, which a batch would put behind one another."""
     address = gate.address

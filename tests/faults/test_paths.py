@@ -23,6 +23,8 @@ from .programs import Program, run
 from .runners import Runner, assert_all_work, assert_squares, full_text, is_timeout
 from .test_orphans import BOUND, BUSY
 
+pytestmark = pytest.mark.leaves_processes("what removes the sockets' directory lives as long as this program")
+
 WAYS = [(launch, transport) for launch in ("fork", "exec") for transport in ("unix", "tcp")]
 
 
