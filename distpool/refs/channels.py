@@ -180,7 +180,8 @@ class RemoteChannel:
             raise dead()
 
         def answer(status: int, body: Any, parts: Any) -> None:
-            reply._settle(Outcome(status, body, parts, where))
+            if reply._settle(Outcome(status, body, parts, where)):
+                node.deliver(reply._run_callbacks)
 
         reply.number = node.peers.requests.new(where, answer, lambda error: answer(RAISED_HERE, error, ()))
         message = messages.ChannelOp(reply.number, op, *handle.rrid, timeout, count)
@@ -213,8 +214,11 @@ class _RemoteReply(ChannelReply):
         try:
             return super().result(timeout)
         except BaseException:
+            raw = self._raw
             if not self.done():
                 self._give_up()
+            elif self._op == "take" and raw is not None and raw.status == VALUE:
+                _give_back(self._channel, self)  # interrupted just when it had come
             raise
 
     def _give_up(self) -> None:

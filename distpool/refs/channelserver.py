@@ -38,8 +38,8 @@ class _Requests:
     def _on_cancel(self, link: Link, frame: Frame) -> None:
         number = messages.CancelRequest.unpack(frame.control).request
         found = self._waiters.pop((int(link.peer), number), None)
-        if found is not None:
-            found[0].withdraw(found[1])
+        if found is not None and found[0].withdraw(found[1]):
+            self._plain_error(int(link.peer), number, TimeoutError())  # ends the asker's request
 
     def _on_channel(self, link: Link, frame: Frame) -> None:
         message = messages.ChannelOp.unpack(frame.control)
