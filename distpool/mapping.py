@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from distpool.elements import LOOK_AHEAD, Carrier, FutureCarrier, SpanCarrier, ThreadCarrier
+from distpool.node import node as nodes
 from distpool.ordered import OrderedMap
 from distpool.progress import make_progress
 from distpool.recovery import ExponentialBackOff, Recovery
@@ -51,8 +52,9 @@ def pmap(
 ) -> list[Any]:
     """`[f(x) for x in iterable]` on the workers of `pool`, in input order; several iterables go elementwise.
 
-    `pool`: a `ClusterExecutor`, a view of it (`options`), or a `DistPool`; default: all workers of the cluster. Where
-    there are none, and with `distributed=False`, the calls run here, concurrently in threads. The input is consumed
+    `pool`: a `WorkerPool`, a `ClusterExecutor`, a view of it (`options`), or a `DistPool`; default: the workers of
+    `addprocs`, in a fresh `CachingPool`, so that `f` goes to each of them once. Where there are none, and with
+    `distributed=False`, the calls run here, concurrently in threads. The input is consumed
     lazily: at most 8 elements per worker (times `batch_size`) are taken ahead of what has been delivered.
     `batch_size`: elements sent to a worker together; "auto": as many as their measured time allows. It changes no other
     rule.
@@ -140,6 +142,8 @@ def _ordered(
         raise TypeError("pmap() and pgenerate() need at least one iterable")
     single = len(iterables) == 1
     source: Iterator[Any] = iter(iterables[0]) if single else zip(*iterables, strict=False)
+    if pool is None and distributed:
+        pool = _default_pool()
     carrier, batch = _carrier_for(f, single, pool if distributed else None, batch_size)
     at_hand = all(type(iterable) in _AT_HAND for iterable in iterables)
     return OrderedMap(carrier, source, recovery, at_hand=at_hand, batch=batch, eager_errors=eager_errors)
@@ -149,14 +153,23 @@ def _carrier_for(f: Callable[..., Any], single: bool, pool: Any, batch_size: int
     """The carrier for this pool, and the batch size (1: whatever it likes).
 
     This is the one place that knows kinds of pools. What a kind has to offer: a scheduler and its number of workers, or
-    a `submit` and the same number. The workers of `addprocs` (pool=None) and the pools made of them come in here too.
+    a `submit` and the same number, or (`WorkerPool`) workers to take. No pool, or one without workers: threads.
     """
     if pool is None:
         return ThreadCarrier(f, single), 1
+    if callable(getattr(pool, "prepare", None)):
+        from distpool.poolmap import PoolCarrier
+
+        if not len(pool):
+            return ThreadCarrier(f, single), 1
+        batch = _check_batch_size(batch_size)
+        return PoolCarrier(pool, f, single, batch), batch or 1
     pool = getattr(pool, "executor", pool)  # DistPool
     crew = getattr(pool, "_crew", None)
     if crew is None and not callable(getattr(pool, "submit", None)):
-        raise TypeError(f"pool must be a ClusterExecutor, a view of one, or a DistPool, not {type(pool).__name__}")
+        raise TypeError(
+            f"pool must be a WorkerPool, a ClusterExecutor, a view of one, or a DistPool, not {type(pool).__name__}"
+        )
     batch = _check_batch_size(batch_size)
     if crew is not None:
         pool._check_usable()
@@ -166,6 +179,19 @@ def _carrier_for(f: Callable[..., Any], single: bool, pool: Any, batch_size: int
     size = getattr(pool, "_max_workers", 1)
     submit = pool.submit
     return FutureCarrier(lambda *args: submit(f, *args), single, lambda: size, LOOK_AHEAD * (batch or 1)), batch or 1
+
+
+def _default_pool() -> Any:
+    """A fresh CachingPool of the default pool's workers; None where there are none."""
+    node = nodes.existing()
+    if node is None or (
+        node.is_master and node.default_pool is None and not (node.group and node.group.default_members)
+    ):
+        return None
+    from distpool.pools import CachingPool, default_worker_pool
+
+    pids = default_worker_pool()._do("living")
+    return CachingPool(pids) if pids else None
 
 
 def _check_batch_size(batch_size: int | str) -> int:

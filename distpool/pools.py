@@ -25,7 +25,7 @@ from distpool.poolqueue import WorkerQueue
 from distpool.refs import gc
 from distpool.refs.channels import RemoteChannel
 from distpool.refs.owner import RRID
-from distpool.refs.refs import Future
+from distpool.refs.refs import Future, Outcome
 from distpool.refs.remote import _Waiting
 
 Where = Any
@@ -123,6 +123,22 @@ class WorkerPool:
         Example: `remotecall_fetch(pool.prepare(f, pid), pid)`
         """
         return f
+
+    def _take_later(self) -> Future[Any]:
+        """As `take`, without waiting: the future of a pid, whose callbacks run on library threads."""
+        queue = self._queue()
+        if queue is None:
+            return self._channel._request("take", b"", [], None)
+        node = _node()
+        taken: Future[Any] = Future()
+        taken._call = _Waiting(gc.of(node))
+
+        def settle(outcome: Outcome) -> None:
+            if taken._settle(outcome):
+                node.deliver(taken._run_callbacks)
+
+        queue.request("take", settle)
+        return taken
 
     # -- the pool as a reference -------------------------------------------------------------------------------
 

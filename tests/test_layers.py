@@ -44,7 +44,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     ),
     7: (
         *("work", "mapruns", "slots", "recalls", "retries", "scheduling", "lazymap", "policy"),
-        *("mapping", "ordered", "elements", "recovery"),
+        *("mapping", "ordered", "elements", "poolmap", "recovery"),
     ),
     8: (
         *("managers.base", "managers.launch", "managers.process", "managers.forked", "managers.executed"),
@@ -143,6 +143,8 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("lazymap", "mapruns"),
         ("policy", "work"),
         ("mapping", "elements"),
+        ("mapping", "poolmap"),
+        ("poolmap", "elements"),
         ("mapping", "ordered"),
         ("mapping", "recovery"),
         ("ordered", "elements"),

@@ -1,0 +1,321 @@
+"""Where the elements of a `pmap` over a `WorkerPool` run: one message in flight per taken worker (layer 7).
+
+    feed -> waiting elements -> take (asynchronous) -> worker -> the next batch -> request -> outcomes, worker back
+
+A worker is taken for each message and given back after it, so that maps which share a pool share its workers. What is
+sent is cut when a worker is there: with `batch_size="auto"` its size follows the measured time.
+
+A map inside a call that came through the same pool would wait for a worker which its own caller holds: its own process
+if it is a member and taken, else, after a while, some member, serve it without being taken (`_Lane`).
+
+Callbacks run on library threads; `_lock` protects the waiting elements and the counters. The consumer's thread feeds.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from distpool import config
+from distpool.elements import LOOK_AHEAD
+from distpool.errors import ProcessExitedException
+from distpool.node import node as nodes
+from distpool.pools import WorkerPool
+from distpool.refs import gc
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome, open_outcome
+from distpool.replies import note_traceback, request
+from distpool.wire import codec
+from distpool.wire.failures import encode_exception
+from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
+
+_MAX_BATCH = 64
+_PATIENCE = 1.0  # seconds that a map inside a call waits for a worker before it shares one
+_Element = tuple[int, Any]
+
+
+class PoolCarrier:
+    """Elements on the workers of a pool; see `elements.Carrier`. `batch` 0: "auto"."""
+
+    def __init__(self, pool: WorkerPool, function: Callable[..., Any], single: bool, batch: int) -> None:
+        self.fed = 0
+        self.results: dict[int, Any] = {}
+        self.failed: collections.deque[tuple[int, Any]] = collections.deque()
+        self.usable = True
+        self._node = nodes.current()
+        self._pool = pool
+        self._function = function
+        self._single = single
+        self._batch = batch
+        self._members = pool._do("living")
+        self._lock = threading.Lock()
+        self._waiting: collections.deque[_Element] = collections.deque()
+        self._again: collections.deque[_Element] = collections.deque()  # retries go alone
+        self._asked = 0  # workers that have been asked for
+        self._asking: set[Future[Any]] = set()  # their futures, which nobody else holds
+        self._closed = False
+        self._mean = -1.0  # measured seconds per element
+        self.sent = 0  # messages, and how many of them have not been answered
+        self.inflight = 0
+        self._changed = threading.Event()
+        self._lane = _Lane(self) if self._node.pid in self._members or not self._node.is_master else None
+
+    # -- the consumer's side -----------------------------------------------------------------------------------
+
+    def feed(self, arguments: list[Any]) -> None:
+        with self._lock:
+            for argument in arguments:
+                self._waiting.append((self.fed, argument))
+                self.fed += 1
+        self._ask()
+
+    def again(self, index: int, argument: Any) -> None:
+        with self._lock:
+            self._again.append((index, argument))
+        self._ask()
+
+    def open(self, raw: Any) -> tuple[Any, BaseException | None]:
+        return open_outcome(raw)
+
+    def ahead(self, at_hand: bool) -> int:
+        return LOOK_AHEAD * max(1, len(self._members)) * self._batch_now()
+
+    def wait_until(self, until: Callable[[], bool], deadline: float | None) -> object:
+        changed = self._changed
+        with self._node.given_away(), self._node.loop.following():
+            while True:
+                changed.clear()  # before looking: what ends from here on is noticed
+                if until():
+                    return None
+                timeout = None if deadline is None else deadline - time.monotonic()
+                if timeout is not None and timeout <= 0:
+                    return None
+                changed.wait(timeout)
+
+    def close(self) -> None:
+        self.abandon()
+        with self._lock:
+            self._waiting.clear()
+            self._again.clear()
+
+    def abandon(self) -> None:
+        self._closed = True
+
+    # -- asking for workers (any thread) -----------------------------------------------------------------------
+
+    def _batch_now(self) -> int:
+        if self._batch:
+            return self._batch
+        mean = self._mean
+        return max(1, min(_MAX_BATCH, int(config.WINDOW_SECONDS / max(mean, 1e-6)))) if mean >= 0 else 1
+
+    def _ask(self) -> None:
+        """Ask the pool for as many workers as there are messages to send."""
+        while True:
+            with self._lock:
+                wanted = len(self._again) + -(-len(self._waiting) // self._batch_now())
+                if self._closed or self._asked >= min(wanted, max(1, len(self._members))):
+                    break
+                self._asked += 1
+            self._ask_for_one()
+        if self._lane is not None:
+            self._lane.look()
+
+    def _ask_for_one(self) -> None:
+        try:
+            taken = self._pool._take_later()
+        except Exception as error:  # the pool's owner is gone
+            with self._lock:
+                self._asked -= 1
+            self._give_up(error)
+            return
+        self._asking.add(taken)
+        taken.add_done_callback(self._taken)
+
+    def _taken(self, future: Future[Any]) -> None:
+        self._asking.discard(future)
+        with self._lock:
+            self._asked -= 1
+        error = future.exception()
+        if error is not None:
+            self._give_up(error)
+            return
+        pid = future.result()
+        self.send(pid, lambda: self._pool.put(pid))
+
+    def _give_up(self, error: BaseException) -> None:
+        """No worker is left, or nobody can give one out: what waits has failed."""
+        self.usable = False
+        with self._lock:
+            lost = [*self._again, *self._waiting]
+            self._again.clear()
+            self._waiting.clear()
+        self._fail(lost, error)
+
+    # -- running (library threads) -----------------------------------------------------------------------------
+
+    def send(self, pid: int, give_back: Callable[[], object]) -> bool:
+        """Send the next elements to `pid`; `give_back()` when it has ended, or at once if there is nothing to send."""
+        elements, batched = self._next_elements()
+        if not elements:
+            give_back()
+            return False
+        with self._lock:
+            self.sent += 1
+            self.inflight += 1
+        begin = time.monotonic()
+        try:
+            function = self._pool.prepare(self._function, pid)
+            if batched:
+                arguments: tuple[Any, ...] = function, self._single, [each for _, each in elements], self._node.pid
+                future = request(run_batch, pid, arguments)
+            else:
+                argument = elements[0][1]
+                future = request(function, pid, (argument,) if self._single else tuple(argument))
+        except ProcessExitedException as error:
+            with self._lock:
+                self.inflight -= 1
+                (self._waiting if batched else self._again).extendleft(reversed(elements))
+            give_back()
+            if error.worker_id == pid:
+                self._ask()
+            else:
+                self._give_up(error)
+            return False
+        except Exception as error:
+            with self._lock:
+                self.inflight -= 1
+            give_back()
+            self._fail(elements, error)
+            self._ask()
+            return False
+        future.add_done_callback(lambda ended: self._ended(ended, elements, batched, begin, give_back, function))
+        return True
+
+    def waits(self) -> bool:
+        """Whether elements wait for a worker."""
+        return not self._closed and bool(self._waiting or self._again)
+
+    def _next_elements(self) -> tuple[list[_Element], bool]:
+        with self._lock:
+            if self._closed:
+                return [], False
+            if self._again:
+                return [self._again.popleft()], False
+            count = min(self._batch_now(), len(self._waiting))
+            return [self._waiting.popleft() for _ in range(count)], self._batch != 1
+
+    def _ended(
+        self,
+        future: Future[Any],
+        elements: list[_Element],
+        batched: bool,
+        begin: float,
+        give_back: Callable[[], object],
+        kept: Any,
+    ) -> None:
+        """A message has been answered. `kept`: what has to stay on the worker until now."""
+        seconds = (time.monotonic() - begin) / len(elements)
+        self._mean = seconds if self._mean < 0 else 0.7 * self._mean + 0.3 * seconds
+        outcomes: Any = None
+        if batched:
+            error = future.exception()
+            if error is None:
+                outcomes = [Outcome(*each) for each in future.result()]
+            else:
+                outcomes = [Outcome(RAISED_HERE, error, (), 0)] * len(elements)
+        else:
+            outcomes = [future.outcome()]
+        with self._lock:
+            self.inflight -= 1
+        give_back()
+        for (index, _), outcome in zip(elements, outcomes, strict=True):
+            if outcome.status in (VALUE, LOCAL_VALUE):
+                self.results[index] = outcome
+            else:
+                self.failed.append((index, outcome))
+        self._changed.set()
+        self._ask()
+
+    def _fail(self, elements: list[_Element], error: BaseException) -> None:
+        for index, _ in elements:
+            self.failed.append((index, Outcome(RAISED_HERE, error, (), 0)))
+        self._changed.set()
+
+
+class _Lane:
+    """A worker that serves a map without being taken for it; see the module."""
+
+    def __init__(self, carrier: PoolCarrier) -> None:
+        self._carrier = carrier
+        self._pid = 0  # not open
+        self._busy = False
+        self._lock = threading.Lock()  # protects _busy
+        self._seen = -1  # messages sent, at the last look
+        node = carrier._node
+        if node.pid in carrier._members and carrier._pool._do("has", node.pid):
+            self._pid = node.pid
+        elif not node.is_master:
+            node.loop.call_soon(self._wait)
+
+    def _wait(self) -> None:
+        self._carrier._node.loop.call_later(_PATIENCE, self._consider)
+
+    def _consider(self) -> None:
+        """Leader: open if the map has made no progress for a while."""
+        carrier = self._carrier
+        if carrier._closed:
+            return
+        if carrier.waits() and not carrier.inflight and carrier.sent == self._seen:
+            self._pid = carrier._members[0]
+            carrier._node.deliver(self.look)
+            return
+        self._seen = carrier.sent
+        self._wait()
+
+    def look(self) -> None:
+        """Send something if it is free."""
+        with self._lock:
+            if not self._pid or self._busy:
+                return
+            self._busy = True
+        self._carrier._node.deliver(lambda: self._carrier.send(self._pid, self._free))
+
+    def _free(self) -> None:
+        with self._lock:
+            self._busy = False
+        if self._carrier.waits():  # came while it was busy
+            self.look()
+
+
+def run_batch(function: Callable[..., Any], single: bool, arguments: list[Any], asker: int) -> list[tuple[Any, ...]]:
+    """On the worker: the outcome of each element, each serialised for itself, so that one cannot spoil the others."""
+    node = nodes.current()
+    outcomes: list[tuple[Any, ...]] = []
+    for argument in arguments:
+        seen: list[Any] = []
+        try:
+            value = function(argument) if single else function(*argument)
+        except BaseException as error:
+            if asker == node.pid:
+                note_traceback(error)
+                outcomes.append((RAISED_HERE, error, (), node.pid))
+            else:
+                outcomes.append((ERROR, encode_exception(error, asker, seen=seen), (), node.pid))
+        else:
+            if asker == node.pid:
+                outcomes.append((LOCAL_VALUE, value, (), node.pid))
+                continue
+            try:
+                data, buffers = codec.encode(value, asker, seen)
+                outcomes.append((VALUE, data, [bytes(part) for part in buffers], node.pid))
+            except BaseException as error:
+                seen.clear()
+                outcomes.append((UNSENDABLE, encode_exception(error, asker), (), node.pid))
+        gc.of(node).lend(seen, asker)
+    return outcomes
+
+
+__all__ = ["PoolCarrier"]
