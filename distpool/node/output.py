@@ -111,7 +111,7 @@ class OutputReader:
             try:
                 line = hook(self._pid, text)
                 return "" if line is None else line if line.endswith("\n") else line + "\n"
-            except Exception:
+            except BaseException:  # SystemExit too: the lines beside it are not lost for it
                 log.exception("the output hook failed on a line of worker %d", self._pid)
         return text + "\n" if text.startswith("      From worker ") else f"      From worker {self._pid}:\t{text}\n"
 
