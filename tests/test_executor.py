@@ -598,8 +598,12 @@ def test_imap_unordered_time_limit(make: Callable[..., ClusterExecutor], gate: G
 
 def test_options_time_limit(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
     executor = make(2)
-    view = executor.options(timeout=2)  # the import of this module counts
-    slow, quick = view.submit(hold, gate.address), view.submit(square, 3)
+    first = [executor.submit(hold, gate.address) for _ in range(2)]  # the import of its module would count
+    for arrival in gate.arrivals(2):
+        arrival.release()
+    [future.result(PATIENCE) for future in first]
+    view = executor.options(timeout=1)
+    slow, quick = view.submit(hold, gate.address), view.submit(pow, 3, 2)
     with pytest.raises(TimeoutError):
         slow.result(PATIENCE)
     assert quick.result(PATIENCE) == 9

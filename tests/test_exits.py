@@ -43,10 +43,10 @@ def test_pending_work_is_done(tmp_path: Path, ending: str) -> None:
 
 def test_callbacks_of_pending_work_run() -> None:
     done = run("""
-        import distpool
+        import sys, distpool
         ex = distpool.ClusterExecutor(1)
         for n in range(5):
-            ex.submit(pow, n, 2).add_done_callback(lambda future: print(future.result(), flush=True))
+            ex.submit(pow, n, 2).add_done_callback(lambda future: sys.stdout.write(f"{future.result()}\\n"))
     """)
     assert sorted(done.stdout.split()) == ["0", "1", "16", "4", "9"] and done.stderr == ""
 
