@@ -94,8 +94,10 @@ class Pump:
         self._end()
         for end in (self._writer, self._reader):
             with contextlib.suppress(Exception):
-                if isinstance(end, socket.socket):
-                    end.shutdown(socket.SHUT_RDWR)  # wakes whoever reads; `close` does not
+                sock = _socket_of(end)
+                if sock is not None:
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_RDWR)  # `close` of a `makefile` stream leaves its socket open
                 end.close()
         self._near.close()
 
@@ -108,8 +110,16 @@ class Pump:
 
 def readinto_of(reader: Any) -> Callable[[Any], int | None]:
     """`readinto(buffer) -> n` of a reader: short reads, 0 at the end, None for "not now" (raw, non-blocking)."""
-    # `BufferedReader.readinto` waits until the whole buffer is full; `readinto1` gives what one read brought.
-    for name in ("readinto1", "readinto", "recv_into"):
+    if isinstance(reader, io.BufferedIOBase):
+        # Its `readinto` waits until the whole buffer is full, and `readinto1` until something comes, although there is
+        # something; `read1` gives what lies there, else what one read brings.
+        def read1(buffer: Any) -> int:
+            data = reader.read1(len(buffer))
+            buffer[: len(data)] = data
+            return len(data)
+
+        return read1
+    for name in ("readinto", "recv_into"):
         method = getattr(reader, name, None)
         if callable(method):
             return method  # type: ignore[no-any-return]
@@ -136,15 +146,23 @@ def write_of(writer: Any) -> Callable[[bytes], int]:
 
 def _source_of(reader: Any) -> Any:
     """What can be polled in place of a blocking read; None if there is nothing, or it would not be the truth."""
-    base = reader.raw if isinstance(reader, io.BufferedReader) else reader
-    sock = getattr(base, "_sock", base) if isinstance(base, socket.SocketIO | socket.socket) else None
+    sock = _socket_of(reader)
     if sock is not None:
         return None if hasattr(sock, "pending") else sock  # TLS keeps data of its own
+    base = reader.raw if isinstance(reader, io.BufferedReader) else reader
     return base if isinstance(base, io.FileIO) and sys.platform != "win32" else None
 
 
+def _socket_of(end: Any) -> Any:
+    """The socket behind a stream, if there is one."""
+    base = end.raw if isinstance(end, io.BufferedReader | io.BufferedWriter) else end
+    if isinstance(base, socket.SocketIO):
+        base = getattr(base, "_sock", None)  # None: closed
+    return base if isinstance(base, socket.socket) else None
+
+
 def _select(sources: list[Any]) -> list[Any]:
-    """Wait until one of these is readable, or at its end; which are. `select.select` is limited to 1,024 descriptors."""
+    """Wait until one of these is readable, or at its end; which are. (`select.select` ends at descriptor 1024.)"""
     if not hasattr(select, "poll"):
         return select.select(sources, [], [])[0]
     poll = select.poll()

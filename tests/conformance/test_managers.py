@@ -275,7 +275,8 @@ def test_C199_commands_that_are_no_workers(code: str, texts: list[str]) -> None:
 
 
 def test_C201_banner_lines_are_tolerated() -> None:
-    code = "for i in range(1000): print('welcome', i)\nimport runpy, sys; sys.argv = ['distpool', 'worker', '--bind-to', '127.0.0.1']\nrunpy.run_module('distpool', run_name='__main__')"
+    code = "for i in range(1000): print('welcome', i)\n"
+    code += "from distpool.cli import main; main(['worker', '--bind-to', '127.0.0.1'])"
     check_works(addprocs(ByCommand(1, [sys.executable, "-c", code])))
 
 

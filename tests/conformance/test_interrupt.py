@@ -1,0 +1,122 @@
+"""CONFORMANCE 2.17: interrupts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import distpool
+from distpool import addprocs, interrupt, rmprocs, workers
+from distpool.calls import remotecall, remotecall_fetch
+
+from .clusters import OverStreams, others
+
+
+@pytest.fixture(scope="module")
+def pids() -> Iterator[list[int]]:
+    yield addprocs(2)
+    rmprocs(others())
+
+
+def ends_with_interrupt(future: object, seconds: float = 5) -> bool:
+    with pytest.raises(distpool.RemoteException) as info:
+        future.result(seconds)  # type: ignore[attr-defined]
+    return isinstance(info.value.captured.ex, KeyboardInterrupt)
+
+
+def make_spin() -> Any:
+    """A function that travels by value: importing this module on a worker takes as long as a test may wait."""
+
+    def spin() -> None:
+        while True:
+            time.sleep(0.01)
+
+    return spin
+
+
+spin = make_spin()
+
+
+def test_C261_a_sleeping_call(pids: list[int]) -> None:
+    future = remotecall(time.sleep, pids[0], 60)
+    time.sleep(0.3)
+    begin = time.monotonic()
+    interrupt(pids[0])
+    assert ends_with_interrupt(future)
+    assert time.monotonic() - begin < 2
+    assert remotecall_fetch(distpool.myid, pids[0]) == pids[0]
+
+
+def test_C262_all_calls_of_that_worker_and_of_no_other(pids: list[int]) -> None:
+    futures = [remotecall(lambda: spin(), pids[0]) for _ in range(3)]
+    other = remotecall(time.sleep, pids[1], 1.5)
+    time.sleep(0.3)
+    interrupt([pids[0]])
+    assert all(ends_with_interrupt(future) for future in futures)
+    assert other.result(10) is None
+    futures = [remotecall(lambda: spin(), pid) for pid in pids]
+    time.sleep(0.3)
+    interrupt()
+    assert all(ends_with_interrupt(future) for future in futures)
+
+
+def test_C263_idle_workers_are_unharmed(pids: list[int]) -> None:
+    for _ in range(20):
+        interrupt(pids)
+    assert [remotecall_fetch(distpool.myid, pid) for pid in pids] == pids
+    assert workers() == pids
+
+
+def test_C263_interrupts_that_race_with_the_end_of_a_call(pids: list[int]) -> None:
+    """Each call ends in its value or in KeyboardInterrupt."""
+    interrupted = 0
+    for number in range(150):
+        futures = [remotecall(lambda n: n, pids[0], number) for _ in range(3)]
+        interrupt(pids[0])
+        for future in futures:
+            try:
+                assert future.result(10) == number
+            except distpool.RemoteException as error:
+                assert isinstance(error.captured.ex, KeyboardInterrupt), error
+                interrupted += 1
+    assert remotecall_fetch(distpool.myid, pids[0]) == pids[0]
+    assert workers() == pids
+
+
+def test_C265_pids(pids: list[int]) -> None:
+    interrupt(1)
+    with pytest.raises(ValueError, match="no process with id 4711 exists"):
+        interrupt(4711)
+    with pytest.raises(distpool.RemoteException) as info:
+        remotecall_fetch(interrupt, pids[0], pids[1])
+    assert isinstance(info.value.captured.ex, RuntimeError)
+    gone = addprocs(1)
+    rmprocs(gone)
+    with pytest.raises(distpool.ProcessExitedException):
+        interrupt(gone)
+
+
+def test_executor_calls_too(pids: list[int]) -> None:
+    with distpool.ClusterExecutor(1) as executor:
+        future = executor.submit(time.sleep, 60)
+        executor.submit(abs, 1)
+        while not future.running():
+            time.sleep(0.05)
+        time.sleep(0.3)
+        interrupt(executor.workers)
+        assert isinstance(future.exception(10), KeyboardInterrupt)
+        assert executor.submit(abs, -2).result(10) == 2
+
+
+def test_the_manager_is_told_and_calls_beside_the_main_thread_end(pids: list[int]) -> None:
+    manager = OverStreams(1)
+    (pid,) = addprocs(manager)
+    future = remotecall(lambda: spin(), pid)
+    time.sleep(0.3)
+    interrupt(pid)
+    assert ends_with_interrupt(future)
+    assert manager.ops(pid) == ["register", "interrupt"]
+    rmprocs(pid)

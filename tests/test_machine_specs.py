@@ -1,0 +1,102 @@
+"""Machine specs and machine files (CONFORMANCE C217, C218)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import distpool
+from distpool.managers.specs import Spec, split_spec
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("127.0.0.1", ("127.0.0.1", None)),
+        ("127.0.0.1:80", ("127.0.0.1", 80)),
+        ("[2001:db8::1]", ("2001:db8::1", None)),
+        ("[2001:db8::1]:443", ("2001:db8::1", 443)),
+        ("host:1", ("host", 1)),
+        ("host:90", ("host", 90)),
+        ("host:65535", ("host", 65535)),
+        ("me@host", ("me@host", None)),
+        ("me@host:2222", ("me@host", 2222)),
+        ("me@example.com@host", ("me@example.com@host", None)),
+        ("me@[::1]:2222 10.0.0.1:9000", ("me@::1", 2222)),
+    ],
+)
+def test_C218_parse_machine(spec: str, expected: Any) -> None:
+    assert distpool.parse_machine(spec) == expected
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "127.0.0.1:-1",
+        "127.0.0.1:0",
+        "127.0.0.1:65536",
+        "127.0.0.1:",
+        "[2001:db8::1]:443:888",
+        "[2001:db8::1",
+        "[2001:db8::1]:aaa",
+        "[2001:db8::1]x",
+        "2001:db8::1",
+        "host:80:81",
+        "host:²",
+        "",
+        " ",
+        "@host",
+        "me@",
+        "a b c",
+        "host 10.0.0.1:0",
+    ],
+)
+def test_C218_what_is_no_machine(spec: str) -> None:
+    with pytest.raises(ValueError, match="not a machine spec"):
+        distpool.parse_machine(spec)
+
+
+def test_specs_must_be_texts() -> None:
+    with pytest.raises(TypeError):
+        distpool.parse_machine(5)  # type: ignore[arg-type]
+
+
+def test_all_parts() -> None:
+    assert split_spec("me@host:22 [::1]:9300") == Spec("me", "host", 22, "::1", 9300)
+    assert split_spec("host 10.0.0.7") == Spec(None, "host", None, "10.0.0.7", None)
+
+
+def test_C217_machine_file(tmp_path: Path) -> None:
+    path = tmp_path / "machines"
+    path.write_text(
+        "host\n\n# all of them\n4*host   # four\nauto*host\n  3*user@host:2222 10.0.0.1:9000\n2 * other\n",
+        encoding="utf-8",
+    )
+    assert (
+        distpool.load_machine_file(path)
+        == distpool.load_machine_file(str(path))
+        == [
+            "host",
+            ("host", 4),
+            ("host", "auto"),
+            ("user@host:2222 10.0.0.1:9000", 3),
+            ("other", 2),
+        ]
+    )
+
+
+@pytest.mark.parametrize("line", ["0*host", "x*host", "-1*host", "4*", "host:0", "*host"])
+def test_C217_bad_lines_are_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "machines"
+    path.write_text(f"good\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2"):
+        distpool.load_machine_file(path)
+    with pytest.raises(ValueError, match="line 2"):
+        distpool.addprocs(path)
+
+
+def test_C217_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        distpool.load_machine_file(tmp_path / "nothing")
