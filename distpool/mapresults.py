@@ -11,24 +11,28 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from distpool.lazymap import open_entry
-from distpool.mapruns import MapRun
+from distpool.mapruns import Many, MapRun
 from distpool.refs.refs import Future
 
 
 def fed_results(run: MapRun, deadline: float | None, chunked: bool) -> Iterator[Any]:
     """Yield the results of a map whose input has been fed, in order, keeping no reference to what was yielded."""
     results, take = run.results, run.results.pop
+    index = 0
     try:
-        for index in range(run.fed):
+        while index < run.fed:
             if index not in results and not run.wait_for(index, deadline):
                 raise TimeoutError
-            if chunked:
-                values = open_entry(take(index))
+            entry = take(index)
+            if type(entry) is Many or chunked:
+                index += entry.length if type(entry) is Many else 1
+                values = entry.values() if type(entry) is Many else open_entry(entry)
                 values.reverse()
                 while values:
                     yield values.pop()
             else:
-                yield open_entry(take(index))
+                index += 1
+                yield open_entry(entry)
     finally:
         run.close()
 

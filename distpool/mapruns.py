@@ -15,10 +15,10 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from pickle import dumps
-from typing import TYPE_CHECKING, Any
+from pickle import dumps, loads
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distpool.refs.refs import RAISED_HERE, Outcome
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import CALL, CHUNK, CHUNK_OF_SCALARS, ONE, SPAN, SPAN_OF_SCALARS
@@ -26,6 +26,7 @@ from distpool.work import release_all, with_references
 
 if TYPE_CHECKING:
     from distpool.scheduling import Scheduler
+    from distpool.slots import Slot
 
 SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
 _BLOCK = 4096  # scalar elements that are kept together
@@ -59,6 +60,17 @@ class Element:
         self.run.put_back(_Records(self.index, [(self.record, self.buffers)]), queue)
 
 
+class Many(NamedTuple):
+    """Consecutive plain values, as a list or its pickle: an entry of `MapRun.results`, under the index of the first."""
+
+    data: bytes | list[Any]
+    length: int
+
+    def values(self) -> list[Any]:
+        """The values, in a list that the caller may change."""
+        return self.data if isinstance(self.data, list) else loads(self.data)
+
+
 class Span:
     """Consecutive scalar elements of a map that travel in one record."""
 
@@ -85,6 +97,10 @@ class Span:
     def settle(self, index: int, outcome: Outcome) -> Any:
         self.run.settle(self.index + index, outcome)
         return None
+
+    def settle_many(self, index: int, count: int, data: bytes | list[Any]) -> None:
+        """`count` elements from `index` on returned the scalars in `data` (a list, or its pickle)."""
+        self.run.settle_many(self.index + index, count, data)
 
     def put_back(self, first: int, count: int, queue: collections.deque[Any]) -> None:
         """Elements `first` to `first + count` have not started."""
@@ -165,6 +181,7 @@ class MapRun:
         self.ready: collections.deque[int] | None = None if ordered else collections.deque()
         self.on_settled: Callable[[int], object] | None = None  # leader: called with each index
         self.closed = False
+        self.takes_many = False  # the consumer understands `Many` in `results`
         self.queued = False  # in the scheduler's queue
         self._blocks: collections.deque[Any] = collections.deque()  # protected by the scheduler's lock, except append
         self._urgent: collections.deque[Any] = collections.deque()  # the same; elements fed again: they go first
@@ -213,12 +230,18 @@ class MapRun:
 
     def feed_chunk(self, chunk: list[Any]) -> None:
         """Add one element that stands for a whole chunk: it succeeds or fails as one, its value is a list."""
+        self._append_records([self._chunk_record(chunk)])
+
+    def feed_chunks(self, chunks: list[list[Any]]) -> None:
+        """Add several chunks at once, which may then travel in one frame."""
+        self._append_records([self._chunk_record(chunk) for chunk in chunks])
+
+    def _chunk_record(self, chunk: list[Any]) -> Any:
         flags = CHUNK_OF_SCALARS if self.single else CHUNK
         if _all_scalars(chunk, self.single):
-            self._append_records([self._record(lambda: (dumps(chunk, 5), ()), flags)])
-        else:
-            seen: list[Any] = []
-            self._append_records([self._record(lambda: codec.encode(chunk, None, seen), flags, seen)])
+            return self._record(lambda: (dumps(chunk, 5), ()), flags)
+        seen: list[Any] = []
+        return self._record(lambda: codec.encode(chunk, None, seen), flags, seen)
 
     def _record(self, encode: Callable[[], tuple[bytes, Any]], flags: int, seen: list[Any] | None = None) -> Any:
         """`(record, buffers)`, or the exception: it is that element's outcome."""
@@ -309,6 +332,20 @@ class MapRun:
         if self._sleepers:
             self.wake()
 
+    def settle_many(self, index: int, count: int, data: bytes | list[Any]) -> None:
+        """`count` consecutive elements returned plain scalars (leader)."""
+        if self.closed:
+            return
+        if self.takes_many:
+            self.results[index] = Many(data, count)
+            self.settled += count
+            if self._sleepers:
+                self.wake()
+            return
+        for value in data if isinstance(data, list) else loads(data):  # exact scalars: no user code
+            self.settle(index, Outcome(LOCAL_VALUE, value, (), 0))
+            index += 1
+
     def wake(self) -> None:
         """Wake the consumers."""
         for sleeper in list(self._sleepers):
@@ -354,10 +391,33 @@ class MapRun:
             self.scheduler.withdraw(self)
 
 
+def settle_values(slot: Slot, sequence: int, elements: int, data: bytes) -> Any:
+    """A pickled list of consecutive scalars, of one span or of several; returns the timing of the last one."""
+    timing = None
+    values: Any = data
+    end = sequence + elements
+    while sequence < end:
+        found = slot.find_many(sequence, end - sequence)
+        if found is None:
+            break
+        span, index, count = found
+        if count < end - sequence or values is not data:
+            if values is data:
+                values = loads(data)  # exact scalars: no user code
+            part, values = values[:count], values[count:]
+            span.settle_many(index, count, part)
+        else:
+            span.settle_many(index, count, data)
+        slot.done += count
+        timing = span.timing
+        sequence += count
+    return timing
+
+
 def _all_scalars(arguments: list[Any], single: bool) -> bool:
     if single:
         return SCALARS.issuperset(map(type, arguments))
     return all(SCALARS.issuperset(map(type, argument)) for argument in arguments)
 
 
-__all__ = ["SCALARS", "Element", "MapRun", "Span", "Timing"]
+__all__ = ["SCALARS", "Element", "MapRun", "Span", "Timing", "settle_values"]

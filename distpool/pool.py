@@ -34,7 +34,7 @@ from distpool.pool_runs import Starting
 from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.wire import codec
 from distpool.wire.messages import CALL, ONE, ONE_FRESH
-from distpool.work import Call
+from distpool.work import Call, with_references
 
 _SIGKILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
@@ -172,16 +172,17 @@ class DistPool(PoolMaps):
         future = result._future
         try:
             function = self._crew.node.encoder.encode(func)
-            data, buffers = codec.encode_args(tuple(args), dict(kwds))
+            seen: list[Any] = []
+            data, buffers = codec.encode_args(tuple(args), dict(kwds), None, seen)
             staged = scheduler.stage(buffers) if buffers else []
         except Exception as error:
             future._settle(Outcome(RAISED_HERE, error, (), 1))
-            result._begun()
             return result
         record = CALL.pack(function.number, 1, len(data), len(staged), ONE if function.reusable else ONE_FRESH) + data
+        if seen:
+            staged = with_references(staged, seen)
         call = Call(scheduler, function, record, staged, future, self._policy)
         future._call = call
-        result._begun()
         scheduler.enqueue(call)
         return result
 

@@ -66,7 +66,7 @@ class Feed:
 
     def _room(self) -> int:
         if self._unbounded:
-            return 1 << 16
+            return 1 << 10
         ahead = self._look_ahead()
         room = ahead - (self.run.fed - self.delivered)
         return room if room * 2 >= ahead else 0  # half a look-ahead at a time
@@ -102,11 +102,9 @@ class Feed:
         source = self._source
         assert source is not None
         run, fed = self.run, self.run.fed
+        count = room if self._plain else 1
         try:
-            if self._chunk is not None:
-                items = list(itertools.islice(source, self._chunk))
-            else:
-                items = list(itertools.islice(source, room if self._plain else 1))
+            items = list(itertools.islice(source, count * (self._chunk or 1)))
         except BaseException as error:  # whatever the user's iterator raises is for the consumer
             if isinstance(error, KeyboardInterrupt) and self._plain:
                 raise  # Ctrl-C in the consumer's thread; containers do not raise, so nothing was taken
@@ -117,7 +115,12 @@ class Feed:
         if not items:
             self._end(None)
         elif self._chunk is not None:
-            run.feed_chunk(items)
+            chunks = [items[start : start + self._chunk] for start in range(0, len(items), self._chunk)]
+            if type(items[0]) in SCALARS:
+                run.feed_chunks(chunks)
+            else:
+                for chunk in chunks:
+                    run.feed_chunk(chunk)
         elif type(items[0]) in SCALARS:
             run.feed(items)
         else:

@@ -16,13 +16,14 @@ import multiprocessing
 import multiprocessing.pool as stdlib
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Self
 
 from distpool.mapruns import MapRun
 from distpool.pool_callbacks import Callbacks, PoolTerminated, open_entry, park_at_exit
 from distpool.pool_input import Feed
 from distpool.progress import Progress
-from distpool.refs.refs import Future
+from distpool.refs.refs import Future, Outcome
 from distpool.wire import codec
 
 log = logging.getLogger("distpool.pool")
@@ -140,17 +141,30 @@ class AsyncResult(stdlib.ApplyResult):  # type: ignore[type-arg]
             self._event.wait()
 
 
+class _Watched(Future[Any]):
+    """Tells the pool of its end, on the leader: `add_done_callback` would cost one more thread hand-over."""
+
+    def __init__(self, watcher: Callable[[], object]) -> None:
+        super().__init__()
+        self._watcher = watcher
+
+    def _finish(self, state: str, raw: Outcome | None = None, result: Any = None, error: Any = None) -> bool:
+        ended = super()._finish(state, raw, result, error)
+        if ended:
+            self._watcher()
+        return ended
+
+
 class ApplyResult(AsyncResult):
     """One call."""
 
     def __init__(self, callbacks: Callbacks, callback: Any, error_callback: Any) -> None:
         super().__init__(callbacks, callback, error_callback)
-        self._future: Future[Any] = Future()
-
-    def _begun(self) -> None:
-        """The call is on its way: look after its end."""
-        if self._event is not None:
-            self._future.add_done_callback(lambda future: self._callbacks.put(self._finish))
+        self._future: Future[Any]
+        if self._event is None:
+            self._future = Future()
+        else:
+            self._future = _Watched(lambda: callbacks.put(self._finish))
 
     def _settled(self) -> bool:
         return self._future.done()
@@ -166,6 +180,7 @@ class ApplyResult(AsyncResult):
 
     def _release(self) -> None:
         self._future._raw = None
+        self._future.__dict__.pop("_watcher", None)  # it refers to us
 
 
 class MapResult(AsyncResult, stdlib.MapResult):  # type: ignore[type-arg]

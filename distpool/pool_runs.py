@@ -9,6 +9,7 @@ A `MapRun` sends elements by spans, which have no policy; `PolicyRun` has the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from distpool.mapruns import MapRun
@@ -17,7 +18,7 @@ from distpool.refs.refs import FINISHED, RAISED_HERE, Future, Outcome
 from distpool.scheduling import Scheduler
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
-from distpool.wire.messages import CHUNK, CHUNK_OF_SCALARS, ONE, ONE_FRESH
+from distpool.wire.messages import ONE, ONE_FRESH
 from distpool.work import Call, Policy
 
 
@@ -51,12 +52,17 @@ class PolicyRun(MapRun):
         flags = ONE if self.function.reusable else ONE_FRESH
         for argument in arguments:
             args = (argument,) if self.single else argument
-            self._call(self._record(lambda args=args: codec.encode_args(args, {}), flags))  # type: ignore[misc]
+            seen: list[Any] = []
+            self._call(self._record(partial(codec.encode_args, args, {}, None, seen), flags, seen))
 
     def feed_chunk(self, chunk: list[Any]) -> None:
         """Add a chunk; see `MapRun.feed_chunk`."""
-        flags = CHUNK_OF_SCALARS if self.single else CHUNK
-        self._call(self._record(lambda: codec.encode(chunk), flags))
+        self._call(self._chunk_record(chunk))
+
+    def feed_chunks(self, chunks: list[list[Any]]) -> None:
+        """Add several chunks; see `MapRun.feed_chunks`."""
+        for chunk in chunks:
+            self.feed_chunk(chunk)
 
     def _call(self, record: Any) -> None:
         index = self.fed

@@ -25,7 +25,7 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 from distpool.errors import DistpoolError
-from distpool.mapruns import MapRun
+from distpool.mapruns import MapRun, settle_values
 from distpool.node.node import Node, existing
 from distpool.recalls import Recalls
 from distpool.refs.refs import RAISED_HERE, Outcome
@@ -240,7 +240,11 @@ class Scheduler:
         timing = None
         buffers = slot.open(raw_buffers) if raw_buffers else []
         done = 0
-        for sequence, _, status, payload, parts in messages.result_records(body):
+        for sequence, elements, status, payload, parts in messages.result_records(body):
+            if status == messages.VALUES:
+                timing = settle_values(slot, sequence, elements, bytes(payload)) or timing
+                done += elements
+                continue
             found = slot.find(sequence)
             if found is None:
                 continue
@@ -476,5 +480,9 @@ class Scheduler:
 
 
 def any_room(slots: dict[int, Slot]) -> bool:
-    """Whether some worker could take a call right now (a hint: not under the lock)."""
-    return any(slot.usable and slot.load < slot.limit for slot in list(slots.values()))
+    """Whether some worker is about to run dry, so that a submitter should send inline (a hint: not under the lock).
+
+    A worker that has two calls is left to the refill by whoever reads its next results: one frame for many calls.
+    Sending whenever the window (up to 1024 calls) had room cost a system call per submit.
+    """
+    return any(slot.load < 2 + slot.blocked and slot.load < slot.limit and slot.usable for slot in list(slots.values()))

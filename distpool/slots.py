@@ -223,6 +223,18 @@ class Slot:
             self.inflight.pop(start, None)
         return span, sequence - start
 
+    def find_many(self, sequence: int, count: int) -> tuple[Any, int, int] | None:
+        """As `find`, for up to `count` consecutive elements of one span; how many of them are its own."""
+        found = self._span_of(sequence, 1)
+        if found is None:
+            return None
+        start, span = found
+        count = min(count, start + span.elements - sequence)
+        span.done = max(span.done, sequence - start + count)
+        if span.done >= span.stop:
+            self.inflight.pop(start, None)
+        return span, sequence - start, count
+
     def take_back(self, sequence: int, count: int) -> tuple[Any, int] | None:
         """The entry whose `count` elements from this sequence number on were recalled, and the first one's index."""
         entry = self.inflight.get(sequence)
@@ -242,9 +254,9 @@ class Slot:
             self.inflight.pop(start, None)
         return span, sequence - start
 
-    def _span_of(self, sequence: int) -> tuple[int, Any] | None:
+    def _span_of(self, sequence: int, least: int = 2) -> tuple[int, Any] | None:
         for start, entry in self.inflight.items():
-            if start <= sequence < start + entry.elements and entry.elements > 1:
+            if start <= sequence < start + entry.elements and entry.elements >= least:
                 return start, entry
         return None
 

@@ -114,6 +114,7 @@ class Submitter(concurrent.futures.Executor):
         if buffersize is not None:
             return self._with_progress(self._map_buffered(function, source, single, deadline, chunksize, buffersize))
         run = MapRun(self._crew.scheduler, function, single=single, chunked=chunksize > 1)
+        run.takes_many = True
         if chunksize == 1:
             run.feed(list(source))
             total = run.fed

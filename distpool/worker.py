@@ -232,7 +232,7 @@ class Worker:
         node.peers.add(1, link)
         self.runner = runner = TaskRunner(link, journal, self._segments, node.threads.run)
         node.runner = runner
-        runner.lend = lambda seen: node.references().lend(seen, 1)
+        runner.results.lend = lambda seen: node.references().lend(seen, 1)
         self.observer = Observer(node, link, runner)
         segments = self._segments
         node.handlers.update(

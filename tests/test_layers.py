@@ -30,7 +30,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("transport.shm", "transport.views", "transport.memfile", "transport.liveness", "transport.journal"),
     ),
     3: (
-        *("node.requests", "node.tasks", "node.observe", "node.output", "node.threads", "node.peers", "node.node"),
+        *("node.requests", "node.tasks", "node.observe", "node.output", "node.results", "node.threads", "node.peers", "node.node"),
         *("node.member", "node.group"),
     ),
     4: (
@@ -92,6 +92,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("node.output", "node.threads"),
         ("node.peers", "node.requests"),
         ("node.node", "node.peers"),
+        ("node.tasks", "node.results"),
         ("node.node", "node.threads"),
         ("node.member", "node.node"),
         ("node.member", "node.output"),

@@ -162,7 +162,12 @@ class Bench:
         """What a RESULTS frame says: (sequence number, status, value or exception)."""
         buffers = list(frame.buffers)
         found = []
-        for sequence, _, status, payload, parts in messages.result_records(frame.body):
+        for sequence, elements, status, payload, parts in messages.result_records(frame.body):
+            if status == messages.VALUES:  # consecutive scalars in one pickle
+                values = codec.decode(bytes(payload))
+                assert len(values) == elements
+                found.extend((sequence + offset, messages.VALUE, value) for offset, value in enumerate(values))
+                continue
             if status == messages.VALUE:
                 value = codec.decode(bytes(payload), buffers[:parts])
             else:

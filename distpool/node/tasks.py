@@ -21,10 +21,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pickle import dumps
 from typing import Any
 
 from distpool import config
+from distpool.node.results import SCALARS, ResultWriter
 from distpool.transport.journal import Journal
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
@@ -38,11 +38,8 @@ from distpool.wire.messages import (
     ERROR,
     ONE,
     ONE_FRESH,
-    RESULT,
     SPAN_OF_SCALARS,
     UNLOADABLE,
-    UNSENDABLE,
-    VALUE,
 )
 
 _SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
@@ -89,6 +86,7 @@ class TaskRunner:
         self.link = link
         self.journal = journal
         self.segments = segments
+        self.results = ResultWriter(link, journal, segments)
         self.interruptible = False  # the main thread is inside user code: SIGINT may raise there
         self.leaving = False  # SHUTDOWN came, or the master is gone
         self.running: dict[int, Any] = {}  # thread id -> item that runs there
@@ -97,16 +95,10 @@ class TaskRunner:
         self.calls: dict[int, str] = {}  # thread id -> name of the remote call that runs there
         self._offered: collections.deque[Any] = collections.deque()  # remote calls for the main thread; _lock
         self._idle = False  # the main thread waits for work; _lock
-        self.lend: Callable[[list[Any]], object] = lambda seen: None  # references in a result are lent to the master
         self._spawn = spawn
         self._lock = threading.Lock()  # protects _inbox, the started mark, and appends to the journal
-        self._flushing = threading.Lock()  # one flush at a time, so that RESULTS frames are in journal order
         self._inbox: collections.deque[_Item] = collections.deque()
         self._functions: dict[int, _Received] = {}
-        self._sent = 0  # absolute journal offset that has been sent
-        self._flushed = 0.0
-        self._busy = 0.0  # seconds of running time since the last flush, and how many calls
-        self._ran = 0
         self._started = 0  # highest sequence number started
         self._blocked = 0  # tasks that wait for other calls; protected by _lock
         self._helpers = 0  # helper threads that consume the inbox; protected by _lock
@@ -186,9 +178,9 @@ class TaskRunner:
 
     def tick(self) -> float | None:
         """Called by the I/O thread: send what waits; how long it may sleep."""
-        if self.journal.written != self._sent:
+        if self.results.unsent:
             self.flush()
-        return config.GRACE if self._inbox or self.journal.written != self._sent else None
+        return config.GRACE if self._inbox or self.results.unsent else None
 
     # -- the loop (main thread) --------------------------------------------------------------------------------
 
@@ -318,13 +310,13 @@ class TaskRunner:
             with self._lock:
                 self.running.pop(threading.get_ident(), None)  # from here on no element of it can be recalled
             for sequence in range(item.sequence + item.index, item.sequence + item.stop):
-                self._fail(sequence, error, ERROR if item.loaded else UNLOADABLE)
+                self.results.fail(sequence, error, ERROR if item.loaded else UNLOADABLE)
             del error
         now = time.perf_counter()
         self.running.pop(threading.get_ident(), None)
-        self._busy += now - begin
-        self._ran += item.flags not in (messages.SPAN, SPAN_OF_SCALARS)  # those are counted one by one
-        if not self._inbox or now - self._flushed > config.FLUSH_SECONDS:
+        self.results.busy += now - begin
+        self.results.ran += item.flags not in (messages.SPAN, SPAN_OF_SCALARS)  # those are counted one by one
+        if not self._inbox or now - self.results.flushed > config.FLUSH_SECONDS:
             self.flush()
 
     def function_of(self, item: _Item) -> Any:
@@ -343,7 +335,7 @@ class TaskRunner:
         item.payload, item.buffers, item.loaded = b"", [], True
         value = self._call(function, args, kwargs)
         del args, kwargs
-        self._succeed(item.sequence, value)
+        self.results.succeed(item.sequence, value)
 
     def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The user's code. Only here, and only on the main thread, may SIGINT raise."""
@@ -398,93 +390,54 @@ class TaskRunner:
         if item.flags in (CHUNK, CHUNK_OF_SCALARS):
             each = itertools.starmap if item.flags == CHUNK else map
             value = self._call(list, (each(function, arguments),), {})  # in C: chunks are there for tiny calls
-            self._succeed(item.sequence, value)
+            self.results.succeed(item.sequence, value)
             return begin
+        self._run_span(item, function, arguments, begin)
+        return time.perf_counter()
+
+    def _run_span(self, item: _Item, function: Callable[..., Any], arguments: list[Any], begin: float) -> None:
+        """Element by element. The loop is written out: at a million elements per second every call counts."""
         single = item.flags == SPAN_OF_SCALARS
+        results, clock, lock = self.results, time.perf_counter, self._lock
+        on_main = threading.current_thread() is threading.main_thread()
         index = 0
         while True:
-            with self._lock:
+            with lock:
                 if index >= item.stop:  # `stop` shrinks when the tail is recalled
                     break
                 item.index = index
             sequence = item.sequence + index
             self._mark_started(sequence)
             try:
-                value = self._call(function, (arguments[index],) if single else arguments[index], {})
+                args = (arguments[index],) if single else arguments[index]
+                if on_main:
+                    self.interruptible = True
+                    value = function(*args)
+                    self.interruptible = False
+                else:
+                    value = self._call_beside(function, args, {})
             except BaseException as error:
-                self._fail(sequence, error)
+                self.interruptible = False
+                results.fail(sequence, error)
                 del error
             else:
-                self._succeed(sequence, value)
+                if type(value) in SCALARS:
+                    results.scalar(sequence, value)
+                else:
+                    results.succeed(sequence, value)
                 del value
             index += 1
             item.index = index
-            now = time.perf_counter()
-            self._ran += 1
-            self._busy += now - begin
+            now = clock()
+            results.ran += 1
+            results.busy += now - begin
             begin = now
-            if now - self._flushed > config.FLUSH_SECONDS:
-                self.flush()
-        return begin
-
-    # -- outcomes ----------------------------------------------------------------------------------------------
-
-    def _succeed(self, sequence: int, value: Any) -> None:
-        try:
-            if type(value) in _SCALARS:
-                data, buffers = dumps(value, 5), None
-            else:
-                seen: list[Any] = []
-                data, buffers = codec.encode(value, self.link.peer, seen)
-                if seen:
-                    self.lend(seen)
-        except BaseException as error:
-            if isinstance(error.__cause__, SystemExit):  # the value's own pickling said so: as if the task had
-                self._fail(sequence, error.__cause__)
-            else:
-                self._record(sequence, UNSENDABLE, encode_exception(error), None)
-            return
-        self._record(sequence, VALUE, data, buffers)
-
-    def _fail(self, sequence: int, error: BaseException, status: int = ERROR) -> None:
-        self._record(sequence, status, encode_exception(error), None)
-
-    def _record(self, sequence: int, status: int, data: bytes, buffers: list[Any] | None) -> None:
-        if buffers or len(data) > _JOURNALED:
-            self._send_large(sequence, status, data, buffers or [])
-            return
-        record = RESULT.pack(sequence, 1, len(data), 0, status) + data
-        while True:
-            with self._lock:
-                if self.journal.append(record):
-                    break
-            self.flush()
-        if not self.journal.shared:
-            self.flush()
-
-    def _send_large(self, sequence: int, status: int, data: bytes, buffers: list[Any]) -> None:
-        """Send at once and wait until the kernel has it: it would be lost with this process otherwise."""
-        self.flush()
-        staged = [self.segments.stage(buffer, self.link) for buffer in buffers]
-        head = RESULT.pack(sequence, 1, len(data), len(staged), status)
-        control = messages.RESULTS.pack(self._sent, 0.0, 0)
-        self.link.send(Kind.RESULTS, control, head + data, staged)
-        self.link.drain()
+            if now - results.flushed > config.FLUSH_SECONDS:
+                results.flush()
 
     def flush(self) -> None:
-        """Send the results that the journal holds."""
-        with self._flushing:
-            data = self.journal.pending()
-            self._flushed = time.perf_counter()
-            if not data:
-                return
-            busy, self._busy = self._busy, 0.0
-            ran, self._ran = self._ran, 0
-            self._sent += len(data)
-            self.link.send(Kind.RESULTS, messages.RESULTS.pack(self._sent, busy, ran), data)
-            self.journal.mark_sent(self._sent)
-        if self.link.backlog > _BACKLOG and not self.link.loop.leads:
-            self.link.drain()
+        """Send the results that wait."""
+        self.results.flush()
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:

@@ -1,0 +1,140 @@
+"""How a worker hands over results: into the journal first, then to the master (layer 3).
+
+    task threads: succeed / fail / scalar -> journal (shared with the master)  --flush--> RESULTS
+
+A finished result is in the journal before the next call starts, so that the master finds it there whatever kills this
+process. Consecutive scalars of a span are also kept as a list: what is sent is then one pickle of the list instead of
+their records, which costs the master a tenth. A result too large for the journal is sent at once, and waited for.
+
+`_lock` protects appends to the journal and the list; `_flushing` makes one flush at a time, so that RESULTS frames are
+in journal order; it is taken first. Nothing under `_lock` runs user code.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pickle import dumps
+from typing import Any
+
+from distpool import config
+from distpool.transport.journal import Journal
+from distpool.transport.link import Link
+from distpool.transport.segments import Segments
+from distpool.wire import codec, messages
+from distpool.wire.failures import encode_exception
+from distpool.wire.frames import Kind
+from distpool.wire.messages import ERROR, RESULT, UNSENDABLE, VALUE, VALUES
+
+SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
+_JOURNALED = config.JOURNAL_SIZE // 4  # larger results are sent at once
+_BACKLOG = 4 << 20  # a worker does not produce results faster than the master reads them
+
+
+class ResultWriter:
+    """The results of one link."""
+
+    def __init__(self, link: Link, journal: Journal, segments: Segments) -> None:
+        self.link = link
+        self.journal = journal
+        self.segments = segments
+        self.lend: Callable[[list[Any]], object] = lambda seen: None  # references in a result are lent to the master
+        self.busy = 0.0  # seconds of running time since the last flush, and how many calls
+        self.ran = 0
+        self.flushed = 0.0  # when (perf_counter)
+        self._sent = 0  # absolute journal offset that has been sent
+        self._lock = threading.Lock()
+        self._flushing = threading.Lock()
+        self._values: list[Any] = []  # the newest unsent records, if they are consecutive scalars of a span
+        self._first = 0  # sequence number of the first of them
+
+    @property
+    def unsent(self) -> bool:
+        """Whether results wait to be sent."""
+        return self.journal.written != self._sent
+
+    def succeed(self, sequence: int, value: Any) -> None:
+        """The call returned `value`."""
+        try:
+            if type(value) in SCALARS:
+                data, buffers = dumps(value, 5), None
+            else:
+                seen: list[Any] = []
+                data, buffers = codec.encode(value, self.link.peer, seen)
+                if seen:
+                    self.lend(seen)
+        except BaseException as error:
+            if isinstance(error.__cause__, SystemExit):  # the value's own pickling said so: as if the task had
+                self.fail(sequence, error.__cause__)
+            else:
+                self._record(sequence, UNSENDABLE, encode_exception(error), None)
+            return
+        self._record(sequence, VALUE, data, buffers)
+
+    def scalar(self, sequence: int, value: Any) -> None:
+        """An element of a span returned an exact scalar."""
+        data = dumps(value, 5)
+        if len(data) > _JOURNALED or not self.journal.shared:
+            self._record(sequence, VALUE, data, None)
+            return
+        record = RESULT.pack(sequence, 1, len(data), 0, VALUE) + data
+        while True:
+            with self._lock:
+                values = self._values
+                if values:
+                    if sequence == self._first + len(values) and self.journal.append(record):
+                        values.append(value)
+                        return
+                elif self.journal.written == self._sent and self.journal.append(record):
+                    self._first = sequence
+                    values.append(value)
+                    return
+            self.flush()
+
+    def fail(self, sequence: int, error: BaseException, status: int = ERROR) -> None:
+        """The call raised, or (`status`) could not even be loaded."""
+        self._record(sequence, status, encode_exception(error), None)
+
+    def _record(self, sequence: int, status: int, data: bytes, buffers: list[Any] | None) -> None:
+        if buffers or len(data) > _JOURNALED:
+            self._send_large(sequence, status, data, buffers or [])
+            return
+        record = RESULT.pack(sequence, 1, len(data), 0, status) + data
+        while True:
+            with self._lock:
+                if not self._values and self.journal.append(record):
+                    break
+            self.flush()
+        if not self.journal.shared:
+            self.flush()
+
+    def _send_large(self, sequence: int, status: int, data: bytes, buffers: list[Any]) -> None:
+        """Send at once and wait until the kernel has it: it would be lost with this process otherwise."""
+        self.flush()
+        staged = [self.segments.stage(buffer) for buffer in buffers]
+        head = RESULT.pack(sequence, 1, len(data), len(staged), status)
+        with self._flushing:
+            self.link.send(Kind.RESULTS, messages.RESULTS.pack(self._sent, 0.0, 0), head + data, staged)
+        self.link.drain()
+
+    def flush(self) -> None:
+        """Send what has not been sent."""
+        with self._flushing:
+            self.flushed = time.perf_counter()
+            with self._lock:
+                values, self._values = self._values, []
+                end = self.journal.written
+                data = b"" if len(values) > 1 else self.journal.pending()
+            if len(values) > 1:
+                payload = dumps(values, 5)
+                data = RESULT.pack(self._first, len(values), len(payload), 0, VALUES) + payload
+            elif not data:
+                return
+            busy, self.busy = self.busy, 0.0
+            ran, self.ran = self.ran, 0
+            self._sent = end
+            self.link.send(Kind.RESULTS, messages.RESULTS.pack(end, busy, ran), data)
+            self.journal.mark_sent(end)
+        if self.link.backlog > _BACKLOG and not self.link.loop.leads:
+            self.link.drain()
