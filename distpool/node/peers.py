@@ -51,6 +51,7 @@ class Peers:
         self._node = node
         self._links: dict[int, Link] = {}
         self._waiting: dict[int, list[_Parts]] = {}  # leader
+        self._dialling: set[int] = set()  # pids that a link is being made to; leader
         self._problems: dict[int, Callable[[], BaseException]] = {}  # pid -> why no link can be made; leader
         self._ready: dict[int, _Ready] = {}  # pid -> set when `ensure` may look again
 
@@ -186,6 +187,9 @@ class Peers:
             self._dial(message.pid, message.address, message.shares_memory)
 
     def _dial(self, pid: int, address: list[Any], shares_memory: bool) -> None:
+        if pid in self._links or pid in self._dialling:
+            return  # both sides may need the link at the same moment; two of them would mean frames that overtake
+        self._dialling.add(pid)
         family, *place = address
         kind = getattr(socket, "AF_UNIX", None) if family == "unix" else socket.AF_INET
         node = self._node
@@ -198,16 +202,20 @@ class Peers:
                 raise
         except OSError as error:
             text = f"cannot connect to process {pid} at {address}: {error}"
+            self._dialling.discard(pid)
             self._give_up(pid, lambda: ConnectionError(text))
             return
 
         def ready(link: Link) -> None:
+            self._dialling.discard(pid)
             link.shares_memory = shares_memory
             link.send(Kind.PEER, messages.Peer(node.pid, shares_memory).pack())
             self._adopt(pid, link)
 
         handshake = Handshake(Role.CONNECTOR, node.cookie)
-        link = Link(node.loop, sock, handshake, ready, self.on_frame, lambda link, reason: self._closed(pid, link))
+        link = Link(
+            node.loop, sock, handshake, ready, self.on_frame, lambda link, reason: self._closed(pid, link, True)
+        )
         link.peer = pid
         link.open()
 
@@ -221,10 +229,10 @@ class Peers:
     def on_frame(self, link: Link, frame: Frame) -> None:
         """A frame on a link between workers."""
         if frame.kind == Kind.PEER:
+            # Also if there is a link: its end has not been noticed here yet, and the dialler uses this one.
             message = messages.Peer.unpack(frame.control)
-            if message.pid not in self._links:
-                link.shares_memory = message.shares_memory
-                self._adopt(message.pid, link)
+            link.shares_memory = message.shares_memory
+            self._adopt(message.pid, link)
         elif frame.kind == Kind.SEGMENTS_FREE and link.segments is not None:
             link.segments.on_free(messages.SegmentsFree.unpack(frame.control).segments)
         elif link.peer is not None:
@@ -237,9 +245,11 @@ class Peers:
         self._closed(link.peer, link)
         return True
 
-    def _closed(self, pid: int, link: Link) -> None:
+    def _closed(self, pid: int, link: Link, dialled: bool = False) -> None:
         """The peer is dying, or the connection is broken: pid 1 will say which; until then a new link may be tried."""
         self._node.links.discard(link)
+        if dialled and link.segments is None:  # it had not come up
+            self._dialling.discard(pid)
         if link.segments is not None:
             link.segments.close()
         if self._links.get(pid) is link:
