@@ -455,6 +455,11 @@ class Scheduler:
         queue count as started: those of workers that are still coming up.
         """
         with self._lock:
+            # Maps leave the queue now: calls that come back would make room for their elements.
+            runs = [entry for entry in self._queue if type(entry) is MapRun]
+            for run in runs:
+                self._queue.remove(run)
+                run.queued = False
             calls = [entry for entry in self._queue if type(entry) is Call][spare:]
             ahead: list[Call] = []
             for slot in self.slots.values():
@@ -463,17 +468,12 @@ class Scheduler:
         for call in calls:
             call.future.cancel()
         events = self._recalls.ask(ahead)
-        self.loop.call_soon(self._cancel_maps)
+        self.loop.call_soon(lambda: self._cancel_maps(runs))
         meanwhile()
         for call in self._recalls.wait(ahead, events):
             call.future.cancel()
 
-    def _cancel_maps(self) -> None:
-        with self._lock:
-            runs = [entry for entry in self._queue if type(entry) is MapRun]
-            for run in runs:
-                self._queue.remove(run)
-                run.queued = False
+    def _cancel_maps(self, runs: list[MapRun]) -> None:
         for run in runs:
             run.fail_rest(Outcome(RAISED_HERE, CancelledError(), (), 1))
         self.check_done()
