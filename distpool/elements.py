@@ -23,16 +23,17 @@ from typing import Any, Protocol
 
 from distpool import config
 from distpool.mapruns import SCALARS, MapRun
-from distpool.refs.refs import Outcome, open_outcome
+from distpool.refs.refs import RAISED_HERE, Outcome, open_outcome
 from distpool.scheduling import Scheduler
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
-from distpool.wire.messages import VALUE
+from distpool.wire.messages import ERROR, UNSENDABLE
 
 #: Elements taken ahead per worker from an input that is taken lazily.
 LOOK_AHEAD = 8
 _AT_HAND = 2048  # the same for an input that lies in memory anyway, unless its elements are large
 _BYTES_AHEAD = 1 << 20  # serialised elements that wait, per worker
+_FAILURES = (ERROR, UNSENDABLE, RAISED_HERE)
 _MAX_BATCH = 64  # elements that "auto" makes one batch of at most, as far as the look-ahead is concerned
 
 
@@ -136,7 +137,7 @@ class SpanCarrier:
     def _settled(self, index: int) -> None:
         """Move a failure to where it is looked for first. Leader, or the feeding thread."""
         raw = self.results.get(index)
-        if type(raw) is Outcome and raw.status != VALUE:
+        if type(raw) is Outcome and raw.status in _FAILURES:
             found = self.results.pop(index, None)
             if found is raw:
                 self.failed.append((index, raw))
