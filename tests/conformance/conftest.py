@@ -27,3 +27,11 @@ def wait_until(holds: Callable[[], object], seconds: float = 10.0) -> None:
         gc.collect()
         assert time.monotonic() < deadline, "did not come true in time"
         time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[list[int]]:
+    """Pids of four workers of `addprocs`: those of the default pool."""
+    pids = distpool.addprocs(4)
+    yield pids
+    distpool.rmprocs(distpool.workers())
