@@ -70,7 +70,7 @@ def shared() -> Iterator[DistPool]:
     pool.terminate()
 
 
-# -- the constructor -----------------------------------------------------------------------------------------------------
+# -- the constructor --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processes", [0, -1])
@@ -159,7 +159,7 @@ def test_with_a_failing_constructor_nothing_is_left() -> None:
         gc.collect()
 
 
-# -- calls ---------------------------------------------------------------------------------------------------------------
+# -- calls ------------------------------------------------------------------------------------------------------------
 
 
 def test_apply(shared: DistPool) -> None:
@@ -220,7 +220,7 @@ def test_a_task_that_exits_raises_systemexit_here(shared: DistPool) -> None:
     assert shared.apply(square, (3,)) == 9
 
 
-# -- maps ----------------------------------------------------------------------------------------------------------------
+# -- maps -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunksize", [None, 1, 3, 100, 1000])
@@ -266,7 +266,7 @@ def sizes(path: Path, number: int) -> int:
 
 @pytest.mark.parametrize(("length", "chunksize", "chunks"), [(100, None, 8), (9, None, 5), (3, None, 3), (100, 30, 4)])
 def test_chunk_is_one_task(tmp_path: Path, length: int, chunksize: int | None, chunks: int) -> None:
-    """Default: ceil(length / (4 * workers)). `maxtasksperchild` counts chunks, so the workers used tell their number."""
+    """Default: ceil(length / (4 * workers)). `maxtasksperchild` counts chunks: as many workers as chunks are used."""
     with DistPool(2, maxtasksperchild=1) as pool:
         assert len(set(pool.map(_ospid, range(length), chunksize))) == chunks
 
@@ -352,7 +352,7 @@ def test_map_with_policies(tmp_path: Path) -> None:
             result.get(20)
 
 
-# -- fault isolation -----------------------------------------------------------------------------------------------------
+# -- fault isolation --------------------------------------------------------------------------------------------------
 
 
 def test_a_killed_task_costs_itself() -> None:
@@ -388,7 +388,7 @@ def test_a_killed_task_of_a_map_leaves_the_other_chunks(tmp_path: Path, chunksiz
         assert found == [number if number != 5 else -5 for number in range(40)]
 
 
-# -- initializer ---------------------------------------------------------------------------------------------------------
+# -- initializer ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -421,7 +421,7 @@ def test_maxtasksperchild() -> None:
     assert sum(counts) == 60
 
 
-# -- the end -------------------------------------------------------------------------------------------------------------
+# -- the end ----------------------------------------------------------------------------------------------------------
 
 
 CALLS: dict[str, Callable[[DistPool], Any]] = {
@@ -534,7 +534,10 @@ def test_terminate_ends_every_wait(inside: bool) -> None:
     pool = DistPool(2)
     pending = [pool.apply_async(time.sleep, (100,), callback=told.append, error_callback=told.append) for _ in range(5)]
     pending += [pool.apply_async(time.sleep, (100,)) for _ in range(20)]
-    pending += [pool.map_async(time.sleep, [100] * 30), pool.map_async(time.sleep, [100] * 30, error_callback=told.append)]
+    pending += [
+        pool.map_async(time.sleep, [100] * 30),
+        pool.map_async(time.sleep, [100] * 30, error_callback=told.append),
+    ]
     lazy = pool.imap(time.sleep, itertools.repeat(100))
     ends: queue.Queue[BaseException] = queue.Queue()
 
@@ -681,7 +684,7 @@ def test_end_of_the_program(rest: str, stdout: str, tmp_path: Path) -> None:
     assert time.monotonic() - begin < 20
 
 
-# -- beyond multiprocessing.Pool -----------------------------------------------------------------------------------------
+# -- beyond multiprocessing.Pool --------------------------------------------------------------------------------------
 
 
 def test_pmap(shared: DistPool) -> None:
