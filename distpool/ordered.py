@@ -24,6 +24,7 @@ from typing import Any
 
 from distpool.elements import Carrier
 from distpool.recovery import Again, Ended, Given, Recovery
+from distpool.refs.refs import LOCAL_VALUE, Outcome
 from distpool.wire import codec
 
 _QUICK = 0.001  # seconds of taking elements before results are looked at again
@@ -103,6 +104,8 @@ class OrderedMap:
                     except BaseException as error:
                         self._recover(head, error)
                         break
+                elif type(raw) is Outcome and raw.status == LOCAL_VALUE:
+                    append(raw.data)
                 elif not self._open(head, raw, append):
                     break
                 if keep:
