@@ -222,8 +222,9 @@ class Crew:
         if not self._replace:
             text = "A process in the process pool was terminated abruptly while the future was running or pending."
             self.broken = BrokenProcessPool(text)
+            unsent = self.scheduler.failure = lambda: self._exit_error(member, False)  # nothing goes elsewhere
             self.scheduler.lost(slot, lambda ran: self._exit_error(member, ran))
-            self._break(lambda: self._exit_error(member, True))
+            self._break(lambda: self._exit_error(member, True), unsent)
             return
         self._refill()
         self.scheduler.lost(slot, lambda ran: self._exit_error(member, ran))
@@ -268,15 +269,17 @@ class Crew:
 
     # -- the end -----------------------------------------------------------------------------------------------
 
-    def _break(self, make_error: Callable[[], BaseException]) -> None:
-        """Nothing can run any more: workers go, calls fail, `submit` raises."""
+    def _break(
+        self, make_error: Callable[[], BaseException], unsent: Callable[[], BaseException] | None = None
+    ) -> None:
+        """Nothing can run any more: workers go, calls fail (`fail`), `submit` raises."""
         if self.broken is None:
             self.broken = make_error()
-        self.fail(make_error)
+        self.fail(make_error, unsent)
 
-    def fail(self, make_error: Callable[[], BaseException]) -> None:
-        """Every pending call fails with this; the workers go."""
-        self.scheduler.fail_all(make_error)
+    def fail(self, make_error: Callable[[], BaseException], unsent: Callable[[], BaseException] | None = None) -> None:
+        """Every pending call fails with this; the workers go. `unsent`: see `Scheduler.fail_all`."""
+        self.scheduler.fail_all(make_error, unsent)
         self._dismissed = True
         for member in list(self.members.values()):
             member.kill()

@@ -130,7 +130,7 @@ class Scheduler:
             progress = False
             if not self._clean_head():
                 break
-            slots = [slot for slot in self.slots.values() if slot.usable]
+            slots = [slot for slot in list(self.slots.values()) if slot.usable]
             slots.sort(key=lambda slot: slot.load)
             for slot in slots:
                 if not self._clean_head():
@@ -139,7 +139,7 @@ class Scheduler:
                 if count > 0 and self._fill(slot, count):
                     progress = True
         self._has_room = any_room(self.slots)
-        for slot in self.slots.values():
+        for slot in list(self.slots.values()):
             if slot.pinned:
                 slot.pinned_turn(self)
 
@@ -391,17 +391,22 @@ class Scheduler:
         self._read_journal(slot)
         slot.gone = True
         failed: list[tuple[Any, int]] = []
+        stranded: list[Call] = []
         with self._lock:
             self.slots.pop(slot.pid, None)
             ended = slot.stop_clock()
             for entry, index, count, ran in reversed(slot.unfinished()):
                 if ran:
                     failed.extend((entry, number) for number in range(index, index + count))
+                elif type(entry) is Call and entry.is_stranded(self.slots):
+                    stranded.append(entry)
                 else:
                     entry.put_back(index, count, self._queue)
             for call in slot.pinned:
-                self._queue.append(call)
+                (stranded if call.is_stranded(self.slots) else self._queue).append(call)
         self._recalls.lost(slot)
+        for call in stranded:
+            self._settle(call, 0, Outcome(RAISED_HERE, make_error(False), (), slot.pid))
         for entry, index in failed:
             error: BaseException = TimeoutError(slot.timeout_text) if ended else make_error(True)
             outcome = Outcome(RAISED_HERE, error, (), slot.pid)
@@ -409,6 +414,8 @@ class Scheduler:
                 self._retries.consider(entry, outcome)
             else:
                 self._settle(entry, index, outcome)
+        if self.failure is not None:
+            self._fail_queue()
         self.pump()
         self.check_done()
 
@@ -422,18 +429,21 @@ class Scheduler:
             except (ValueError, DistpoolError):
                 log.exception("the journal of worker %d cannot be read", slot.pid)
 
-    def fail_all(self, make_error: Callable[[], BaseException]) -> None:
-        """Broken: everything that waits or runs fails with this error, and so does all that comes."""
-        self.failure = make_error
+    def fail_all(
+        self, make_error: Callable[[], BaseException], unsent: Callable[[], BaseException] | None = None
+    ) -> None:
+        """Broken: all that waits, runs or comes fails with this error. With `unsent`, what workers have is settled when
+        they are gone (`lost`), which tells what had started, and the rest fails with that of `unsent`."""
+        self.failure = unsent or make_error
         for slot in list(self.slots.values()):
             with self._lock:
-                unfinished = list(slot.unfinished())
+                unfinished = [] if unsent else list(slot.unfinished())
                 pinned, slot.pinned = list(slot.pinned), collections.deque()
             for entry, index, count, _ in unfinished:
                 for number in range(index, index + count):
                     self._settle(entry, number, Outcome(RAISED_HERE, make_error(), (), 1))
             for call in pinned:
-                self._settle(call, 0, Outcome(RAISED_HERE, make_error(), (), 1))
+                self._settle(call, 0, Outcome(RAISED_HERE, self.failure(), (), 1))
         self._retries.fail_all(make_error)
         self._fail_queue()
 

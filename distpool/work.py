@@ -127,6 +127,11 @@ class Call:
         slot = self.slot
         return slot is not None and slot.has_started(self.sequence)
 
+    def is_stranded(self, slots: dict[int, Slot]) -> bool:
+        """Whether it may run on certain workers only, and all of them are gone."""
+        pids = None if self.policy is None else self.policy.pids
+        return pids is not None and not any(pid in pids and not slot.retiring for pid, slot in slots.items())
+
     def waiting(self) -> AbstractContextManager[object]:
         """In the owner of the executor a waiting thread holds no slot."""
         self.scheduler.check_process()

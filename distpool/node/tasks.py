@@ -95,6 +95,8 @@ class TaskRunner:
         self.calls: dict[int, str] = {}  # thread id -> name of the remote call that runs there
         self._offered: collections.deque[Any] = collections.deque()  # remote calls for the main thread; _lock
         self._idle = False  # the main thread waits for work; _lock
+        self._sleeping = False  # it does so without leading, on `_work`
+        self._work = threading.Event()
         self._spawn = spawn
         self._lock = threading.Lock()  # protects _inbox, the started mark, and appends to the journal
         self._inbox: collections.deque[_Item] = collections.deque()
@@ -118,6 +120,7 @@ class TaskRunner:
                 del buffers[:parts]
         with self._lock:
             self._inbox.extend(items)
+            self._brought()
             helpers = min(self._blocked - self._helpers, len(self._inbox)) if self._blocked else 0
             self._helpers += max(0, helpers)
         for _ in range(helpers):
@@ -135,6 +138,7 @@ class TaskRunner:
     def on_initialize(self, frame: Frame) -> None:
         buffers = [self.segments.open(buffer) for buffer in frame.buffers]
         self._initializer = _Received(bytes(frame.body), buffers)
+        self._brought()
 
     def on_recall(self, frame: Frame) -> None:
         message = messages.Recall.unpack(frame.control)
@@ -175,6 +179,7 @@ class TaskRunner:
 
     def on_shutdown(self, frame: Frame) -> None:
         self.leaving = True
+        self._brought()
 
     def tick(self) -> float | None:
         """Called by the I/O thread: send what waits; how long it may sleep."""
@@ -202,9 +207,26 @@ class TaskRunner:
                 return 0
             else:
                 self._idle = True
-                loop.lead(self._has_work)
+                if not loop.lead(self._has_work):
+                    self._sleep()  # another thread of this process leads: it waits for an answer of its own
                 with self._lock:
                     self._idle = False
+
+    def _sleep(self) -> None:
+        """The main thread waits without leading. Who brings work looks at `_sleeping` after it has put the work down."""
+        self._work.clear()
+        self._sleeping = True
+        try:
+            if not self._has_work():
+                with self.link.loop.following():
+                    self._work.wait()
+        finally:
+            self._sleeping = False
+
+    def _brought(self) -> None:
+        """Leader: there is work for the main thread."""
+        if self._sleeping:
+            self._work.set()
 
     def _has_work(self) -> bool:
         return bool(self._inbox) or bool(self._offered) or self.leaving or self._initializer is not None
@@ -274,6 +296,7 @@ class TaskRunner:
             on_main = self._idle and not self._offered and not self._inbox
             if on_main:
                 self._offered.append((work, name))
+                self._brought()
         if not on_main:
             self._spawn(lambda: self._run_offered(work, name))
 
