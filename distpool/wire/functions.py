@@ -128,6 +128,9 @@ class FunctionEncoder:
         # Taken before the function is serialised and asked again afterwards, so that it describes what was serialised.
         snapshot = take(fn)
         encoded = self._encode_by_value(fn, peer, reusable=snapshot is not None and snapshot.pure)
+        if encoded.references:  # must not be kept: what they refer to would never be freed at its owner
+            entry.snapshot = entry.encoded = None
+            return encoded
         if snapshot is None or not snapshot.fits(fn):
             snapshot = None
         entry.misses += 1
