@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -44,6 +45,16 @@ def make_noticed(name: str) -> Noticed:
 
 def dropped() -> list[str]:
     return list(DROPPED)
+
+
+def own_nothing(pids: list[int]) -> bool:
+    """Whether these processes own no references, garbage in cycles aside."""
+    for pid in pids:
+        distpool.remotecall_fetch(gc.collect, pid)
+    tables = {pid: distpool.debug.refs(pid) for pid in pids}
+    if any(tables.values()):
+        print(tables)  # of use when the test fails
+    return not any(tables.values())
 
 
 def table_of(pid: int) -> dict[Any, set[int]]:

@@ -28,7 +28,7 @@ from distpool import (
 )
 
 from .conftest import wait_until
-from .helpers import ident
+from .helpers import ident, own_nothing
 
 pytestmark = pytest.mark.time_limit(90)
 
@@ -309,7 +309,7 @@ def test_C142_the_function_goes_once_to_each_worker(team: list[int]) -> None:
     Counted.times = 0
     assert pmap(lambda i: captured and i, range(200)) == list(range(200))
     assert Counted.times <= 4
-    wait_until(lambda: not any(distpool.debug.refs(pid) for pid in team))
+    wait_until(lambda: own_nothing(team))
 
 
 def test_C143_after_rmprocs(team: list[int]) -> None:

@@ -31,7 +31,7 @@ from distpool import (
 )
 
 from .conftest import wait_until
-from .helpers import boom, f_args, ident
+from .helpers import boom, f_args, ident, own_nothing
 
 pytestmark = pytest.mark.time_limit(90)
 
@@ -345,7 +345,7 @@ class Counted:
 @pytest.fixture
 def quiet(team: list[int]) -> Iterator[list[int]]:
     """Two workers that own no references."""
-    wait_until(lambda: not any(distpool.debug.refs(pid) for pid in team[:2]))
+    wait_until(lambda: own_nothing(team[:2]))
     yield team[:2]
 
 
@@ -361,7 +361,7 @@ def test_C160_C165_clear_and_drop(quiet: list[int]) -> None:
             del pool
         else:
             del f
-        wait_until(lambda: not any(distpool.debug.refs(pid) for pid in quiet))
+        wait_until(lambda: own_nothing(quiet))
 
 
 def test_C160_module_function_clear(quiet: list[int]) -> None:
@@ -369,7 +369,7 @@ def test_C160_module_function_clear(quiet: list[int]) -> None:
     f = lambda: myid()  # noqa: E731
     assert remotecall_fetch(f, pool) in quiet
     assert distpool.clear(pool) is pool
-    wait_until(lambda: not any(distpool.debug.refs(pid) for pid in quiet))
+    wait_until(lambda: own_nothing(quiet))
     assert remotecall_fetch(f, pool) in quiet
 
 
@@ -452,7 +452,7 @@ def test_C166_any_callable(quiet: list[int]) -> None:
     calls = remotecall_fetch(lambda: len(distpool.debug.refs()), quiet[0])
     for _ in range(10):
         assert remotecall_fetch(adder.add, pool, 1) == 4
-    assert remotecall_fetch(lambda: len(distpool.debug.refs()), quiet[0]) == calls, "bound methods: one identity"
+    assert remotecall_fetch(lambda: len(distpool.debug.refs()), quiet[0]) <= calls, "bound methods: one identity"
 
 
 def test_caching_pools_do_not_travel(team: list[int]) -> None:
