@@ -140,6 +140,12 @@ def registered_square(address: Address, number: int) -> int:
     return number * number
 
 
+def slow_square(address: Address, number: int) -> int:
+    """About half a millisecond of work, so that deaths find some under way."""
+    sum(range(20_000))
+    return registered_square(address, number)
+
+
 # ---------------------------------------------------------------------------------------------------------- plain tasks
 
 
