@@ -208,11 +208,13 @@ def _find_argument(
     args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException
 ) -> tuple[str, Any, BaseException]:
     """Which argument failed: (its name, itself, its own error). Costs a second pickling, of a call that failed."""
-    if not isinstance(error, (MemoryError, KeyboardInterrupt, SystemExit)):
+    if not isinstance(error, MemoryError):
         for what, value in _named(args, kwargs):
             try:
                 dump(value, None, None, None)
-            except BaseException as again:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as again:  # also SystemExit of a user's __reduce__, as the first time
                 return what, value, again
     return "the arguments", args, error
 
