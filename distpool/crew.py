@@ -133,6 +133,7 @@ class Crew:
     def _prepare(self, member: Member) -> None:
         self._changed.set()
         self.members[member.pid] = member
+        member.borrower = self
         member.on_joined = self._on_joined
         member.on_frame = self._on_frame
         member.on_gone = self._on_gone

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from distpool import exits
+from distpool.borrowing import BorrowedCrew
 from distpool.crew import Crew
 from distpool.hosts import Plan, plan_for
 from distpool.nested import reduce_executor, reduce_view
@@ -33,9 +34,10 @@ class ClusterExecutor(Submitter):
     """Runs calls on worker processes of this machine or of a cluster: a drop-in for `ProcessPoolExecutor`.
 
     `hosts`: `None` (as many local workers as `max_workers`, default: usable CPUs), an int, a manager, `"local://4"`,
-    ... (API of the package). `initializer(*initargs)` runs first in every worker. `max_tasks_per_child`: calls after
-    which a worker is replaced. `on_worker_exit`: "replace" (only the running call fails) or "break" (the standard
-    library's rule). `timeout` (seconds of running time per attempt), `retries`, `retry_delays`, `retry_check`: see
+    ... (API of the package), or a `WorkerPool`, whose living workers are borrowed (by one executor at a time) and live
+    on. `initializer(*initargs)` runs first in every worker. `max_tasks_per_child`: calls after which a worker is
+    replaced. `on_worker_exit`: "replace" (only the running call fails) or "break" (the standard library's rule).
+    `timeout` (seconds of running time per attempt), `retries`, `retry_delays`, `retry_check`: see
     `options`. Construction returns at once; workers are used as they come.
 
     Example:
@@ -84,15 +86,22 @@ class ClusterExecutor(Submitter):
         start = codec.encode((initializer, tuple(initargs))) if initializer is not None else None
         if start is not None and start[1]:
             start = codec.dump((initializer, tuple(initargs)), None, None, None), []
-        self._crew = Crew(
-            nodes.current(),
-            plan.size,
-            plan.manager,
-            plan.params,
-            initializer=start[0] if start is not None else None,
-            max_tasks=max_tasks_per_child,
-            replace=on_worker_exit == "replace",
-        )
+        code = start[0] if start is not None else None
+        replace = on_worker_exit == "replace"
+        if plan.borrowed is not None:
+            if max_tasks_per_child is not None:
+                raise ValueError("max_tasks_per_child needs workers of the executor's own, not those of a pool")
+            self._crew: Crew = BorrowedCrew(nodes.current(), plan.borrowed, initializer=code, replace=replace)
+        else:
+            self._crew = Crew(
+                nodes.current(),
+                plan.size,
+                plan.manager,
+                plan.params,
+                initializer=code,
+                max_tasks=max_tasks_per_child,
+                replace=replace,
+            )
         if on_worker_exit == "break":
             self._future_class = strict_future(self._crew)
         exits.register(self._crew.node)

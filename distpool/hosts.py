@@ -21,6 +21,8 @@ class Plan:
     size: int
     manager: Callable[[int], ClusterManager]
     params: dict[str, Any]
+    borrowed: list[int] | None = None
+    """Pids of workers that live already, instead of all that."""
 
 
 def usable_cpus() -> int:
@@ -65,6 +67,8 @@ def plan_for(hosts: Any, max_workers: int | None, options: dict[str, Any]) -> Pl
     """The plan for these arguments; ValueError and TypeError with the standard library's texts."""
     if max_workers is not None:
         check_count(max_workers)
+    if callable(getattr(hosts, "prepare", None)):
+        return _plan_for_pool(hosts, max_workers, options)
     if isinstance(hosts, str) and hosts.startswith("local://"):
         text = hosts[len("local://") :]
         if text and not text.isdigit():
@@ -86,6 +90,16 @@ def plan_for(hosts: Any, max_workers: int | None, options: dict[str, Any]) -> Pl
     if isinstance(hosts, float):
         raise TypeError(f"max_workers must be an int, not {type(hosts).__name__}")
     raise TypeError(f"hosts={hosts!r}: this version starts local workers only (int, None, local://N, LocalManager)")
+
+
+def _plan_for_pool(pool: Any, max_workers: int | None, options: dict[str, Any]) -> Plan:
+    """For a `WorkerPool` (known by its `prepare`): its living workers, at most `max_workers` of them."""
+    for name in options:
+        raise ValueError(f"Invalid keyword argument {name}: workers of a pool have been started already")
+    pids = [pid for pid in pool.workers() if pid != 1][:max_workers]
+    if not pids:
+        raise RuntimeError("No active worker available in pool")
+    return Plan(len(pids), LocalManager, {}, pids)
 
 
 def check_count(count: Any) -> None:

@@ -50,7 +50,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("managers.base", "managers.launch", "managers.process", "managers.forked", "managers.executed"),
         *("managers.handles", "managers.specs", "managers.local", "managers.ssh"),
     ),
-    9: ("joining", "adding", "cluster", "crew", "hosts", "exits"),
+    9: ("joining", "adding", "cluster", "crew", "borrowing", "hosts", "exits"),
     10: (
         *("executor", "submitter", "mapresults", "nested"),
         *("pool", "pool_maps", "pool_runs", "pool_results", "pool_callbacks", "pool_input"),
@@ -167,6 +167,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("cluster", "exits"),
         ("cluster", "hosts"),
         ("crew", "joining"),
+        ("borrowing", "crew"),
         ("executor", "monitor"),
         ("executor", "nested"),
         ("executor", "submitter"),

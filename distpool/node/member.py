@@ -98,6 +98,8 @@ class Member:
         self.on_joined: Callable[[Member], None] = lambda member: None
         self.on_frame: Callable[[Member, Frame], None] = lambda member, frame: None
         self.on_gone: Callable[[Member, BaseException | None], None] = lambda member, reason: None
+        self.borrower: Any = None  # the crew of an executor that it belongs to for the time being; leader
+        self.slot: Any = None  # of executors that borrow it, one after the other
         self.notices = SerialQueue(group.node.threads)  # what its manager is told, in order
         self._failure: BaseException | None = None
         self._adopted: Adopted | None = None

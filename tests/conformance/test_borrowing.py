@@ -1,0 +1,119 @@
+"""`ClusterExecutor(hosts=WorkerPool(...))`: living workers are borrowed, and live on (API section 1)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import pytest
+
+import distpool
+from distpool import CachingPool, ClusterExecutor, ProcessExitedException, WorkerPool, myid, remotecall_fetch
+
+from .conftest import wait_until
+from .helpers import boom, ident
+
+pytestmark = pytest.mark.time_limit(90)
+
+
+def test_runs_there_and_leaves_them_alive(team: list[int]) -> None:
+    for pool in (WorkerPool(team[:2]), CachingPool(team[:2]), distpool.default_worker_pool()):
+        for _ in range(2):
+            with ClusterExecutor(hosts=pool) as executor:
+                wait_until(lambda executor=executor, pool=pool: executor.workers == pool.workers())
+                pids = set(executor.map(lambda i: time.sleep(0.01) or myid(), range(40)))
+                assert pids == set(pool.workers())
+                assert list(executor.map(ident, range(1000))) == list(range(1000))
+                assert distpool.pmap(ident, range(100), pool=executor) == list(range(100))
+                assert executor.submit(os.getpid).result(20) != os.getpid()
+                with pytest.raises(RuntimeError, match="foobar"):
+                    executor.submit(boom).result(20)
+            assert distpool.workers() == team
+            assert [remotecall_fetch(myid, pid) for pid in team] == team
+
+
+def test_beside_other_calls(team: list[int]) -> None:
+    pool = WorkerPool(team)
+    with ClusterExecutor(pool) as executor:
+        future = executor.submit(lambda: remotecall_fetch(myid, team[1]))
+        assert distpool.pmap(ident, range(50), pool=pool) == list(range(50))
+        assert future.result(20) == team[1]
+        nested = executor.submit(lambda: executor.submit(ident, 5).result())
+        assert nested.result(20) == 5
+
+
+def setup(value: int) -> None:
+    os.environ["BORROWED"] = str(value)
+
+
+def test_initializer(team: list[int]) -> None:
+    with ClusterExecutor(WorkerPool(team[:2]), initializer=setup, initargs=(7,)) as executor:
+        assert executor.submit(os.getenv, "BORROWED").result(20) == "7"
+    broken = ClusterExecutor(WorkerPool(team[:2]), initializer=boom)
+    with pytest.raises(BrokenProcessPool):
+        broken.submit(ident, 1).result(20)
+    broken.shutdown()
+    assert [remotecall_fetch(myid, pid) for pid in team] == team
+
+
+def test_one_executor_at_a_time(team: list[int]) -> None:
+    pool = WorkerPool(team[:1])
+    with ClusterExecutor(pool) as executor:
+        assert executor.submit(myid).result(20) == team[0]
+        with ClusterExecutor(pool) as second:
+            with pytest.raises(BrokenProcessPool):
+                second.submit(ident, 1).result(20)
+        with ClusterExecutor(WorkerPool(team[:2])) as third:
+            assert third.submit(myid).result(20) == team[1]
+        assert executor.submit(myid).result(20) == team[0]
+    with ClusterExecutor(pool) as executor:
+        assert executor.submit(myid).result(20) == team[0]
+
+
+def test_bad_arguments(team: list[int]) -> None:
+    with pytest.raises(RuntimeError, match="No active worker available in pool"):
+        ClusterExecutor(WorkerPool([]))
+    with pytest.raises(RuntimeError, match="No active worker available in pool"):
+        ClusterExecutor(WorkerPool([1]))
+    with pytest.raises(ValueError, match="Invalid keyword argument env"):
+        ClusterExecutor(WorkerPool(team), env={})
+    with pytest.raises(ValueError, match="max_tasks_per_child"):
+        ClusterExecutor(WorkerPool(team), max_tasks_per_child=3)
+    with ClusterExecutor(WorkerPool(team), max_workers=1) as executor:
+        wait_until(lambda: executor.workers == team[:1])
+
+
+@pytest.mark.parametrize("end", ["kill_workers", "terminate_workers"])
+def test_they_are_not_the_executors_to_kill(team: list[int], end: str) -> None:
+    executor = ClusterExecutor(WorkerPool(team[:1]))
+    future = executor.submit(time.sleep, 0.3)
+    getattr(executor, end)()
+    with pytest.raises((BrokenProcessPool, Exception)):
+        future.result(20)
+    assert remotecall_fetch(myid, team[0]) == team[0]
+    with ClusterExecutor(WorkerPool(team[:1])) as again:
+        assert again.submit(ident, 5).result(20) == 5
+
+
+def test_a_borrowed_worker_dies(team: list[int]) -> None:
+    first, second = distpool.addprocs(2)
+    with ClusterExecutor(WorkerPool([first, second]), retries=1) as executor:
+
+        def die() -> Any:
+            if myid() == first:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.05)
+            return myid()
+
+        assert {executor.submit(die).result(20) for _ in range(4)} == {second}
+        wait_until(lambda: executor.workers == [second])
+        assert first not in distpool.workers()
+        assert list(executor.map(ident, range(20))) == list(range(20))
+        with pytest.raises(ProcessExitedException):
+            executor.options(retries=0).submit(os._exit, 3).result(20)
+        with pytest.raises((ProcessExitedException, BrokenProcessPool)):
+            executor.submit(ident, 1).result(20)
+    assert distpool.workers() == team
