@@ -30,7 +30,8 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("transport.shm", "transport.views", "transport.memfile", "transport.liveness", "transport.journal"),
     ),
     3: (
-        *("node.requests", "node.tasks", "node.observe", "node.output", "node.results", "node.threads", "node.peers", "node.node"),
+        *("node.requests", "node.tasks", "node.results", "node.observe", "node.output", "node.threads"),
+        *("node.peers", "node.node"),
         *("node.member", "node.group"),
     ),
     4: (
@@ -140,7 +141,6 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("scheduling", "work"),
         ("scheduling", "mapruns"),
         ("lazymap", "scheduling"),
-        ("lazymap", "work"),
         ("lazymap", "mapruns"),
         ("policy", "work"),
         ("mapping", "elements"),
@@ -151,7 +151,6 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("ordered", "elements"),
         ("ordered", "recovery"),
         ("elements", "scheduling"),
-        ("elements", "work"),
         ("elements", "mapruns"),
         ("managers.launch", "managers.executed"),
         ("managers.launch", "managers.forked"),
