@@ -39,7 +39,7 @@ class Slot:
         self.pid = member.pid
         self.inflight: dict[int, Any] = {}  # first sequence number -> entry, in the order of sending
         self.load = 0  # calls sent and not answered
-        self.limit = 2  # calls it may have, as last computed
+        self.limit = 1  # calls it may have, as last computed
         self.blocked = 0  # tasks there that wait for other calls
         self.pinned: collections.deque[Any] = collections.deque()
         self.retiring = False  # gets no more calls
@@ -75,9 +75,11 @@ class Slot:
         """How many more calls of `mean` seconds (negative: unknown) it should have now."""
         if not self.usable:
             return 0
-        if mean > _LONG:
+        if mean > _LONG or mean < 0:
+            # Unknown: the first calls of a function go one to each worker. What is sent ahead to a worker that then
+            # sits in one long C call cannot be recalled from it.
             limit = 1
-        elif mean < 0 or mean > 0.002:
+        elif mean > 0.002:
             limit = 2
         else:
             limit = max(2, min(_MAX_WINDOW, int(config.WINDOW_SECONDS / max(mean, 1e-7))))

@@ -51,6 +51,7 @@ class Worker:
         self.node.worker = self
         self.node.manager = manager
         self.loop = self.node.loop
+        self.memory_limit = 0  # bytes, 0: none
         self.runner: TaskRunner | None = None
         self.observer: Observer | None = None
         self._listener = listener
@@ -232,6 +233,7 @@ class Worker:
         node.peers.add(1, link)
         self.runner = runner = TaskRunner(link, journal, self._segments, node.threads.run)
         node.runner = runner
+        runner.results.memory_limit, runner.results.pid = self.memory_limit, join.pid
         runner.results.lend = lambda seen: node.references().lend(seen, 1)
         self.observer = Observer(node, link, runner)
         segments = self._segments
@@ -280,4 +282,22 @@ class Worker:
 
 def run(listener: socket.socket, settings: dict[str, Any]) -> int:
     """Serve the master that connects to `listener` and knows `settings["cookie"]`; returns the exit status."""
-    return Worker(settings["cookie"], listener).run()
+    worker = Worker(settings["cookie"], listener)
+    limit = (settings.get("extra") or {}).get("memory_limit")
+    if limit:
+        limit_memory(int(limit))
+        worker.memory_limit = int(limit)
+    return worker.run()
+
+
+def limit_memory(limit: int) -> None:
+    """Let the kernel refuse private memory beyond `limit` bytes: the task that asks for it gets MemoryError.
+
+    RLIMIT_DATA counts what is allocated, shared segments and mapped files do not (Linux; elsewhere it may do nothing).
+    Watching the resident size from outside was rejected: it polls, and kills instead of raising.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))

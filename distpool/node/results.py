@@ -40,6 +40,8 @@ class ResultWriter:
         self.journal = journal
         self.segments = segments
         self.lend: Callable[[list[Any]], object] = lambda seen: None  # references in a result are lent to the master
+        self.memory_limit = 0  # bytes, 0: none; only for the text of a MemoryError
+        self.pid = 0
         self.busy = 0.0  # seconds of running time since the last flush, and how many calls
         self.ran = 0
         self.flushed = 0.0  # when (perf_counter)
@@ -94,6 +96,11 @@ class ResultWriter:
 
     def fail(self, sequence: int, error: BaseException, status: int = ERROR) -> None:
         """The call raised, or (`status`) could not even be loaded."""
+        if self.memory_limit and isinstance(error, MemoryError):
+            error.args = (
+                f"a task needed more memory than memory_limit={self.memory_limit} bytes allow worker {self.pid}"
+                f" ({type(error).__name__}: {error})",
+            )
         self._record(sequence, status, encode_exception(error), None)
 
     def _record(self, sequence: int, status: int, data: bytes, buffers: list[Any] | None) -> None:
