@@ -166,7 +166,8 @@ class Launch:
             member.connect(dial(address, self.seconds))
         except OSError as error:
             member.kill(f"it could not be reached: {error}")
-            member.failed(error)
+            # It is kept: not with its traceback, whose frames are those of the user who leads the loop.
+            member.failed(error.with_traceback(None))
 
     def _connect(self, member: Member, worker: WorkerConfig) -> None:
         """On a library thread: the manager's own transport, if it has one."""
