@@ -112,14 +112,23 @@ class Scheduler:
     def cancel(self, call: Call) -> bool:
         """True if the call will not run: it waited here, or its worker gave it back."""
         self.check_process()
-        if call.slot is None:
-            with self._lock:
-                if call.slot is None:
-                    call.cancelled = True
-                    call.release()
-                    return True
-        events = self._recalls.ask([call])
-        return bool(events and self._recalls.wait([call], events))
+        try:
+            if call.slot is None:
+                with self._lock:
+                    if call.slot is None:
+                        call.cancelled = True
+                        call.release()
+                        return True
+            events = self._recalls.ask([call])
+            self._look_again()
+            return bool(events and self._recalls.wait([call], events))
+        finally:
+            self._look_again()
+
+    def _look_again(self) -> None:
+        """For whoever has held the lock outside `pump`: a note that was left meanwhile is nobody else's to read."""
+        if self._wanted:
+            self.pump()
 
     # -- dispatch (under _lock) --------------------------------------------------------------------------------
 
@@ -475,13 +484,16 @@ class Scheduler:
             for slot in self.slots.values():
                 calls.extend(slot.pinned)
                 ahead.extend(entry for entry in slot.inflight.values() if type(entry) is Call)
+        self._look_again()
         for call in calls:
             call.future.cancel()
         events = self._recalls.ask(ahead)
+        self._look_again()
         self.loop.call_soon(lambda: self._cancel_maps(runs))
         meanwhile()
         for call in self._recalls.wait(ahead, events):
             call.future.cancel()
+        self._look_again()
 
     def _cancel_maps(self, runs: list[MapRun]) -> None:
         for run in runs:

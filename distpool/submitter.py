@@ -21,7 +21,7 @@ from distpool.progress import make_progress
 from distpool.refs.refs import RAISED_HERE, Future, Outcome
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
-from distpool.wire.messages import CALL, ONE, ONE_FRESH, VALUE
+from distpool.wire.messages import CALL, ONE, ONE_FRESH, UNSENDABLE, VALUE
 from distpool.work import Call, Policy, with_references
 
 _new_future: Any = object.__new__  # `Future()` would cost a Python call more
@@ -37,6 +37,8 @@ def strict_future(crew: Crew) -> type[Future[Any]]:
             value, error = super()._open(raw)
             if error is not None and raw.status == VALUE:
                 error = crew.break_here(error)
+            elif raw.status == UNSENDABLE and "cannot be serialised: SystemExit" in str(error):
+                error = SystemExit(str(error))  # the value's pickling called sys.exit: the stdlib's future says so
             return value, error
 
     return StrictFuture

@@ -407,7 +407,7 @@ def test_empty_traces(tmp_path: Path, content: Any) -> None:
     assert "no calls" in texts(draw(tmp_path, content))
 
 
-@pytest.mark.parametrize("text", ["", "no json", "{}", "7", '{"traceEvents": [{"ph": "X"}]}', "null", '[7]'])
+@pytest.mark.parametrize("text", ["", "no json", "{}", "7", '{"traceEvents": [{"ph": "X"}]}', "null", "[7]"])
 def test_what_is_no_trace(tmp_path: Path, text: str) -> None:
     (tmp_path / "in.json").write_text(text)
     with pytest.raises(ValueError, match=r"in\.json is not a trace file"):

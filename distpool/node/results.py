@@ -67,10 +67,7 @@ class ResultWriter:
                 if seen:
                     self.lend(seen)
         except BaseException as error:
-            if isinstance(error.__cause__, SystemExit):  # the value's own pickling said so: as if the task had
-                self.fail(sequence, error.__cause__)
-            else:
-                self._record(sequence, UNSENDABLE, encode_exception(error), None)
+            self._record(sequence, UNSENDABLE, encode_exception(error), None)
             return
         self._record(sequence, VALUE, data, buffers)
 

@@ -213,7 +213,7 @@ class TaskRunner:
                     self._idle = False
 
     def _sleep(self) -> None:
-        """The main thread waits without leading. Who brings work looks at `_sleeping` after it has put the work down."""
+        """The main thread waits without leading. Who brings work looks at `_sleeping` after putting the work down."""
         self._work.clear()
         self._sleeping = True
         try:

@@ -10,6 +10,7 @@ finalizers and signal handlers too. Threads are daemons: at interpreter exit the
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import queue
 import threading
@@ -26,10 +27,14 @@ class ThreadCache:
     def __init__(self, name: str) -> None:
         self._name = name
         self._idle: collections.deque[queue.SimpleQueue[Callable[[], object]]] = collections.deque()  # atomic ends
+        self._refused: collections.deque[Callable[[], object]] = collections.deque()  # atomic ends
         self._count = 0
 
     def run(self, function: Callable[[], object]) -> None:
-        """Call `function()` on another thread; what it raises is logged. RuntimeError if no thread can be started."""
+        """Call `function()` on another thread; what it raises is logged.
+
+        If the system refuses another thread, the function waits for one that is there to become free.
+        """
         try:
             box = self._idle.pop()
         except IndexError:
@@ -37,7 +42,11 @@ class ThreadCache:
             self._count += 1
             thread = threading.Thread(target=self._serve, args=(box,), name=f"{self._name}-{self._count}", daemon=True)
             box.put(function)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:
+                self._refused.append(function)
+                log.warning("no further thread can be started: work waits for one of those that are there")
         else:
             box.put(function)
 
@@ -57,6 +66,10 @@ class ThreadCache:
             except BaseException:  # SystemExit too: the thread serves others
                 log.exception("error on a library thread")
             del function
+            if self._refused:
+                with contextlib.suppress(IndexError):
+                    box.put(self._refused.popleft())
+                    continue
             self._idle.append(box)
 
 

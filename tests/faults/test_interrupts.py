@@ -59,12 +59,17 @@ def block():
             list(raw.map(hold, [address] * 10))
 """
 
-ENDS = WAITING + """
+ENDS = (
+    WAITING
+    + """
 runner = Runner(kind, 2)
 block()
 """
+)
 
-GOES_ON = WAITING + """
+GOES_ON = (
+    WAITING
+    + """
 caught = 0
 runner = Runner(kind, 2)
 assert runner.call(helpers.square, 2) == 4
@@ -81,6 +86,7 @@ if operation not in ("shutdown", "join", "with", "with a map"):
     runner.close()
 print("end", caught)
 """
+)
 
 
 @pytest.mark.parametrize(("kind", "operation"), CASES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -138,9 +139,11 @@ runner.close()
 @pytest.mark.time_limit(200)
 @pytest.mark.parametrize("how", MAPPERS)
 def test_memory_is_flat_over_a_million(kind: str, how: str) -> None:
-    outcome = run(MEMORY, kind, how, 1_000_000, seconds=180)
+    """A million elements take a minute of CPU per variant: only when asked for; a fifth of them shows as much growth."""
+    total = 1_000_000 if os.environ.get("DISTPOOL_LONG_TESTS") else 200_000
+    outcome = run(MEMORY, kind, how, total, seconds=180)
     outcome.assert_clean()
-    assert int(outcome.stdout.split()[1]) <= 10, "MiB grown over 900,000 elements"
+    assert int(outcome.stdout.split()[1]) <= 10, f"MiB grown over {total * 9 // 10} elements"
 
 
 # ------------------------------------------------------------------------------------------------------------------ F14

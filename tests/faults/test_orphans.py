@@ -51,8 +51,9 @@ def test_caller_killed_while_a_worker_is_stopped(kind: str, gate: Gate) -> None:
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP, signal.SIGABRT, signal.SIGQUIT])
 def test_caller_ended_by_another_signal(kind: str, gate: Gate, ending: signal.Signals) -> None:
     """The default action of these: no `atexit`, no `finally`."""
-    with Program("import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n" + BUSY,
-                 [kind, "python", *gate.address]) as program:
+    with Program(
+        "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n" + BUSY, [kind, "python", *gate.address]
+    ) as program:
         gate.arrivals(2)
         program.send(ending)
         assert_all_gone(program, BOUND * NOISE)

@@ -62,7 +62,9 @@ def assert_says(outcome: Outcome, *lines: str) -> None:
     outcome.assert_clean()
 
 
-CALLER = HOG + """
+CALLER = (
+    HOG
+    + """
 kind = sys.argv[1]
 runner = Runner(kind, 2)
 use_all(runner)
@@ -80,6 +82,7 @@ print(use_all(third))
 for one in (runner, third):
     one.close()
 """
+)
 
 
 def test_descriptors_of_the_caller(kind: str) -> None:
@@ -87,7 +90,9 @@ def test_descriptors_of_the_caller(kind: str) -> None:
     assert_says(run(CALLER, kind, seconds=60), "works", "answered", "works", "works")
 
 
-REPLACING = HOG + """
+REPLACING = (
+    HOG
+    + """
 kind = sys.argv[1]
 runner = Runner(kind, 2)
 use_all(runner)
@@ -102,13 +107,16 @@ free_descriptors(hog)
 print(use_all(runner))
 runner.close()
 """
+)
 
 
 def test_death_while_descriptors_are_out(kind: str) -> None:
     assert_says(run(REPLACING, kind, seconds=60), "works", "works")
 
 
-ALL_DEAD = HOG + """
+ALL_DEAD = (
+    HOG
+    + """
 kind = sys.argv[1]
 runner = Runner(kind, 1)
 use_all(runner)
@@ -125,6 +133,7 @@ another = Runner(kind, 1)
 print(use_all(another))
 another.close()
 """
+)
 
 
 def test_no_worker_left_and_no_descriptors(kind: str) -> None:
@@ -132,7 +141,9 @@ def test_no_worker_left_and_no_descriptors(kind: str) -> None:
     assert_says(run(ALL_DEAD, kind, seconds=60), "answered", "works")
 
 
-WORKER = HOG + """
+WORKER = (
+    HOG
+    + """
 kind = sys.argv[1]
 runner = Runner(kind, 1)
 use_all(runner)
@@ -144,6 +155,7 @@ runner.call(free_descriptors, hog)
 print(use_all(runner))
 runner.close()
 """
+)
 
 
 def test_descriptors_of_a_worker(kind: str) -> None:
@@ -151,7 +163,9 @@ def test_descriptors_of_a_worker(kind: str) -> None:
     assert_says(run(WORKER, kind, seconds=60), "9 10485760 10485760", "True", "works")
 
 
-CLOSING = HOG + """
+CLOSING = (
+    HOG
+    + """
 kind = sys.argv[1]
 runner = Runner(kind, 2)
 use_all(runner)
@@ -165,6 +179,7 @@ except Exception as error:
 print(use_all(runner))
 runner.close()
 """
+)
 
 
 def test_task_closes_the_descriptors_of_its_worker(kind: str) -> None:
@@ -175,13 +190,16 @@ def test_task_closes_the_descriptors_of_its_worker(kind: str) -> None:
 @pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_caller_without_standard_streams(kind: str, tmp_path: Path, streams: str) -> None:
     """Descriptors 0 to 2 may be closed, so that ours could get those numbers; workers print all the same."""
-    source = HOG + """
+    source = (
+        HOG
+        + """
 runner = Runner(sys.argv[1], 2)
 runner.call(print, "a line")
 use_all(runner)
 runner.close()
 helpers.note(sys.argv[2], "done")
 """
+    )
     path = tmp_path / "done"
     prefix = ["/bin/sh", "-c", f'exec "$@" {streams}', "sh"]
     with Program(source, [kind, path], prefix=prefix) as program:
@@ -218,7 +236,9 @@ def helpers_noted(path: Path) -> int:
 
 # -------------------------------------------------------------------------------------- places that are full or missing
 
-PLACES = HOG + """
+PLACES = (
+    HOG
+    + """
 kind = sys.argv[1]
 if len(sys.argv) > 2:
     import tempfile
@@ -227,6 +247,7 @@ runner = Runner(kind, 2)
 print(outcome_of(lambda: use_all(runner)))
 runner.executor.kill_workers()
 """
+)
 
 
 def mount(command: str) -> list[str]:
@@ -277,7 +298,9 @@ def test_long_temporary_directory(kind: str, tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------ fork is refused
 
-NO_FORK = HOG + """
+NO_FORK = (
+    HOG
+    + """
 import psutil
 kind, cgroup = sys.argv[1:]
 runner = Runner(kind, 2)
@@ -312,6 +335,7 @@ print(use_all(third))
 for one in (runner, third):
     one.close()
 """
+)
 
 PIDS = Path("/sys/fs/cgroup/pids")
 
