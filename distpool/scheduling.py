@@ -30,7 +30,7 @@ from distpool.node.node import Node, existing
 from distpool.recalls import Recalls
 from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.retries import Retries
-from distpool.slots import Slot
+from distpool.slots import Slot, any_room
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
 from distpool.work import Call
@@ -488,7 +488,6 @@ class Scheduler:
         for call in calls:
             call.future.cancel()
         events = self._recalls.ask(ahead)
-        self._look_again()
         self.loop.call_soon(lambda: self._cancel_maps(runs))
         meanwhile()
         for call in self._recalls.wait(ahead, events):
@@ -499,12 +498,3 @@ class Scheduler:
         for run in runs:
             run.fail_rest(Outcome(RAISED_HERE, CancelledError(), (), 1))
         self.check_done()
-
-
-def any_room(slots: dict[int, Slot]) -> bool:
-    """Whether some worker is about to run dry, so that a submitter should send inline (a hint: not under the lock).
-
-    A worker that has two calls is left to the refill by whoever reads its next results: one frame for many calls.
-    Sending whenever the window (up to 1024 calls) had room cost a system call per submit.
-    """
-    return any(slot.load < 2 + slot.blocked and slot.load < slot.limit and slot.usable for slot in list(slots.values()))

@@ -300,3 +300,12 @@ class Slot:
             self.done += 1
         else:
             self.failed += 1
+
+
+def any_room(slots: dict[int, Slot]) -> bool:
+    """Whether some worker is about to run dry, so that a submitter should send inline (a hint: not under the lock).
+
+    A worker that has two calls is left to the refill by whoever reads its next results: one frame for many calls.
+    Sending whenever the window (up to 1024 calls) had room cost a system call per submit.
+    """
+    return any(slot.load < 2 + slot.blocked and slot.load < slot.limit and slot.usable for slot in list(slots.values()))
