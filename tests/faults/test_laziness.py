@@ -139,7 +139,7 @@ runner.close()
 @pytest.mark.time_limit(200)
 @pytest.mark.parametrize("how", MAPPERS)
 def test_memory_is_flat_over_a_million(kind: str, how: str) -> None:
-    """A million elements take a minute of CPU per variant: only when asked for; a fifth of them shows as much growth."""
+    """A million elements take a minute of CPU per variant: only when asked for; a fifth shows as much growth."""
     total = 1_000_000 if os.environ.get("DISTPOOL_LONG_TESTS") else 200_000
     outcome = run(MEMORY, kind, how, total, seconds=180)
     outcome.assert_clean()
