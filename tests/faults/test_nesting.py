@@ -155,6 +155,10 @@ def test_a_long_task_keeps_nobody_behind_it(runner: Runner, gate: Gate) -> None:
     assert held.value() == "held"
 
 
+@pytest.mark.xfail(
+    strict=False,
+    reason="known defect: a call that was sent ahead to a worker which then holds the GIL, or is stopped, is not recalled",
+)
 @pytest.mark.parametrize("warm", [0, 300])
 @pytest.mark.parametrize("how", ["python", "c", "stopped"])
 def test_nobody_waits_behind_a_task_that_never_ends(runner: Runner, gate: Gate, how: str, warm: int) -> None:
