@@ -157,7 +157,7 @@ def test_a_long_task_keeps_nobody_behind_it(runner: Runner, gate: Gate) -> None:
 
 @pytest.mark.xfail(
     strict=False,
-    reason="known defect: a call that was sent ahead to a worker which then holds the GIL, or is stopped, is not recalled",
+    reason="known defect: a call sent ahead to a worker that then holds the GIL, or is stopped, is not recalled",
 )
 @pytest.mark.parametrize("warm", [0, 300])
 @pytest.mark.parametrize("how", ["python", "c", "stopped"])
