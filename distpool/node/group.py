@@ -122,6 +122,8 @@ class Group:
     def forget(self, member: Member) -> None:
         """The member is gone (leader): everybody hears of it."""
         self.members.pop(member.pid, None)
+        if not self.members:
+            self.topology = "all_to_all"  # nobody is left whom another one was promised to
         self.drop_default(member.pid)
         for watcher in list(self.gone_watchers):
             watcher(member)
