@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -159,8 +160,14 @@ def test_a_long_task_keeps_nobody_behind_it(runner: Runner, gate: Gate) -> None:
     strict=False,
     reason="known defect: a call sent ahead to a worker that then holds the GIL, or is stopped, is not recalled",
 )
+cannot_answer = pytest.mark.xfail(
+    reason="open defect: a recall needs the worker's interpreter, so calls sent ahead to this one wait for it",
+    raises=AssertionError,
+)
+
+
 @pytest.mark.parametrize("warm", [0, 300])
-@pytest.mark.parametrize("how", ["python", "c", "stopped"])
+@pytest.mark.parametrize("how", ["python", *(pytest.param(how, marks=cannot_answer) for how in ("c", "stopped"))])
 def test_nobody_waits_behind_a_task_that_never_ends(runner: Runner, gate: Gate, how: str, warm: int) -> None:
     """Whatever its worker was sent besides runs elsewhere, even if that worker cannot be asked to give it back."""
     assert_squares([runner.submit(helpers.square, number) for number in range(warm)])
@@ -168,9 +175,10 @@ def test_nobody_waits_behind_a_task_that_never_ends(runner: Runner, gate: Gate, 
     runner.submit(helpers.be_busy, gate.address, how)
     calls += [runner.submit(helpers.square, number) for number in range(10, 40)]
     gate.arrival()
-    with at_most(2, "forty short calls"):
-        assert_squares(calls)
-    runner.end()
+    end = time.monotonic() + 2 * NOISE
+    waiting = [number for number, call in enumerate(calls) if not call.settled(max(0.0, end - time.monotonic()))]
+    assert not waiting, f"{len(waiting)} of 40 short calls wait behind it"
+    assert_squares(calls)
 
 
 def test_tasks_in_one_map_that_wait_for_each_other(runner: Runner, gate: Gate) -> None:
