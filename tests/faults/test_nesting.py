@@ -156,13 +156,10 @@ def test_a_long_task_keeps_nobody_behind_it(runner: Runner, gate: Gate) -> None:
     assert held.value() == "held"
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="known defect: a call sent ahead to a worker that then holds the GIL, or is stopped, is not recalled",
-)
 cannot_answer = pytest.mark.xfail(
-    reason="open defect: a recall needs the worker's interpreter, so calls sent ahead to this one wait for it",
+    strict=False,
     raises=AssertionError,
+    reason="known defect: a call sent ahead to a worker that then holds the GIL, or is stopped, is not recalled",
 )
 
 
