@@ -226,16 +226,15 @@ def test_maybe_ran_is_true_when_all_fails(make_runner: Callable[..., Runner], ga
     runner = make_runner(2, on_worker_exit="break")
     path = tmp_path / "log"
     assert_squares([runner.submit(helpers.square, number) for number in range(100)])
-    calls = [runner.submit(helpers.square_or_die, number, 4, "SIGKILL", gate.address, path) for number in range(5)]
-    calls += [runner.submit(helpers.hold, gate.address, number) for number in range(45)]
-    outcomes = [call.outcome() for call in calls]
-    errors = {index: error for index, (_, error) in enumerate(outcomes) if error is not None}
-    assert all(isinstance(error, BrokenProcessPool) for error in errors.values())
-    assert isinstance(errors[4], distpool.ProcessExitedException)
-    assert errors[4].maybe_ran is True
-    never = [e for e in errors.values() if isinstance(e, distpool.ProcessExitedException) and not e.maybe_ran]
-    assert len(errors) >= 40
-    assert len(never) >= len(errors) - 2  # at most one call ran on each of the two workers
+    held = [runner.submit(helpers.hold, gate.address, number) for number in range(2)]
+    victim = gate.arrivals(2)[0]
+    waiting = [runner.submit(helpers.note_and_square, path, number) for number in range(48)]
+    os.kill(victim.ospid, signal.SIGKILL)
+    errors = [call.error() for call in held + waiting]
+    assert all(isinstance(error, BrokenProcessPool) for error in errors)
+    assert [getattr(error, "maybe_ran", None) for error in errors[:2]] == [True, True]
+    assert [getattr(error, "maybe_ran", None) for error in errors[2:]] == [False] * 48
+    assert not path.exists()
 
 
 def test_calls_bound_to_the_dead_worker_say_that_they_never_ran(runner: Runner, gate: Gate, tmp_path: Path) -> None:
