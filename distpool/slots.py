@@ -153,9 +153,12 @@ class Slot:
         assert link is not None
         if function.references:
             self.lend(function.references, 1)
-        link.send(
-            Kind.FUNCTION, messages.Function(function.number, function.name).pack(), function.data, function.buffers
-        )
+        shared = link.shares_memory and self.member.segments is not None
+        buffers = [
+            self._lend(lease) if shared and lease is not None else buffer
+            for buffer, lease in zip(function.buffers, function.leases, strict=True)
+        ]
+        link.send(Kind.FUNCTION, messages.Function(function.number, function.name).pack(), function.data, buffers)
         self._functions[function.number] = function.size
         self._function_bytes += function.size
         if len(self._functions) > _MAX_FUNCTIONS or self._function_bytes > _MAX_FUNCTION_BYTES:

@@ -1084,3 +1084,26 @@ def test_a_forked_child_gets_an_error_at_once() -> None:
         print("both well")
     """)
     assert (done.stdout, done.stderr) == ("both well\n", "")
+
+
+def test_the_data_of_a_function_is_copied_once_for_all_workers(make: Callable[..., ClusterExecutor]) -> None:
+    """Each worker maps the same copy; what one of them writes there, and what happens here later, stays there."""
+    numpy = pytest.importorskip("numpy")
+    executor = make(2)
+    gate = Gate()
+    table = numpy.zeros(1 << 20, numpy.uint8)
+
+    def task(address: Any) -> tuple[int, int]:
+        before = int(table[0])
+        table[0] += 1
+        hold(address)
+        return before, os.getpid()
+
+    results = executor.map(task, [gate.address] * 2)
+    table[0] = 77
+    gate.arrivals(2)
+    gate.close()
+    values = list(results)
+    assert [before for before, _ in values] == [0, 0] and values[0][1] != values[1][1]
+    links = [slot.member.link for slot in executor._crew.scheduler.slots.values()]
+    assert len(links) == 2 and all(link is not None and link.bytes_out < 100_000 for link in links)

@@ -570,6 +570,22 @@ def test_captured_arrays_are_copied_and_compared(encoder):
     assert encoder.encode(function) is first
 
 
+def test_whoever_keeps_large_buffers_may_put_them_into_shared_memory():
+    kept = []
+
+    def keep(view):
+        kept.append((memoryview(bytes(view)), object()))
+        return kept[-1]
+
+    encoder = FunctionEncoder(keep)
+    array = np.zeros(LARGE, np.uint8)
+    function = lambda: array
+    first = encoder.encode(function)
+    assert len(kept) == 1 and first.buffers[0] is kept[0][0] and first.leases == [kept[0][1]]
+    assert first.size == LARGE + len(first.data) and run(first).sum() == 0
+    assert encoder.encode(function) is first and len(kept) == 1, "compared with the copy, not copied again"
+
+
 def test_memory_is_bounded(encoder):
     main, _ = script("def make(n): return lambda: n")
     for number in range(2000):
@@ -667,5 +683,5 @@ def test_hits_take_microseconds(encoder):
 
 
 def test_an_encoded_function_is_not_tied_to_an_encoder():
-    encoded = EncodedFunction(b"data", [b"buffer"], "f", True, False)
+    encoded = EncodedFunction(b"data", [(b"buffer", None)], "f", True, False)
     assert encoded.size == 10 and encoded.references == ()

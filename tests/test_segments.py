@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from wires import PATIENCE, End, ends, until
 
-from distpool.transport.segments import Segments
+from distpool.transport.segments import Kept, Segments
 from distpool.transport.shm import SegmentPool
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind, SegmentRef
@@ -117,3 +117,28 @@ def test_a_closed_link_keeps_views_valid(both: Both) -> None:
     assert bytes(view) == data, "its segment was not used for something else"
     del view, other
     gc.collect()
+
+
+def test_a_kept_copy_holds_its_segment_until_it_is_gone(both: Both) -> None:
+    kept = Kept(both.pool, both.left.link.loop.call_soon)
+    data = bytearray(os.urandom(500_000))
+    copy, lease = kept.keep(memoryview(data))
+    assert lease is not None
+    was, data[0] = data[0], data[0] ^ 1
+    lease.retain()
+    received = both.receiver.open(both.sender.lend(lease), private=True)
+    assert received[0] == copy[0] == was
+    received[0] = was ^ 1
+    assert copy[0] == was, "what a reader writes is its own"
+    del received
+    gc.collect()
+    assert both.freed.wait(PATIENCE)
+    assert both.pool.bytes_in_use >= len(data), "the copy is still there"
+    del copy
+    gc.collect()
+    until(lambda: both.pool.bytes_in_use == 0, "the segment is free")
+
+
+def test_without_shared_memory_a_kept_copy_is_bytes(both: Both) -> None:
+    copy, lease = Kept(SegmentPool(limit=0), both.left.link.loop.call_soon).keep(memoryview(b"x" * 300_000))
+    assert copy == b"x" * 300_000 and lease is None

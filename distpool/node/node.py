@@ -26,6 +26,7 @@ from distpool.node.peers import Peers
 from distpool.node.threads import SerialQueue, ThreadCache
 from distpool.transport.ioloop import IoLoop
 from distpool.transport.link import Link
+from distpool.transport.segments import Kept
 from distpool.transport.shm import SegmentPool
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.functions import FunctionEncoder
@@ -44,8 +45,8 @@ class Node:
         self.loop = IoLoop()
         self.threads = ThreadCache("distpool-task")
         self.notices = SerialQueue(self.threads)  # output and life-cycle notices, in order
-        self.encoder = FunctionEncoder()
         self.segments = SegmentPool()
+        self.encoder = FunctionEncoder(Kept(self.segments, self.loop.call_soon).keep)
         self.handlers: dict[int, Callable[[Link, Frame], None]] = {}
         self.links: set[Link] = set()  # leader only
         self.loop.on_crash = self.crashed

@@ -4,6 +4,8 @@
     receiver:  SegmentRef --open--> a view of the mapped segment; when the last view is gone: SEGMENTS_FREE
     sender:    on_free -> the lease is released and the segment used again
 
+`Kept` is for what many peers read: a function's buffers are copied once, and each worker of this host maps that copy.
+
 `stage` runs on any thread; `open`, `on_free` and `close` on the leader. The receiver learns from a finalizer that a
 view is gone; that may only append to a deque and wake the loop, which then sends the message.
 """
@@ -11,12 +13,48 @@ view is gone; that may only append to a deque and wake the loop, which then send
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from typing import Any
 
 from distpool.transport.link import Link
 from distpool.transport.shm import Lease, SegmentPool, SegmentViews
 from distpool.wire import messages
 from distpool.wire.frames import Kind, SegmentRef
+
+
+class Kept:
+    """Copies of buffers that this process keeps, in shared memory: one copy serves all workers of the host."""
+
+    def __init__(self, pool: SegmentPool, call_soon: Callable[[Callable[[], object]], object]) -> None:
+        self._pool = pool
+        self._call_soon = call_soon
+        self._leases: dict[int, Lease] = {}  # segment id -> lease of a copy that lives; dict operations are atomic
+        self._views = SegmentViews(self._on_released)
+
+    def keep(self, buffer: memoryview) -> tuple[Any, Lease | None]:
+        """A copy, and the lease of its segment, which ends with the copy (`None`: the copy is plain bytes).
+
+        Copying into bytes as well, to have something to compare later functions with, was rejected: 80 MB of fresh
+        pages cost as much as all the rest.
+        """
+        lease = self._pool.put(buffer)
+        if lease is None:
+            return bytes(buffer), None
+        self._leases[lease.segment_id] = lease
+        try:
+            return self._views.view(lease.segment_id, lease.path, lease.size, lease.nbytes, private=True), lease
+        except OSError:  # no descriptor left
+            self._release(lease.segment_id)
+            return bytes(buffer), None
+
+    def _on_released(self, segment_id: int) -> None:
+        # In a finalizer: no lock.
+        self._call_soon(lambda: self._release(segment_id))
+
+    def _release(self, segment_id: int) -> None:
+        lease = self._leases.pop(segment_id, None)
+        if lease is not None:
+            lease.release()
 
 
 class Segments:

@@ -29,6 +29,9 @@ MAX_FUNCTIONS = 256
 MAX_BYTES = 64 << 20
 MAX_KNOWN = 4096
 
+#: `keep(view)`: a copy of the bytes, and the shared memory that it lies in (None: in none).
+Keep = Callable[[memoryview], tuple[Any, Any]]
+
 #: Numbers are unique in this process, whatever number of encoders (tests run several nodes in one process).
 _numbers = itertools.count(1)
 
@@ -36,13 +39,15 @@ _numbers = itertools.count(1)
 class EncodedFunction:
     """A serialised function. Equal numbers mean equal bytes, so a worker that has the number needs no bytes."""
 
-    __slots__ = ("buffers", "by_value", "data", "mean", "name", "number", "references", "reusable", "size")
+    __slots__ = ("buffers", "by_value", "data", "leases", "mean", "name", "number", "references", "reusable", "size")
 
-    def __init__(self, data: bytes, buffers: list[bytes], name: str, by_value: bool, reusable: bool) -> None:
+    def __init__(self, data: bytes, kept: list[tuple[Any, Any]], name: str, by_value: bool, reusable: bool) -> None:
         self.number = next(_numbers)
         self.data = data
         #: Copies: the caller's arrays may change after the call.
-        self.buffers = buffers
+        self.buffers = [copy for copy, _ in kept]
+        #: For each of them: shared memory that holds it (what `keep` gave), or None.
+        self.leases = [lease for _, lease in kept]
         #: For messages and statistics, e.g. `math.sqrt`, `partial(f)`.
         self.name = name
         self.by_value = by_value
@@ -51,7 +56,7 @@ class EncodedFunction:
         self.reusable = reusable
         #: Library objects inside it (`codec.register_reducer`). If there are any, every encoding is a new one.
         self.references: tuple[Any, ...] = ()
-        self.size = len(data) + sum(map(len, buffers))
+        self.size = len(data) + sum(map(len, self.buffers))
         #: Measured seconds per call, kept by the scheduler; -1.0: not known yet.
         self.mean = -1.0
 
@@ -75,10 +80,13 @@ class _Code:
 class FunctionEncoder:
     """One per node. Functions which change (captured values, globals) are never stale; unchanged ones are cheap.
 
+    `keep(view)` copies a large buffer: `(the copy, the shared memory that holds it or None)`.
+
     Example: `FunctionEncoder().encode(math.sqrt).data`
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Keep = lambda view: (bytes(view), None)) -> None:
+        self._keep = keep
         # id -> (the function, which keeps its id taken; its encoding)
         self._known: dict[int, tuple[Any, EncodedFunction]] = {}
         self._codes: dict[int, _Code] = {}
@@ -153,7 +161,7 @@ class FunctionEncoder:
         except BaseException as error:
             raise codec.serialization_error(fn, error, "the function") from error
         if references:
-            encoded = EncodedFunction(data, [bytes(view) for view in buffers], function_name(fn), True, False)
+            encoded = EncodedFunction(data, list(map(self._keep, buffers)), function_name(fn), True, False)
             encoded.references = tuple(references)
             return encoded
         return self._remember(data, buffers, fn, by_value=True, reusable=reusable)
@@ -180,7 +188,7 @@ class FunctionEncoder:
             if _same_buffers(encoded.buffers, buffers):
                 encoded.reusable |= reusable
                 return encoded
-        encoded = EncodedFunction(data, [bytes(view) for view in buffers], function_name(fn), by_value, reusable)
+        encoded = EncodedFunction(data, list(map(self._keep, buffers)), function_name(fn), by_value, reusable)
         if len(variants) >= 4:
             del variants[0]
         variants.append(encoded)
@@ -240,11 +248,11 @@ def _is_frozen(fn: Any) -> bool:
     return isinstance(owner, type) and is_importable(owner)
 
 
-def _same_buffers(ours: list[bytes], theirs: list[memoryview]) -> bool:
+def _same_buffers(ours: list[Any], theirs: list[memoryview]) -> bool:
     return len(ours) == len(theirs) and all(map(_same_bytes, ours, theirs))
 
 
-def _same_bytes(ours: bytes, view: memoryview) -> bool:
+def _same_bytes(ours: Any, view: memoryview) -> bool:
     """Compared in place, eight bytes at a time: as single bytes it takes eight times as long."""
     if len(ours) != view.nbytes:
         return False
