@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import importlib
+import io
 import json
 import os
 import select
@@ -175,12 +176,7 @@ def prepare(settings: dict[str, Any], own_path: list[str]) -> None:
     `own_path` is the interpreter's own sys.path; it is kept behind the caller's where that belongs to another
     interpreter (`settings["own_path"]`).
     """
-    for stream in (sys.stdout, sys.stderr):
-        # Whole lines in one write each, also under PYTHONUNBUFFERED: the master shows lines, and must not mix them.
-        # UTF-8 whatever the locale: this is a pipe to the master, which decodes it so; no print may fail.
-        stream.reconfigure(  # type: ignore[union-attr]
-            encoding="utf-8", errors="backslashreplace", line_buffering=True, write_through=False
-        )
+    _open_output()
     try:
         os.chdir(settings["cwd"])
     except OSError as error:
@@ -202,6 +198,21 @@ def prepare(settings: dict[str, Any], own_path: list[str]) -> None:
     sys.modules["__main__"] = clean
     if "__mp_main__" in sys.modules:  # multiprocessing's name for it
         sys.modules["__mp_main__"] = clean
+
+
+def _open_output() -> None:
+    """Standard output and errors of a worker, on descriptors 1 and 2 as they are now.
+
+    Whole lines in one write each, also under PYTHONUNBUFFERED: the master shows lines, and must not mix them. UTF-8
+    whatever the locale: this is a pipe to the master, which decodes it so; no print may fail. New streams, not
+    `reconfigure`: that asks a stream which was opened on a file for its position, and here there is a pipe by now.
+    """
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        raw = open(descriptor, "wb", closefd=False)  # the descriptor stays open as long as the process
+        stream = io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+        stream.mode = "w"  # as the interpreter's own
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
 
 
 def _forget_directories() -> None:
