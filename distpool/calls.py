@@ -311,11 +311,7 @@ class Callee:
 
     def _run(self, pid: int, message: Any, body: bytes, buffers: list[Any], entry: Any, call: Any) -> None:
         try:
-            function = self._function(message, body, buffers)
-            args, kwargs = codec.decode_args(body[message.function_bytes :], buffers[message.function_buffers :])
-            del buffers
-            value = call(function, args, kwargs)
-            del args, kwargs
+            value = self._value(message, body, buffers, call)
         except BaseException as error:
             self._failed(pid, message, entry, error)
             return
@@ -323,6 +319,13 @@ class Callee:
             self._refs.owner.settle(entry, Outcome(LOCAL_VALUE, value, (), self._node.pid))
         elif message.mode == "fetch":
             self._serving.reply_value(pid, message.request, value)
+
+    def _value(self, message: Any, body: bytes, buffers: list[Any], call: Any) -> Any:
+        """A frame of its own, so that `_failed` can empty it."""
+        function = self._function(message, body, buffers)
+        args, kwargs = codec.decode_args(body[message.function_bytes :], buffers[message.function_buffers :])
+        del buffers
+        return call(function, args, kwargs)
 
     def _function(self, message: Any, body: bytes, buffers: list[Any]) -> Any:
         data = body[: message.function_bytes]
@@ -345,6 +348,9 @@ class Callee:
         else:
             traceback.print_exception(error, file=sys.stderr)
             sys.stderr.flush()
+        # An argument that is a future keeps its exception, and that the frames in which it was raised, and those the
+        # future: without this the reference would stay registered at its owner until the cycle collector runs.
+        traceback.clear_frames(error.__traceback__)
 
 
 def _plain_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

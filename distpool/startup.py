@@ -210,7 +210,7 @@ def _open_output() -> None:
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         raw = open(descriptor, "wb", closefd=False)  # the descriptor stays open as long as the process
         stream = io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
-        stream.mode = "w"  # as the interpreter's own
+        stream.mode = "w"  # type: ignore[misc]  # as that of the interpreter's own
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 

@@ -293,6 +293,7 @@ def _reduce(channel: RemoteChannel, peer: Any) -> tuple[Any, ...]:
     handle = channel._handle
     if handle is None:
         return dead_channel, ()
+    channel._live()  # RuntimeError if it was finalized
     return arrive_channel, (*handle.rrid, handle.where)
 
 

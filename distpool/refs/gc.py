@@ -119,6 +119,8 @@ class Refs:
             handle = getattr(reference, "_handle", None)
             if not isinstance(handle, Handle) or getattr(reference, "travels_with_value", False):
                 continue
+            if not handle.held and change > 0 and hasattr(reference, "hold"):
+                reference.hold()
             rrid, where = handle.rrid, handle.where
             if where == me:
                 self.owner.change(rrid, peer, change)

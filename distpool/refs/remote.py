@@ -205,20 +205,27 @@ class RemoteFuture(Future[Any]):
 
     def _entry(self) -> Any:
         """The entry of a value that this process owns; from its first use on it counts this reference."""
-        handle = self._live_handle()
-        if handle.held:
-            return self._refs.owner.touch(handle.rrid)
-        handle.held = 1
-        return self._refs.owner.touch(handle.rrid, self._refs.node.pid)
+        handle, refs = self._live_handle(), self._refs
+        with refs._lock:
+            first, handle.held = not handle.held, handle.held or 1
+        return refs.owner.touch(handle.rrid, refs.node.pid if first else 0)
 
     def _register(self) -> None:
         """A reference made by hand is known to its owner from its first use on."""
-        handle = self._live_handle()
-        if not handle.held:
-            handle.held = 1
-            refs = self._refs
+        handle, refs = self._live_handle(), self._refs
+        with refs._lock:
+            first, handle.held = not handle.held, handle.held or 1
+        if first:
             change = [handle.rrid.whence, handle.rrid.id, refs.node.pid, 1]
             refs.node.peers.send(handle.where, Kind.CLIENTS, messages.Clients([change]).pack())
+
+    def hold(self) -> None:
+        """Be counted at the owner. Sending a reference is a use of it: whoever gets it may set the value and drop it,
+        and the value must not go with that."""
+        if self._live_handle().where == self._refs.node.pid:
+            self._entry()
+        else:
+            self._register()
 
     def _watch(self) -> None:
         """Let the owner tell us when the value is there (once)."""
@@ -330,14 +337,18 @@ class RemoteFuture(Future[Any]):
 
     def _decode(self) -> None:
         super()._decode()
-        if self._handle is not None and self._state == "FINISHED":
-            self._handle.release()  # the value is cached here
+        if self._handle is not None and self.travels_with_value:
+            self._handle.release()  # the value is cached here; an error stays at its owner, for whoever this is sent to
 
     def _open(self, raw: Outcome) -> tuple[Any, BaseException | None]:
         if raw.status == LOCAL_VALUE:
             return raw.data, None
         if raw.status in (ERROR, UNSENDABLE):
             return None, RemoteException(raw.pid, captured(raw.data))
+        if raw.status == RAISED_HERE and type(raw.data) is RemoteException:
+            # The owner's table keeps the error; raised as that object it would get a traceback, whose frames keep this
+            # future, which keeps the table's entry: for ever.
+            return None, RemoteException(raw.data.pid, raw.data.captured)
         return super()._open(raw)
 
     def __reduce__(self) -> Any:
@@ -395,6 +406,8 @@ def arrive_value(whence: int, ident: int, where: int, value: Any) -> RemoteFutur
 
 def _reduce(future: Any, peer: Any) -> tuple[Any, ...]:
     handle = future._handle
+    if isinstance(future, RemoteFuture) and future._finalized:
+        future._check()
     if handle is None:
         if isinstance(future, RemoteFuture):
             return dead_future, ()

@@ -38,6 +38,13 @@ def both(w: list[int]) -> list[int]:
     return [1, w[0]]
 
 
+def test_a_finalized_reference_cannot_be_sent(w: list[int]) -> None:
+    for reference in (Future(w[0]), RemoteChannel(w[0]), remotecall(myid, w[0])):
+        finalize(reference)
+        with pytest.raises(distpool.SerializationError, match="finalized"):
+            remotecall_fetch(ident, w[0], reference)
+
+
 def test_C010_future_life(w: list[int]) -> None:
     for pid in both(w):
         f = Future(pid)
@@ -167,6 +174,25 @@ def test_C025_C026_errors_are_thrown_again_and_again(w: list[int]) -> None:
             wait(f)
         with pytest.raises(RemoteException):
             remotecall_fetch(fetch, w[1], f)
+
+
+def test_C026_an_error_stays_at_its_owner_as_long_as_somebody_may_send_it(w: list[int]) -> None:
+    f = remotecall(boom, w[0])
+    with pytest.raises(RemoteException):
+        fetch(f)
+    for _ in range(2):  # round trips to the owner: what this process has given back would be gone
+        assert remoteref_id(f) in distpool.debug.refs(w[0])
+    with pytest.raises(RemoteException):
+        remotecall_fetch(fetch, w[1], f)
+    wait_until(lambda: holders(f) == {1})
+
+
+def test_C019_a_future_that_is_set_and_dropped_before_it_is_asked_for(w: list[int]) -> None:
+    for pid in both(w):
+        for number in range(200):
+            f = Future(pid)
+            remotecall_fetch(lambda future, value: future.put(value) and None, pid, f, number)
+            assert f.fetch(timeout=30) == number
 
 
 def test_C027_an_exception_is_a_value(w: list[int]) -> None:
