@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from distpool.errors import CapturedException, ProcessExitedException, RemoteException
 from distpool.node import node as nodes
+from distpool.node import reach
 from distpool.node.node import Node
 from distpool.refs import channelserver, gc
 from distpool.refs.owner import RRID
@@ -286,7 +287,9 @@ class Callee:
         node.handlers[Kind.ADDRESS] = peers.on_address
         node.handlers[Kind.DIAL] = peers.on_dial
         node.handlers[Kind.DEAD] = peers.on_dead
-        node.handlers[Kind.WHERE] = peers.on_where
+        node.handlers[Kind.WHERE] = lambda link, frame: reach.on_where(node, link, frame)
+        node.handlers[Kind.UNDIALLED] = lambda link, frame: reach.on_undialled(node, link, frame)
+        node.handlers[Kind.IDENTITY] = peers.on_identity
         node.handlers[Kind.RELAY] = peers.on_relay
 
     def _on_request(self, link: Link, frame: Frame) -> None:

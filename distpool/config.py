@@ -26,19 +26,33 @@ WINDOW_SECONDS = 0.004
 FLUSH_SECONDS = 0.001
 #: Bytes of a worker's journal of results (shared with the master on the same host).
 JOURNAL_SIZE = 1 << 18
+#: Connections at a time that have not proved yet that they belong to the cluster.
+MAX_STRANGERS = 64
+#: Seconds that each of them has for the proof.
+PROOF_SECONDS = 10.0
 #: Last lines of a worker's output that `ProcessExitedException.output` carries.
 OUTPUT_LINES = 20
 
 
 def worker_timeout() -> float:
     """Seconds that launch and connection of a worker may take (`DISTPOOL_WORKER_TIMEOUT`, default 60)."""
-    text = os.environ.get("DISTPOOL_WORKER_TIMEOUT", "")
+    return _seconds("DISTPOOL_WORKER_TIMEOUT", 60.0)
+
+
+def silent_seconds() -> float:
+    """Seconds after which another host that acknowledges nothing is taken for lost (`DISTPOOL_SILENT_SECONDS`, default
+    20; it is noticed within one and a half times that)."""
+    return _seconds("DISTPOOL_SILENT_SECONDS", 20.0)
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name, "")
     try:
-        value = float(text) if text else 60.0
+        value = float(text) if text else default
     except ValueError:
         value = 0.0
     if not value > 0:  # NaN too
-        raise ValueError(f"DISTPOOL_WORKER_TIMEOUT must be a number of seconds greater than 0, not {text!r}")
+        raise ValueError(f"{name} must be a number of seconds greater than 0, not {text!r}")
     return value
 
 

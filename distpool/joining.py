@@ -74,6 +74,7 @@ class Launch:
         self.node = node
         self.manager = manager
         self.params = {**manager.default_addprocs_params(), **params, "cookie": node.cookie, "launcher": launcher(node)}
+        self.params["identity"] = node.own_identity
         timeout = self.params.get("timeout")
         self.seconds = config.worker_timeout() if timeout is None else float(timeout)
         self.prepare = prepare
@@ -138,6 +139,7 @@ class Launch:
         member.tells = kind.manage not in (ClusterManager.manage, LocalManager.manage)
         if kind.kill is not ClusterManager.kill:
             member.kills = partial(manager.kill, member.pid, worker)
+        member.has_identity = bool((worker.environ or {}).get("tls"))
         member.site = "" if isinstance(manager, LocalManager) else worker.bind_addr or worker.host or ""
 
     def _handle(self, worker: WorkerConfig) -> Any:
@@ -218,13 +220,14 @@ class Launch:
 
     def _dial(self, member: Member, worker: WorkerConfig) -> None:
         host, port = str(worker.host), worker.port
-        member.address = ("unix", host[len("unix:") :]) if host.startswith("unix:") else ("tcp", host, port)
+        family = "tls" if member.has_identity else "tcp"
+        member.address = ("unix", host[len("unix:") :]) if host.startswith("unix:") else (family, host, port)
         if not isinstance(self.manager, LocalManager):
             member.site = worker.bind_addr or host
 
         def work() -> None:
             try:
-                sock = dial(member.address, self.seconds)
+                sock = dial(member.address, self.seconds, self.node.identity)
             except (OSError, OverflowError, UnicodeError) as error:
                 failure = error
                 self.node.loop.call_soon(lambda: member.failed(failure))

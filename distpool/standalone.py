@@ -43,9 +43,18 @@ def start_worker(
 
 
 def serve(
-    out: Any, cookie: str, host: str, port: int, close_stdin: bool = True, stderr_to_stdout: bool = True
+    out: Any,
+    cookie: str,
+    host: str,
+    port: int,
+    close_stdin: bool = True,
+    stderr_to_stdout: bool = True,
+    tls: dict[str, str] | None = None,
 ) -> NoReturn:
-    """As `start_worker`, at this address. OSError: it cannot listen there."""
+    """As `start_worker`, at this address; with `tls` (`{"certificate", "key"}`, PEM) for encrypted connections only.
+
+    OSError: it cannot listen there. ValueError: `tls` is no certificate with its key.
+    """
     check_cookie(cookie)
     listener = listen(host, port)
     redirect(close_stdin, stderr_to_stdout)
@@ -53,7 +62,7 @@ def serve(
     startup.prepare({"cwd": here(), "sys_path": sys.path, "own_path": False}, [])
     name = listener.getsockname()
     announce(out, f"distpool_worker:{name[1]}#{name[0]}\n")
-    startup.finish(startup.run(listener, {"cookie": cookie}))
+    startup.finish(startup.run(listener, {"cookie": cookie, "tls": tls}))
 
 
 def init_worker(cookie: str, manager: Any = None) -> None:

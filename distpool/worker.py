@@ -8,7 +8,7 @@
 A worker that loses its master ends at once, also while a call runs: nobody is left to take the result. SIGINT is ours:
 it raises KeyboardInterrupt only while user code runs on the main thread (`TaskRunner.interruptible`).
 
-Whoever connects and does not prove within seconds that he knows the cookie is cut off; so is the oldest of too many.
+Whoever connects and does not prove within seconds that he knows the cookie is cut off (`transport.door`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import threading
 from typing import Any
 
 from distpool import config
-from distpool.errors import ProtocolError
 from distpool.node import node as nodes
 from distpool.node.observe import Observer
 from distpool.node.tasks import TaskRunner
 from distpool.siblings import Siblings
 from distpool.startup import finish
+from distpool.transport.door import Door
 from distpool.transport.journal import Journal
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
@@ -38,18 +38,19 @@ from distpool.wire.frames import Frame, Kind
 from distpool.wire.protocol import Handshake, Role
 
 _LOST_MASTER = 1  # exit status
-_STRANGERS = 64  # connections at a time that have not authenticated themselves
-_PROOF_SECONDS = 10.0  # that they have for it
 _PRESS = 0.25  # seconds between two interrupts of a call that must end
 
 
 class Worker:
     """This worker process: its listener (if any), the link to the master, and the task loop."""
 
-    def __init__(self, cookie: str, listener: socket.socket | None = None, manager: Any = None) -> None:
+    def __init__(
+        self, cookie: str, listener: socket.socket | None = None, manager: Any = None, identity: Any = None
+    ) -> None:
         self.node = nodes.become_worker(cookie)
         self.node.worker = self
         self.node.manager = manager
+        self.node.identity = identity
         self.loop = self.node.loop
         self.memory_limit = 0  # bytes, 0: none
         self.runner: TaskRunner | None = None
@@ -57,11 +58,10 @@ class Worker:
         self._listener = listener
         self._joined = threading.Event()
         self._segments: Segments | None = None
-        self._strangers: dict[Link, Any] = {}  # links that are not authenticated, and their timers; leader
         self._replies: set[Link] = set()  # links of custom transports: who dialled wants to hear our pid; leader
-        if listener is not None:
-            listener.setblocking(False)
-            self.loop.register(listener, self._on_accept)
+        self._door = Door(
+            self.loop, listener, self.node.identity, lambda stream: self.take(stream, Role.ACCEPTOR), self._complain
+        )
 
     def run(self) -> int:
         """Serve on this, the main, thread until the master says goodbye; returns the exit status."""
@@ -140,45 +140,26 @@ class Worker:
 
     # -- connections (leader) ----------------------------------------------------------------------------------
 
-    def _on_accept(self) -> None:
-        assert self._listener is not None
-        try:
-            sock, _ = self._listener.accept()
-        except OSError:  # gone again, or no descriptor left: the next one may have more luck
-            return
-        self.take(sock, Role.ACCEPTOR)
-
     def take(self, stream: Stream, role: Role, adopted: Adopted | None = None) -> None:
         """Talk to whoever is at the other end of this stream."""
 
         def closed(link: Link, reason: BaseException | None) -> None:
             if adopted is not None:
                 adopted.end()
-            self._forget_stranger(link)
+            self._door.forget(link)
             self._replies.discard(link)
             self._on_closed(link, reason)
 
         link = Link(self.loop, stream, Handshake(role, self.node.cookie), self._on_ready, self._on_frame, closed)
-        if len(self._strangers) >= _STRANGERS:
-            next(iter(self._strangers)).close(ProtocolError("too many unknown connections"))
-        self._strangers[link] = self.loop.call_later(_PROOF_SECONDS, lambda: self._too_late(link))
+        self._door.admit(link)
         if adopted is not None:
             self._replies.add(link)
             adopted.watch(self.loop, lambda: link.close(None))
         link.open()
 
-    def _too_late(self, link: Link) -> None:
-        error = ProtocolError(f"no proof of the cookie within {_PROOF_SECONDS:g} seconds") if link.bytes_in else None
-        link.close(error)
-
-    def _forget_stranger(self, link: Link) -> None:
-        timer = self._strangers.pop(link, None)
-        if timer is not None:
-            timer.cancel()
-
     def _on_ready(self, link: Link) -> None:
         """Authenticated. The connector speaks first: that is the other side, unless a transport of ours dialled."""
-        self._forget_stranger(link)
+        self._door.forget(link)
         if link.handshake.role is Role.CONNECTOR:
             self._replies.discard(link)
             link.send(Kind.PEER, messages.Peer(self.node.pid, False).pack())
@@ -281,8 +262,16 @@ class Worker:
 
 
 def run(listener: socket.socket, settings: dict[str, Any]) -> int:
-    """Serve the master that connects to `listener` and knows `settings["cookie"]`; returns the exit status."""
-    worker = Worker(settings["cookie"], listener)
+    """Serve the master that connects to `listener` and knows `settings["cookie"]`; returns the exit status.
+
+    `settings["tls"]`: certificate and key of the cluster; then only its members' encrypted connections are accepted.
+    """
+    identity = None
+    if settings.get("tls") is not None:
+        from distpool.transport.tls import Identity
+
+        identity = Identity.from_settings(settings["tls"])
+    worker = Worker(settings["cookie"], listener, identity=identity)
     limit = (settings.get("extra") or {}).get("memory_limit")
     if limit:
         limit_memory(int(limit))

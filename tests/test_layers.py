@@ -21,17 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent / "distpool"
 LAYERS: dict[int, tuple[str, ...]] = {
     0: ("errors", "config"),
     1: (
-        *("wire.frames", "wire.messages", "wire.protocol"),
+        *("wire.frames", "wire.messages", "wire.records", "wire.protocol"),
         *("wire.codec", "wire.byvalue", "wire.failures", "wire.fingerprint", "wire.functions"),
         "progress",
     ),
     2: (
         *("transport.stream", "transport.ioloop", "transport.link", "transport.pump", "transport.segments"),
         *("transport.shm", "transport.views", "transport.memfile", "transport.liveness", "transport.journal"),
+        *("transport.silence", "transport.tls", "transport.door"),
     ),
     3: (
         *("node.requests", "node.tasks", "node.results", "node.observe", "node.output", "node.threads"),
-        *("node.peers", "node.node"),
+        *("node.peers", "node.node", "node.reach"),
         *("node.member", "node.group"),
     ),
     4: (
@@ -71,6 +72,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
     {
         # importer, imported
         ("wire.messages", "wire.frames"),
+        ("wire.messages", "wire.records"),
         ("wire.protocol", "wire.frames"),
         ("wire.codec", "wire.byvalue"),
         ("wire.failures", "wire.codec"),
@@ -79,6 +81,12 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("wire.functions", "wire.fingerprint"),
         ("transport.stream", "transport.ioloop"),
         ("transport.stream", "transport.pump"),
+        ("transport.stream", "transport.tls"),
+        ("transport.tls", "transport.ioloop"),
+        ("transport.silence", "transport.ioloop"),
+        ("transport.door", "transport.ioloop"),
+        ("transport.door", "transport.tls"),
+        ("transport.link", "transport.silence"),
         ("transport.link", "transport.ioloop"),
         ("transport.link", "transport.stream"),
         ("transport.segments", "transport.link"),
@@ -93,6 +101,8 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("node.output", "node.threads"),
         ("node.peers", "node.requests"),
         ("node.node", "node.peers"),
+        ("node.reach", "node.member"),
+        ("node.reach", "node.node"),
         ("node.tasks", "node.results"),
         ("node.node", "node.threads"),
         ("node.member", "node.node"),

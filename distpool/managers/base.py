@@ -35,7 +35,8 @@ class WorkerConfig:
         tunnel, multiplex, forward, bind_addr, sshflags, max_parallel   as the keywords of `addprocs`
     For anybody:
         userdata        whatever a manager of your own wants to keep
-        environ         dict for temporary information
+        environ         dict for temporary information; `environ["tls"]`: true if its listener accepts encrypted links
+                        only, as a worker does that was handed `params["identity"]().settings()`
         ident, connect_idents   name in a custom topology, and the names it connects to
         enable_threaded_blas    as the keyword
 

@@ -33,6 +33,7 @@ from distpool.node.threads import SerialQueue
 from distpool.transport.journal import Journal
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
+from distpool.transport.silence import is_private
 from distpool.transport.stream import Adopted, Stream
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
@@ -83,6 +84,9 @@ class Member:
         self.kills: Callable[[], object] | None = None  # the manager's own way of ending it; runs on a library thread
         self.site = ""  # what identifies its machine to `procs(pid)`; "" is this one
         self.address: tuple[Any, ...] = ()  # where it listens, if it does
+        self.has_identity = False  # it has the cluster's certificate and key
+        self.link_is_private = False  # nobody else can read what is sent there
+        self.tunnelled = False  # pid 1 has not dialled `address` itself
         self.ospid: int = process.ospid if process is not None else 0
         self.host = "localhost"
         self.state = State.LAUNCHED
@@ -173,6 +177,8 @@ class Member:
             stream.close()
             return
         self.move(State.CONNECTING)
+        self.tunnelled = adopted is not None
+        self.link_is_private = adopted is None and is_private(stream)
         handshake = Handshake(Role.CONNECTOR, node.cookie)
         self.link = link = Link(node.loop, stream, handshake, self._on_ready, self._on_link_frame, self._on_link_closed)
         link.peer = self.pid

@@ -42,6 +42,8 @@ class Node:
         self.pid = pid
         self.cookie = cookie
         self.ospid = os.getpid()
+        self.identity: Any = None  # transport.tls.Identity, once this process has, or needs, encrypted links
+        self._making_identity = threading.Lock()  # protects identity while the master makes it
         self.loop = IoLoop()
         self.threads = ThreadCache("distpool-task")
         self.notices = SerialQueue(self.threads)  # output and life-cycle notices, in order
@@ -104,6 +106,13 @@ class Node:
         """Let the upper layers register their kinds: on first need, so that executors alone do not pay for them."""
         self.remote_calls_loaded = True
         importlib.import_module("distpool.calls").install(self)
+
+    def own_identity(self) -> Any:
+        """Master: the certificate and key of this cluster, made on first need. Any thread; see `transport.tls`."""
+        with self._making_identity:
+            if self.identity is None:
+                self.identity = importlib.import_module("distpool.transport.tls").make_identity()
+            return self.identity
 
     def references(self) -> Any:
         """The references of this process (`refs.gc.Refs`)."""

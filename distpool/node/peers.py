@@ -1,8 +1,9 @@
 """Links to the other processes of the group, made when they are needed (layer 3).
 
     send(pid, frame)   link there -> sent;  else the frame waits in order while the link is made
-    worker A -> B      A asks pid 1 (WHERE). The higher pid dials; a lower one is dialled (pid 1 tells B: DIAL).
-                       Dialler: Handshake, PEER; listener: takes the link on PEER
+    worker A -> B      A asks pid 1 (WHERE), which knows who can dial whom (`reach`): A gets the ADDRESS, or B is told
+                       to DIAL; who fails says so, then the other one tries. Dialler: Handshake, PEER; listener: takes
+                       the link on PEER
     no link allowed    topology: calls fail with TopologyError; small control frames go through pid 1 (RELAY)
 
 State of a peer: a link in `_links`, or frames in `_waiting` while a link is made, or an entry in `dead`. Tables are
@@ -14,16 +15,17 @@ flushed before it is published.
 from __future__ import annotations
 
 import contextlib
-import socket
+import importlib
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distpool import config
-from distpool.errors import ProcessExitedException, TopologyError
+from distpool.errors import ProcessExitedException, ProtocolError, TopologyError
 from distpool.node.requests import Requests
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
+from distpool.transport.stream import Stream, dial
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.protocol import Handshake, Role
@@ -31,7 +33,12 @@ from distpool.wire.protocol import Handshake, Role
 if TYPE_CHECKING:
     from distpool.node.node import Node
 
+_TRY_AGAIN = 1.0  # seconds after a failure during which calls fail at once, with the same error
 _Parts = tuple[Kind, bytes, Any, list[Any]]
+
+
+#: What goes from and to pid 1 only; kinds below PEER are of that sort, too.
+_OF_PID_1 = frozenset({Kind.WHERE, Kind.ADDRESS, Kind.DIAL, Kind.UNDIALLED, Kind.IDENTITY, Kind.DEAD, Kind.RELAY})
 
 
 class _Ready(threading.Event):
@@ -51,7 +58,8 @@ class Peers:
         self._node = node
         self._links: dict[int, Link] = {}
         self._waiting: dict[int, list[_Parts]] = {}  # leader
-        self._dialling: set[int] = set()  # pids that a link is being made to; leader
+        # pids that a link is being made to, and who wants to hear of a failure; leader
+        self._dialling: dict[int, list[Callable[[str], object]]] = {}
         self._problems: dict[int, Callable[[], BaseException]] = {}  # pid -> why no link can be made; leader
         self._ready: dict[int, _Ready] = {}  # pid -> set when `ensure` may look again
 
@@ -154,11 +162,15 @@ class Peers:
     def _too_late(self, pid: int) -> None:
         if pid in self._ready or pid in self._waiting:
             seconds = config.worker_timeout()
-            self._give_up(pid, lambda: ConnectionError(f"no connection to process {pid} within {seconds} seconds"))
+            self._give_up(
+                pid, lambda: ConnectionError(f"no connection to process {pid} within {seconds:g} seconds"), False
+            )
 
-    def _give_up(self, pid: int, make_error: Callable[[], BaseException]) -> None:
+    def _give_up(self, pid: int, make_error: Callable[[], BaseException], for_good: bool = True) -> None:
         """No link will come (for now): whoever waits hears why."""
         self._problems[pid] = make_error
+        if not for_good:
+            self._node.loop.call_later(_TRY_AGAIN, lambda: self._problems.pop(pid, None))
         waiting = self._waiting.pop(pid, ())
         self.requests.fail(pid, make_error)
         for parts in waiting:
@@ -171,52 +183,95 @@ class Peers:
         message = messages.Address.unpack(frame.control)
         pid = message.pid
         if message.problem == "":
-            self._dial(pid, message.address, message.shares_memory)
+            self._dial(pid, message.address, message.shares_memory, lambda text: self._not_reached(pid, text, message))
         elif message.problem == "gone":
             self.mark_dead(pid, lambda: ProcessExitedException(pid, None, False, "", message.detail))
         elif message.problem == "topology":
             self._give_up(pid, lambda: TopologyError(message.detail))
+        elif message.problem == "unreachable":
+            self._give_up(pid, lambda: ConnectionError(message.detail), for_good=False)
         elif message.problem == "unknown":
             self._give_up(pid, lambda: ValueError(f"no process with id {pid} exists"))
             self._node.loop.call_soon(lambda: self._problems.pop(pid, None))  # it may come to exist
 
-    def on_dial(self, link: Link, frame: Frame) -> None:
-        """Worker: a lower pid needs a link to us."""
-        message = messages.Dial.unpack(frame.control)
-        if message.pid not in self._links:
-            self._dial(message.pid, message.address, message.shares_memory)
+    def _not_reached(self, pid: int, text: str, told: messages.Address) -> None:
+        """We cannot dial it: perhaps it can dial us, if it has not tried already."""
+        if told.detail:
+            both = f"{text}, and {told.detail}"
+            self._give_up(pid, lambda: ConnectionError(both), for_good=False)
+        elif self._node.master_link is not None:
+            self._node.master_link.send(Kind.WHERE, messages.Where(pid, text).pack())
 
-    def _dial(self, pid: int, address: list[Any], shares_memory: bool) -> None:
-        if pid in self._links or pid in self._dialling:
-            return  # both sides may need the link at the same moment; two of them would mean frames that overtake
-        self._dialling.add(pid)
-        family, *place = address
-        kind = getattr(socket, "AF_UNIX", None) if family == "unix" else socket.AF_INET
-        node = self._node
-        try:
-            sock = socket.socket(kind or socket.AF_INET, socket.SOCK_STREAM)
+    def on_dial(self, link: Link, frame: Frame) -> None:
+        """Worker: another one needs a link to us, and we are to make it."""
+        message = messages.Dial.unpack(frame.control)
+
+        def failed(text: str) -> None:
+            link.send(Kind.UNDIALLED, messages.Undialled(message.pid, text, message.detail).pack())
+
+        if message.pid not in self._links:
+            self._dial(message.pid, message.address, message.shares_memory, failed)
+
+    def on_identity(self, link: Link, frame: Frame) -> None:
+        """Worker: the cluster's certificate and key, for the encrypted link that is needed next."""
+        if link is self._node.master_link:
+            message = messages.IdentityIs.unpack(frame.control)
+            self._node.identity = importlib.import_module("distpool.transport.tls").Identity(
+                message.certificate, message.key
+            )
+
+    def _dial(self, pid: int, address: list[Any], shares_memory: bool, failed: Callable[[str], object]) -> None:
+        """Connect, on a library thread because it may take long; `failed(text)` follows on the leader, or a link."""
+        if pid in self._links or pid in self.dead:
+            return
+        # Both sides may need the link at the same moment; two of them would mean frames that overtake.
+        self._dialling.setdefault(pid, []).append(failed)
+        if len(self._dialling[pid]) > 1:
+            return
+        call_soon, identity = self._node.loop.call_soon, self._node.identity
+
+        def work() -> None:
             try:
-                sock.connect(place[0] if family == "unix" else (place[0], place[1]))
-            except OSError:
-                sock.close()
-                raise
-        except OSError as error:
-            text = f"cannot connect to process {pid} at {address}: {error}"
-            self._dialling.discard(pid)
-            self._give_up(pid, lambda: ConnectionError(text))
+                stream = dial(tuple(address), min(config.silent_seconds(), config.worker_timeout()), identity)
+            except (OSError, ValueError) as error:
+                text = f"process {self._node.pid} cannot connect to process {pid} at {_spell(address)}: {error}"
+                call_soon(lambda: self._not_dialled(pid, text))
+            else:
+                call_soon(lambda: self._greet(pid, stream, shares_memory))
+
+        self._node.deliver(work)
+
+    def _not_dialled(self, pid: int, text: str) -> None:
+        for failed in self._dialling.pop(pid, ()):
+            failed(text)
+
+    def _greet(self, pid: int, stream: Stream, shares_memory: bool) -> None:
+        """There is a connection that we have made: authenticate, and say who we are."""
+        node = self._node
+        if pid in self._links or pid in self.dead:
+            self._dialling.pop(pid, None)
+            stream.close()
             return
 
         def ready(link: Link) -> None:
-            self._dialling.discard(pid)
+            timer.cancel()
+            self._dialling.pop(pid, None)
             link.shares_memory = shares_memory
             link.send(Kind.PEER, messages.Peer(node.pid, shares_memory).pack())
             self._adopt(pid, link)
 
         handshake = Handshake(Role.CONNECTOR, node.cookie)
-        link = Link(
-            node.loop, sock, handshake, ready, self.on_frame, lambda link, reason: self._closed(pid, link, True)
-        )
+
+        def closed(link: Link, reason: BaseException | None) -> None:
+            timer.cancel()
+            if link.segments is None:  # it had not come up
+                self._not_dialled(pid, f"process {pid} closed the connection: {reason or 'it may be ending'}")
+            self._closed(pid, link)
+
+        link = Link(node.loop, stream, handshake, ready, self.on_frame, closed)
         link.peer = pid
+        late = TimeoutError("it did not answer the handshake")
+        timer = node.loop.call_later(config.worker_timeout(), lambda: link.close(late))
         link.open()
 
     def _adopt(self, pid: int, link: Link) -> None:
@@ -231,11 +286,17 @@ class Peers:
         if frame.kind == Kind.PEER:
             # Also if there is a link: its end has not been noticed here yet, and the dialler uses this one.
             message = messages.Peer.unpack(frame.control)
+            if link.peer is not None or message.pid in (0, 1, self._node.pid) or message.pid in self.dead:
+                link.close(ProtocolError(f"a process that cannot be process {message.pid} says it is"))
+                return
             link.shares_memory = message.shares_memory
             self._adopt(message.pid, link)
         elif frame.kind == Kind.SEGMENTS_FREE and link.segments is not None:
             link.segments.on_free(messages.SegmentsFree.unpack(frame.control).segments)
         elif link.peer is not None:
+            if frame.kind < Kind.PEER or frame.kind in _OF_PID_1:
+                link.close(ProtocolError(f"process {link.peer} sent what only process 1 may send"))
+                return
             self._node.dispatch(link, frame)
 
     def on_closed(self, link: Link, reason: BaseException | None) -> bool:
@@ -245,44 +306,16 @@ class Peers:
         self._closed(link.peer, link)
         return True
 
-    def _closed(self, pid: int, link: Link, dialled: bool = False) -> None:
+    def _closed(self, pid: int, link: Link) -> None:
         """The peer is dying, or the connection is broken: pid 1 will say which; until then a new link may be tried."""
         self._node.links.discard(link)
-        if dialled and link.segments is None:  # it had not come up
-            self._dialling.discard(pid)
         if link.segments is not None:
             link.segments.close()
         if self._links.get(pid) is link:
             del self._links[pid]
             self.requests.fail(pid, lambda: ProcessExitedException(pid, None, True, "", "its connection was lost"))
-        elif pid in self._waiting or pid in self._ready:
-            self._give_up(pid, lambda: ConnectionError(f"process {pid} closed the connection"))
-            self._node.loop.call_later(1.0, lambda: self._problems.pop(pid, None))
 
     # -- pid 1 (leader) ----------------------------------------------------------------------------------------
-
-    def on_where(self, link: Link, frame: Frame) -> None:
-        """Pid 1: a worker needs a link to another one."""
-        asker, pid = int(link.peer), messages.Where.unpack(frame.control).pid
-        members = self._node.group.members
-        target = members.get(pid)
-        problem, detail = "", ""
-        if pid in self.dead:
-            problem, detail = "gone", ""
-        elif target is None:
-            problem = "unknown"
-        elif not self._node.group.may_connect(asker, pid):
-            topology = self._node.group.topology
-            problem, detail = "topology", f"peer {pid} is not connected to {asker}. Topology : {topology}"
-        if problem or target is None:
-            link.send(Kind.ADDRESS, messages.Address(pid, [], False, problem, detail).pack())
-            return
-        other = members[asker]
-        shares = bool(target.link is not None and target.link.shares_memory and link.shares_memory)
-        if asker > pid or target.link is None:
-            link.send(Kind.ADDRESS, messages.Address(pid, list(target.address), shares, "").pack())
-        else:
-            target.link.send(Kind.DIAL, messages.Dial(asker, list(other.address), shares).pack())
 
     def on_relay(self, link: Link, frame: Frame) -> None:
         """Pid 1: pass a control frame on."""
@@ -329,3 +362,8 @@ def _unstarted(error: BaseException) -> BaseException:
         error.maybe_ran = False
         error.args = (*error.args[:2], False, *error.args[3:])
     return error
+
+
+def _spell(address: list[Any]) -> str:
+    """An address, for people."""
+    return ":".join(str(part) for part in address[1:])

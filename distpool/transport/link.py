@@ -22,6 +22,7 @@ from typing import Any
 from distpool import config
 from distpool.errors import AuthenticationError, ProtocolError
 from distpool.transport.ioloop import IoLoop
+from distpool.transport.silence import Watch, tune
 from distpool.transport.stream import Stream
 from distpool.wire.frames import Frame, FrameReader, Kind, pack_frame
 from distpool.wire.protocol import Handshake, Role
@@ -53,6 +54,10 @@ class Link:
         self._on_frame = on_frame
         self._on_closed = on_closed
         self._reader = FrameReader()
+        self._read_size = config.MAX_BEFORE_AUTH  # of one read, until the peer has proved who it is
+        # Bytes that the stream keeps where no poller sees them (TLS).
+        self._pending: Callable[[], int] | None = None if isinstance(stream, socket.socket) else _pending_of(stream)
+        self._watch: Watch | None = None
         self._outbox: collections.deque[memoryview] = collections.deque()
         self._queue: collections.deque[list[Any]] = collections.deque()  # frames not yet begun; append is atomic
         self._write_lock = threading.Lock()  # protects _outbox, _writing and the order of bytes on the socket
@@ -65,8 +70,8 @@ class Link:
     def open(self) -> None:
         """Start the handshake and take part in the loop."""
         self._sock.setblocking(False)
-        with contextlib.suppress(OSError):
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # fails on Unix sockets
+        tune(self._sock)
+        self._watch = Watch(self.loop, self._sock, self._on_silence)
         self.loop.register_link(self._sock, self._on_event)
         parts = self.handshake.begin()
         if parts:
@@ -215,17 +220,20 @@ class Link:
         if self._closed:
             return
         try:
-            frames = self._read()
-            if frames is None:
-                self.close(None)
-                return
-            while frames:
-                for frame in frames:
-                    if self.handshake.ready:
-                        self._on_frame(self, frame)
-                    else:
-                        self._shake(frame)
-                frames = self._reader.feed(b"") if self._reader.again else []
+            while True:
+                frames = self._read()
+                if frames is None:
+                    self.close(None)
+                    return
+                while frames:
+                    for frame in frames:
+                        if self.handshake.ready:
+                            self._on_frame(self, frame)
+                        else:
+                            self._shake(frame)
+                    frames = self._reader.feed(b"") if self._reader.again else []
+                if self._pending is None or self._closed or not self._pending():
+                    return
         except BlockingIOError:
             return
         except (ProtocolError, AuthenticationError, OSError) as error:
@@ -236,7 +244,7 @@ class Link:
         """Frames that one read completed; `None` at the end of the stream."""
         target = self._reader.target()
         if target is None:
-            data = self._sock.recv(config.READ_SIZE)
+            data = self._sock.recv(self._read_size)
             self.bytes_in += len(data)
             return self._reader.feed(data) if data else None
         count = self._sock.recv_into(target)
@@ -254,6 +262,7 @@ class Link:
             self.send_parts(parts)
         if self.handshake.ready:
             self._reader.unlock()
+            self._read_size = config.READ_SIZE
             self._on_ready(self)
 
     def read_rest(self) -> None:
@@ -266,6 +275,10 @@ class Link:
 
     # -- the end -----------------------------------------------------------------------------------------------
 
+    def _on_silence(self) -> None:
+        seconds = config.silent_seconds()
+        self.close(TimeoutError(f"its host has not answered for {seconds:g} seconds"))
+
     def close(self, reason: BaseException | None = None) -> None:
         """Close the connection and report it, once. Any thread; `on_closed` runs on the leader."""
         if not self.loop.leads:
@@ -274,6 +287,8 @@ class Link:
         if self._closed:
             return
         self._closed = True
+        if self._watch is not None:
+            self._watch.end()
         self.loop.unregister(self._sock)
         # A thread that is writing this very moment may use the descriptor: `shutdown` first, the number stays ours
         # until that thread has let go of the lock (its `send` cannot block, so this is short).
@@ -290,3 +305,7 @@ class Link:
         """In a forked child: only close what was inherited."""
         self._closed = True
         self._sock.close()
+
+
+def _pending_of(stream: Any) -> Callable[[], int] | None:
+    return getattr(stream, "pending", None)

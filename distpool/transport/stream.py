@@ -5,7 +5,8 @@
     adopt((reader, writer))   blocking streams          -> Adopted: two pump threads behind a socket pair (`pump`)
 
 A link wants a non-blocking stream with a descriptor (`Stream`): that is what a socket is, so a socket is used as it is,
-without a wrapper on the hot path.
+without a wrapper on the hot path. Only TLS needs one (`tls.TlsStream`); it keeps bytes that no poller sees, so a
+stream may also have `pending()`.
 
 Streams that were handed to us still belong to somebody else, who may close them at any time: that means the death of
 the worker. But the kernel drops a closed descriptor from the poller without a word, and its number may be somebody
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -103,15 +105,30 @@ def _adopt_socket(given: socket.socket) -> Adopted:
     return Adopted(stream, lambda: given.fileno() < 0, close)
 
 
-def dial(address: tuple[Any, ...], timeout: float) -> socket.socket:
-    """A socket connected to `("unix", path)` or `("tcp", host, port)`; OSError: not within `timeout` seconds."""
+def dial(address: tuple[Any, ...], timeout: float, identity: Any = None) -> Any:
+    """A stream connected to `("unix", path)`, `("tcp", host, port)` or, as the member with this `Identity`,
+    `("tls", host, port)`; OSError: not within `timeout` seconds. It may block for so long.
+    """
     kind, *place = address
-    if kind != "unix":
-        return socket.create_connection((place[0], place[1]), timeout=timeout)
+    if kind == "unix":
+        return _dial_unix(place[0], timeout)
+    deadline = time.monotonic() + timeout
+    sock = socket.create_connection((place[0], place[1]), timeout=timeout)
+    if kind == "tcp":
+        return sock
+    if identity is None:
+        sock.close()
+        raise ConnectionError(f"{place[0]}:{place[1]} accepts encrypted links only, and this process has no identity")
+    from distpool.transport import tls
+
+    return tls.connect(sock, identity, max(0.001, deadline - time.monotonic()))
+
+
+def _dial_unix(path: str, timeout: float) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout)
-        sock.connect(place[0])
+        sock.connect(path)
     except OSError:
         sock.close()
         raise

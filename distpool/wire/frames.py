@@ -77,6 +77,8 @@ class Kind(enum.IntEnum):
     REFERENCE = 50
     CHANNEL = 51
     CANCEL_REQUEST = 52
+    UNDIALLED = 53
+    IDENTITY = 54
 
 
 class SegmentRef(NamedTuple):

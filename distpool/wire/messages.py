@@ -1,73 +1,43 @@
 """The content of control frames: one dataclass per message, no pickle (layer 1).
 
-Two forms. Messages of the hot path (`CALLS`, `RESULTS`) are lists of fixed records, packed by hand below. All others
-are dataclasses whose fields travel as JSON: they are rare, and JSON cannot run code.
-
-    CALLS    control: first sequence number, how many records; body: records  CALL | payload
-    RESULTS  control: journal offset, busy seconds, calls run;  body: records  RESULT | payload
-
-Calls of one link carry consecutive sequence numbers, so that "which call had started when the worker died" is one
-number. A record may stand for `count` consecutive elements of a map: then it takes as many sequence numbers.
+Two forms. Messages of the hot path (`CALLS`, `RESULTS`) are lists of fixed records, packed by hand in `records`. All
+others are dataclasses whose fields travel as JSON: they are rare, and JSON cannot run code.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import struct
-from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 from distpool.errors import ProtocolError
 from distpool.wire.frames import Kind
+from distpool.wire.records import (
+    CALL,
+    CALLS,
+    CHUNK,
+    CHUNK_OF_SCALARS,
+    ERROR,
+    ONE,
+    ONE_FRESH,
+    RESULT,
+    RESULTS,
+    SEQUENCE,
+    SPAN,
+    SPAN_OF_SCALARS,
+    TIMED,
+    UNLOADABLE,
+    UNSENDABLE,
+    VALUE,
+    VALUES,
+    call_records,
+    result_records,
+)
 
-CALLS = struct.Struct("<QI")  # first sequence number, number of records
-CALL = struct.Struct("<IIQHB")  # function number, elements, payload bytes, buffers, flags
-RESULTS = struct.Struct("<QdI")  # absolute journal offset behind these records, seconds of running time, calls run
-RESULT = struct.Struct("<QIQHB")  # sequence number, elements, payload bytes, buffers, status
-SEQUENCE = struct.Struct("<Q")
-TIMED = struct.Struct("<QIIqqB")  # sequence number, element of a chunk, lane, begin and duration in ns, how it ended
-
-#: Flags of a CALL record.
-ONE, SPAN = 0, 1  # one call: payload is (args, kwargs) · a list of argument tuples, one call each
-SPAN_OF_SCALARS = 2  # a list of single arguments, one call each
-CHUNK = 3  # a list of argument tuples that succeed or fail together (the stdlib's chunk)
-CHUNK_OF_SCALARS = 4
-ONE_FRESH = 5  # as ONE, with a function that captured something mutable: decoded anew for each call
-#: Status of a RESULT record. UNSENDABLE: the call returned, but its value could not be serialised.
-#: UNLOADABLE: the function or its arguments could not be rebuilt on the worker.
-VALUE, ERROR, VALUES, UNSENDABLE, UNLOADABLE = 0, 1, 2, 3, 5
-
-
-def call_records(body: bytes, first: int, count: int) -> Iterator[tuple[int, int, int, int, bytes, int]]:
-    """Yield `(sequence number, function number, elements, flags, payload, buffers)` of a CALLS body."""
-    offset, sequence, end = 0, first, len(body)
-    for _ in range(count):
-        if end - offset < CALL.size:
-            raise ProtocolError("CALLS is shorter than its records say")
-        number, elements, length, buffers, flags = CALL.unpack_from(body, offset)
-        offset += CALL.size
-        if end - offset < length:
-            raise ProtocolError("CALLS is shorter than its records say")
-        yield sequence, number, elements, flags, body[offset : offset + length], buffers
-        offset += length
-        sequence += elements
-
-
-def result_records(body: Any) -> Iterator[tuple[int, int, int, Any, int]]:
-    """Yield `(sequence number, elements, status, payload, buffers)` of a RESULTS body (or of a journal)."""
-    unpack, size = RESULT.unpack_from, RESULT.size
-    offset, end = 0, len(body)
-    while offset < end:
-        if end - offset < size:
-            raise ProtocolError("RESULTS is shorter than its records say")
-        sequence, elements, length, buffers, status = unpack(body, offset)
-        offset += size
-        stop = offset + length
-        if stop > end:
-            raise ProtocolError("RESULTS is shorter than its records say")
-        yield sequence, elements, status, body[offset:stop], buffers
-        offset = stop
+__all__ = [  # records, used as if they were defined here
+    "CALL", "CALLS", "CHUNK", "CHUNK_OF_SCALARS", "ERROR", "ONE", "ONE_FRESH", "RESULT", "RESULTS", "SEQUENCE", "SPAN",
+    "SPAN_OF_SCALARS", "TIMED", "UNLOADABLE", "UNSENDABLE", "VALUE", "VALUES", "call_records", "result_records",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(slots=True)
@@ -350,15 +320,18 @@ class Peer(Message):
 
 @dataclasses.dataclass(slots=True)
 class Where(Message):
-    """Worker -> pid 1: I need a link to `pid`."""
+    """Worker -> pid 1: I need a link to `pid`; `detail`: I was told its address, but this is what I got."""
 
     kind: ClassVar[Kind] = Kind.WHERE
     pid: int
+    detail: str = ""
 
 
 @dataclasses.dataclass(slots=True)
 class Address(Message):
-    """Pid 1 -> worker: where `pid` listens; `problem` is "unknown", "gone", "topology", "wait" (it will dial) or ""."""
+    """Pid 1 -> worker: where `pid` listens; `problem` is "unknown", "gone", "topology", "unreachable" or "".
+
+    `detail`: the text of the problem; without one, why `pid` itself could not dial (there is no third way)."""
 
     kind: ClassVar[Kind] = Kind.ADDRESS
     pid: int
@@ -370,12 +343,32 @@ class Address(Message):
 
 @dataclasses.dataclass(slots=True)
 class Dial(Message):
-    """Pid 1 -> worker: `pid` needs a link to you, and you have to make it."""
+    """Pid 1 -> worker: `pid` needs a link to you, and you have to make it; `detail`: why it could not itself."""
 
     kind: ClassVar[Kind] = Kind.DIAL
     pid: int
     address: list[Any]
     shares_memory: bool
+    detail: str = ""
+
+
+@dataclasses.dataclass(slots=True)
+class Undialled(Message):
+    """Worker -> pid 1: I could not dial `pid`, and why; `tried`: why `pid` itself could not."""
+
+    kind: ClassVar[Kind] = Kind.UNDIALLED
+    pid: int
+    detail: str
+    tried: str
+
+
+@dataclasses.dataclass(slots=True)
+class IdentityIs(Message):
+    """Pid 1 -> worker, over a private link: the cluster's certificate and key (PEM), for encrypted links."""
+
+    kind: ClassVar[Kind] = Kind.IDENTITY
+    certificate: str
+    key: str
 
 
 @dataclasses.dataclass(slots=True)
@@ -477,7 +470,8 @@ MESSAGES: dict[int, type[Message]] = {
         Join, Joined, Function, Forget, Recall, Recalled, Initialize, Initialized, Shutdown,
         SegmentsFree, Blocked, Submit, Outcome, Cancel, Cancelled, Interrupt,
         Connect, Connected, Launch, Launched, Named,
-        Peer, Where, Address, Dial, Dead, Relay, Request, Reply, Notice, Clients, Reference, ChannelOp, CancelRequest,
+        Peer, Where, Address, Dial, Undialled, IdentityIs, Dead, Relay, Request, Reply, Notice, Clients, Reference,
+        ChannelOp, CancelRequest,
         Stacks, StacksAre, Usage, UsageIs, Trace, Traced,
     )
 }  # fmt: skip
