@@ -38,6 +38,7 @@ _HOME = {
     "RRID": "refs.owner",
     "RemoteChannel": "refs.channels",
     "RemoteException": "errors",
+    "SSHManager": "managers.ssh",
     "SerializationError": "errors",
     "TopologyError": "errors",
     "VersionMismatchError": "errors",
@@ -121,6 +122,7 @@ if TYPE_CHECKING:
     from distpool.managers.base import ClusterManager, WorkerConfig
     from distpool.managers.local import LocalManager
     from distpool.managers.specs import load_machine_file, parse_machine
+    from distpool.managers.ssh import SSHManager
     from distpool.mapping import pgenerate, pmap
     from distpool.members import (
         check_same_host,
@@ -178,6 +180,7 @@ __all__ = [
     "RRID",
     "RemoteChannel",
     "RemoteException",
+    "SSHManager",
     "SerializationError",
     "TopologyError",
     "VersionMismatchError",

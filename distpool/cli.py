@@ -46,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ADDR[:PORT]",
         help="where to listen (default: the address that other hosts reach, any port)",
     )
+    worker.add_argument(
+        "--login",
+        action="store_true",
+        help="be what an SSH login starts: take an order from the standard input, start workers, live as long as it",
+    )
     worker.set_defaults(run=_worker)
     top = commands.add_parser(
         "top",
@@ -102,6 +107,10 @@ def _complain(text: object) -> int:
 
 
 def _worker(options: argparse.Namespace) -> int:
+    if options.login:
+        from distpool import login
+
+        login.main(options.worker)
     from distpool import standalone
     from distpool.managers.local import routable_address
 

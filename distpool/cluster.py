@@ -81,6 +81,8 @@ def _plan(machines: Any, options: dict[str, Any]) -> Adding:
     node = nodes.current()
     if isinstance(manager, LocalManager):
         manager.spec({**params, "cookie": node.cookie})  # bad `env`, `exename`, ...
+    elif type(manager).__module__ in _BUILT_IN:
+        manager.check(params)  # type: ignore[attr-defined]
     group = groups.of(node)
     group.claim_topology(params.get("topology", "all_to_all"), params.get("lazy", True))
     exits.register_cluster(node, end_workers)

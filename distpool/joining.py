@@ -82,7 +82,10 @@ class Launch:
         self._count = 0
         self._over = False
         self._given_up = False
-        self._stalled = node.loop.call_later(self.seconds + _SLACK, self._give_up)
+        # A manager with a deadline of its own for each host may bring nothing for longer than one of them.
+        patience = getattr(manager, "launch_seconds", None)
+        self._patience = (self.seconds if patience is None else max(self.seconds, patience(self.params))) + _SLACK
+        self._stalled = node.loop.call_later(self._patience, self._give_up)
         self._handles: dict[int, PopenHandle] = {}
 
     def start(self) -> None:
@@ -104,7 +107,7 @@ class Launch:
 
     def _give_up(self) -> None:
         self._given_up = True
-        text = f"{type(self.manager).__name__}.launch brought nothing within {self.seconds + _SLACK:g} seconds"
+        text = f"{type(self.manager).__name__}.launch brought nothing within {self._patience:g} seconds"
         self._finish(LaunchWorkerError("localhost", "", text))
 
     def _finish(self, error: BaseException | None) -> None:
@@ -119,7 +122,7 @@ class Launch:
         """Make a member of it and connect to it."""
         if not self._over:
             self._stalled.cancel()
-            self._stalled = self.node.loop.call_later(self.seconds + _SLACK, self._give_up)
+            self._stalled = self.node.loop.call_later(self._patience, self._give_up)
         if worker.connect_idents is not None:
             worker.connect_idents = list(worker.connect_idents)
         self._count += 1
@@ -141,6 +144,7 @@ class Launch:
             member.kills = partial(manager.kill, member.pid, worker)
         member.has_identity = bool((worker.environ or {}).get("tls"))
         member.site = "" if isinstance(manager, LocalManager) else worker.bind_addr or worker.host or ""
+        member.host = (worker.environ or {}).get("machine") or member.host  # until it says how it calls itself
 
     def _handle(self, worker: WorkerConfig) -> Any:
         process = worker.process
@@ -152,6 +156,7 @@ class Launch:
     def _bring_up(self, member: Member, worker: WorkerConfig) -> None:
         process = worker.process
         if isinstance(process, LaunchedProcess):
+            member.address = process.address
             if process.output >= 0:
                 member.read_output(process.output, process.early_output)
             if type(self.manager).connect is ClusterManager.connect:
@@ -229,7 +234,7 @@ class Launch:
             try:
                 sock = dial(member.address, self.seconds, self.node.identity)
             except (OSError, OverflowError, UnicodeError) as error:
-                failure = error
+                failure = self.manager.unreachable(worker, error)
                 self.node.loop.call_soon(lambda: member.failed(failure))
             else:
                 self.node.loop.call_soon(lambda: member.connect(sock))

@@ -70,9 +70,9 @@ def main(control: int, master: int, directory: str, entry: str, own_path: list[s
     what it was before.
     """
     gc.disable()
-    _default_signals()
-    problem = _preload(entry)
-    limit = _raise_descriptor_limit()
+    default_signals()
+    problem = preload(entry)
+    limit = raise_descriptor_limit()
     _stdio_to_null()
     os.chdir("/")  # a zygote keeps no directory busy
     gc.collect()
@@ -86,7 +86,7 @@ def main(control: int, master: int, directory: str, entry: str, own_path: list[s
     become_worker(birth.listener, birth.settings, birth.output, birth.lifeline, own_path)
 
 
-def _preload(entry: str) -> str:
+def preload(entry: str) -> str:
     """Import what workers need; the text of the problem if that fails (each request is answered with it)."""
     try:
         importlib.import_module(entry.partition(":")[0])
@@ -97,7 +97,7 @@ def _preload(entry: str) -> str:
     return ""
 
 
-def _default_signals() -> None:
+def default_signals() -> None:
     """A master that ignores signals (nohup, a launch thread with a mask) must not hand that on to its workers."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
         if signal.getsignal(number) == signal.SIG_IGN and number != getattr(signal, "SIGXFSZ", None):
@@ -106,7 +106,7 @@ def _default_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def _raise_descriptor_limit() -> tuple[int, int] | None:
+def raise_descriptor_limit() -> tuple[int, int] | None:
     """A zygote holds one descriptor per worker; the old limits are returned, for the children."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:

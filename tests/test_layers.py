@@ -50,7 +50,9 @@ LAYERS: dict[int, tuple[str, ...]] = {
     ),
     8: (
         *("managers.base", "managers.launch", "managers.process", "managers.forked", "managers.executed"),
-        *("managers.handles", "managers.specs", "managers.local", "managers.ssh"),
+        *("managers.handles", "managers.specs", "managers.local"),
+        *("managers.login_protocol", "managers.ssh", "managers.ssh_login", "managers.ssh_command"),
+        *("managers.ssh_client", "managers.ssh_config", "managers.ssh_paramiko", "managers.ssh_binary"),
     ),
     9: ("joining", "adding", "cluster", "crew", "borrowing", "hosts", "exits"),
     10: (
@@ -58,7 +60,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("pool", "pool_maps", "pool_runs", "pool_results", "pool_callbacks", "pool_input"),
         *("monitor", "top", "tracing", "traceplot"),
     ),
-    11: ("startup", "zygote", "worker", "standalone", "siblings", "cli", "__main__", "__init__"),
+    11: ("startup", "zygote", "worker", "standalone", "siblings", "login", "cli", "__main__", "__init__"),
 }
 """Layer -> its modules, lowest first. A new module is added here, in the layer of the job that it does."""
 
@@ -171,6 +173,14 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("managers.handles", "managers.process"),
         ("managers.local", "managers.base"),
         ("managers.local", "managers.launch"),
+        *(("managers.ssh", f"managers.{name}") for name in ("base", "local", "specs", "login_protocol")),
+        *(("managers.ssh", f"managers.ssh_{name}") for name in ("binary", "client", "command", "config", "login")),
+        ("managers.ssh", "managers.ssh_paramiko"),
+        ("managers.ssh_command", "managers.login_protocol"),
+        *(("managers.ssh_login", f"managers.{name}") for name in ("base", "login_protocol", "process", "ssh_client")),
+        ("managers.ssh_config", "managers.specs"),
+        *(("managers.ssh_paramiko", f"managers.{name}") for name in ("specs", "ssh_client", "ssh_config")),
+        *(("managers.ssh_binary", f"managers.{name}") for name in ("specs", "ssh_client")),
         ("adding", "joining"),
         ("cluster", "adding"),
         ("cluster", "exits"),
@@ -198,10 +208,14 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("pool_results", "pool_input"),
         ("top", "monitor"),
         ("zygote", "startup"),
+        ("login", "standalone"),
+        ("login", "startup"),
+        ("login", "zygote"),
         ("standalone", "startup"),
         ("standalone", "worker"),
         ("worker", "siblings"),
         ("worker", "startup"),
+        ("cli", "login"),
         ("cli", "standalone"),
         ("__main__", "cli"),
     }

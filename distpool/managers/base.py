@@ -104,6 +104,10 @@ class ClusterManager:
         if config.process is not None:
             config.process.kill()
 
+    def unreachable(self, config: WorkerConfig, error: BaseException) -> BaseException:
+        """What is said when distpool cannot connect to a worker whose address is known; the default adds nothing."""
+        return error
+
     def default_addprocs_params(self) -> dict[str, Any]:
         """The keywords that `addprocs` takes for this manager, with their defaults."""
         return {

@@ -29,6 +29,7 @@ class PopenHandle:
     """A process that a manager started; it may be the worker itself, or only have started it (`srun`, `ssh`)."""
 
     is_worker = False
+    is_here = True
     output = -1
 
     def __init__(self, loop: Loop, process: subprocess.Popen[Any]) -> None:

@@ -93,6 +93,7 @@ class LaunchedProcess:
     """
 
     is_worker = True  # and not something that started it
+    is_here = True  # on this machine: all that it sent before its end has arrived with the end
 
     def __init__(
         self,

@@ -1,13 +1,17 @@
 """Texts that name machines: specs and machine files (layer 8).
 
-"[user@]host[:port] [bind_addr[:port]]"     IPv6 addresses in brackets, also around the bind address
+"[user@]host[:port] [bind_addr[:port]]"     IPv6 addresses in brackets, also around the bind address; a bind port in
+                                            brackets, `[8000]`, is a hint: that one or one of the next
 machine file: "[count*|auto*]spec" per line, "#" comments
 """
 
 from __future__ import annotations
 
 import os
+import re
 from typing import NamedTuple
+
+_HINT = re.compile(r":\[(\d+)\]$")
 
 
 class Spec(NamedTuple):
@@ -18,6 +22,7 @@ class Spec(NamedTuple):
     port: int | None
     bind_addr: str | None
     bind_port: int | None
+    port_is_hint: bool = False
 
 
 def parse_machine(spec: str) -> tuple[str, int | None]:
@@ -40,8 +45,9 @@ def split_spec(spec: str) -> Spec:
     if at and not user:
         raise ValueError(f"not a machine spec: {spec!r} (no user before '@')")
     host, port = _host_port(rest, spec)
-    bind_addr, bind_port = _host_port(words[1], spec) if len(words) == 2 else (None, None)
-    return Spec(user if at else None, host, port, bind_addr, bind_port)
+    bind, hint = _HINT.subn(r":\1", words[1]) if len(words) == 2 else ("", 0)
+    bind_addr, bind_port = _host_port(bind, spec) if bind else (None, None)
+    return Spec(user if at else None, host, port, bind_addr, bind_port, bool(hint))
 
 
 def _host_port(text: str, spec: str) -> tuple[str, int | None]:

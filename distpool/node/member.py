@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _EXIT_GRACE = 1.0  # seconds to wait for the exit status once the link is gone, before the process is killed
 _OUTPUT_GRACE = 0.25  # seconds to wait for the end of the output once the process is gone
+_REST_GRACE = 5.0  # seconds that the last bytes of another host's worker may be on their way
 _TERM_GRACE = 1.0  # seconds between SIGTERM and SIGKILL
 NOW = "now"
 """The reason in SHUTDOWN that makes a worker drop and interrupt what it runs."""
@@ -326,8 +327,11 @@ class Member:
             return
         self._exited = True
         if self.is_worker:
-            if self.link is not None:
+            if self.link is not None and self.process.is_here:
                 self.link.read_rest()  # closes it: a child of the worker may still hold the other end
+            elif self.link is not None:
+                # Its last bytes may still be on their way, and the end of the link with them.
+                self.group.node.loop.call_later(_REST_GRACE, self.link.read_rest)
             else:
                 self._link_ended = True
             if self.output is not None:

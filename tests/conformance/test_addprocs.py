@@ -110,8 +110,6 @@ def test_C196_none() -> None:
 
 @pytest.mark.parametrize("machines", [1, ["localhost"]])
 def test_C197_unknown_keywords(machines: Any) -> None:
-    if machines != 1:
-        pytest.importorskip("distpool.managers.ssh")
     with pytest.raises(ValueError, match="^Invalid keyword argument foo$"):
         addprocs(machines, foo=1)
     with pytest.raises(ValueError, match="^Invalid keyword argument foo$"):
@@ -146,14 +144,6 @@ def test_bad_options_are_found_before_anything_is_launched(options: Any) -> None
 def test_the_first_argument_is_positional() -> None:
     with pytest.raises(ValueError, match="Invalid keyword argument machines"):
         addprocs(machines=1)
-
-
-def test_lists_of_machines_need_ssh() -> None:
-    if Path(distpool.managers.__path__[0], "ssh.py").exists():
-        pytest.skip("it is there")
-    for machines in (["localhost"], []):
-        with pytest.raises(ValueError, match="ssh"):
-            addprocs(machines)
 
 
 def test_addprocs_async() -> None:

@@ -1,0 +1,372 @@
+"""The process that a login starts on another host: forks that host's workers and watches over them (layer 11).
+
+    master --login's stdin--> LoginSettings, {"kill": ..}     `managers.login_protocol` has the whole conversation
+           <--login's stdout- mark, workers, their output, their ends
+    per worker: socket that listens, pipe for its output, lifeline pipe; os.fork(), then `startup.become_worker`
+
+One login per host, so this process must outlive any of its workers: it is none itself and runs no user code. (A first
+worker that starts the others, as `siblings` does it, takes their output with it when a task kills it.) It is a zygote
+as well: what workers need is imported once, and a fork costs a millisecond.
+
+One thread, because fork and threads do not go together. It never blocks: output is taken from workers only as fast as
+the master takes it from us, so a worker that prints without end waits, while signals and the end of stdin are seen.
+
+The end of stdin is the end of the login or of the master: all workers are killed, at once. They also die with this
+process, however it dies (`startup.arm_lifeline`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from typing import Any, NoReturn
+
+from distpool import standalone, startup, zygote
+from distpool.managers.local import BLAS_VARIABLES, routable_address
+from distpool.managers.login_protocol import MARK, MAX_LINE, LoginSettings, pack_event
+
+if sys.platform != "win32":
+    import resource
+
+_CHUNK = 65536
+_HIGH_WATER = 1 << 20  # bytes that the master has not taken yet: from then on workers' output waits
+_PORTS = 1000  # ports that are tried after one that is only a hint
+
+
+def main(cookie: str | None) -> NoReturn:
+    """Read the order from stdin, start the workers, serve until they have ended or stdin does. Does not return.
+
+    `cookie` is the one of the command line, if it stood there.
+    """
+    # Duplicates, so that nothing else can get between our events: whatever prints here prints into stderr.
+    orders, events, complaints = os.dup(0), os.dup(1), os.dup(2)
+    try:
+        line, rest = _read_line(orders)
+        settings = LoginSettings.from_line(line)
+        settings.cookie = settings.cookie if settings.cookie is not None else cookie
+        standalone.check_cookie(settings.cookie)
+        os.dup2(2, 1)
+        if not hasattr(os, "fork"):
+            raise RuntimeError("logins to hosts without fork (Windows) are not supported by this version of distpool")
+        agent = Agent(settings, orders, events, rest)
+        _quiet()
+        birth = agent.run()
+    except BaseException:
+        os.write(complaints, traceback.format_exc().encode())
+        os._exit(1)
+    # Only workers come here.
+    os.close(complaints)
+    gc.enable()
+    if agent.limit is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, agent.limit)
+    startup.become_worker(birth.listener, birth.settings, birth.output, birth.lifeline, [])
+
+
+def _quiet() -> None:
+    """From here on the standard streams of this process, and so those of its children, lead nowhere."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    os.close(null)
+
+
+def _read_line(descriptor: int) -> tuple[bytes, bytes]:
+    """The first line of the orders, and what came behind it. EOFError: it never came."""
+    data = bytearray()
+    while b"\n" not in data:
+        more = os.read(descriptor, _CHUNK)
+        if not more:
+            raise EOFError("the login ended before it had said what to do")
+        data += more
+        if len(data) > MAX_LINE * 16:  # certificates and the like are in it
+            raise ValueError("the order is too long")
+    line, _, rest = bytes(data).partition(b"\n")
+    return line, rest
+
+
+@dataclasses.dataclass
+class _Worker:
+    """What this process keeps of a living worker."""
+
+    number: int
+    output: int
+    lifeline: int
+
+
+class Agent:
+    """The serving loop. `run` returns only in a child, as that child's `Birth`."""
+
+    def __init__(self, settings: LoginSettings, orders: int, events: int, rest: bytes) -> None:
+        self.settings = settings
+        self.address = reached_address(settings)
+        self.limit: tuple[int, int] | None = None
+        self._orders = orders
+        self._events = events
+        self._received = bytearray(rest)
+        self._outbox = bytearray()
+        self._workers: dict[int, _Worker] = {}  # process id -> worker
+        self._outputs: dict[int, _Worker] = {}  # descriptor -> worker
+        self._wake_read, self._wake_write = os.pipe()
+        for descriptor in (orders, events, self._wake_read, self._wake_write):
+            os.set_blocking(descriptor, False)
+
+    def run(self) -> zygote.Birth:
+        """Start the workers and serve. In this process it ends with `os._exit`."""
+        gc.disable()
+        zygote.default_signals()
+        problem = zygote.preload(startup.ENTRY)
+        if problem:
+            raise RuntimeError(problem)
+        self.limit = zygote.raise_descriptor_limit()
+        gc.collect()
+        gc.freeze()
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler of Python's makes the C one write to the pipe
+        version = ".".join(map(str, sys.version_info[:3]))
+        cpus = usable_cpus()
+        self._outbox += b"\n" + MARK  # what the shell printed last may have had no end of line
+        self._say(address=self.address, python=version, ospid=os.getpid(), cpus=cpus)
+        count = cpus if self.settings.count == "auto" else int(self.settings.count)
+        settings = worker_settings(self.settings)
+        for number in range(count):
+            try:
+                birth = self._fork(number, settings)
+            except OSError as error:
+                self._say(problem=_why(error, self.settings, self.address))
+                continue
+            if birth is not None:
+                return birth
+        self._serve()
+
+    # -- workers -----------------------------------------------------------------------------------------------
+
+    def _fork(self, number: int, settings: dict[str, Any]) -> zygote.Birth | None:
+        """One worker: None in this process; in the child what it needs. OSError: no address or no process left."""
+        opened: list[int] = []
+        listener = listen(self.settings, self.address, number)
+        try:
+            for _ in range(2):
+                opened += os.pipe()
+            output, worker_output, lifeline, own_lifeline = opened
+            ospid = os.fork()
+        except OSError:
+            for descriptor in opened:
+                os.close(descriptor)
+            listener.close()
+            raise
+        if ospid == 0:
+            self._leave()
+            os.close(output)
+            os.close(own_lifeline)
+            return zygote.Birth(listener, settings, worker_output, lifeline)
+        name = listener.getsockname()
+        listener.close()
+        os.close(worker_output)
+        os.close(lifeline)
+        os.set_blocking(output, False)
+        self._workers[ospid] = self._outputs[output] = _Worker(number, output, own_lifeline)
+        host = self.address if name[0] in ("0.0.0.0", "::") else name[0]
+        self._say(worker=number, ospid=ospid, host=host, port=name[1])
+        return None
+
+    def _leave(self) -> None:
+        """In a child: give up everything that is this process's."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for descriptor in (self._orders, self._events, self._wake_read, self._wake_write):
+            os.close(descriptor)
+        for worker in self._workers.values():
+            os.close(worker.lifeline)
+        for output in self._outputs:
+            os.close(output)
+        self._workers.clear()
+        self._outputs.clear()
+
+    def _reap(self) -> None:
+        """Report every worker that has ended, behind its last output."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._wake_read, 4096):
+                pass
+        while self._workers:
+            ospid, status = os.waitpid(-1, os.WNOHANG)
+            if not ospid:
+                break
+            worker = self._workers.pop(ospid, None)
+            if worker is None:
+                continue
+            while worker.output in self._outputs and self._take_output(worker):
+                pass
+            self._drop_output(worker)  # a child of it may hold the other end
+            os.close(worker.lifeline)
+            self._say(exited=worker.number, status=os.waitstatus_to_exitcode(status))
+
+    # -- the loop ----------------------------------------------------------------------------------------------
+
+    def _serve(self) -> NoReturn:
+        while self._workers or self._outbox:
+            poll = select.poll()
+            poll.register(self._orders, select.POLLIN)
+            poll.register(self._wake_read, select.POLLIN)
+            # Only when there is something to write: the end of the reader is then seen as an error of the write.
+            if self._outbox:
+                poll.register(self._events, select.POLLOUT)
+            if len(self._outbox) < _HIGH_WATER:
+                for output in self._outputs:
+                    poll.register(output, select.POLLIN)
+            for descriptor, _ in poll.poll():
+                if descriptor == self._wake_read:
+                    self._reap()
+                elif descriptor == self._orders:
+                    self._receive()
+                elif descriptor == self._events:
+                    self._flush()
+                elif descriptor in self._outputs:
+                    worker = self._outputs[descriptor]
+                    if not self._take_output(worker):
+                        self._drop_output(worker)
+        os._exit(0)
+
+    def _take_output(self, worker: _Worker) -> bool:
+        """Read once what a worker printed; False at the end, or if there is nothing now and it has ended."""
+        try:
+            data = os.read(worker.output, _CHUNK)
+        except BlockingIOError:
+            return False
+        if data:
+            self._say(data, output=worker.number)
+        return bool(data)
+
+    def _drop_output(self, worker: _Worker) -> None:
+        if self._outputs.pop(worker.output, None) is not None:
+            os.close(worker.output)
+
+    def _say(self, payload: bytes = b"", **event: Any) -> None:
+        self._outbox += pack_event(payload, **event)
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._outbox:
+                sent = os.write(self._events, self._outbox[:_CHUNK])
+                del self._outbox[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._stop()
+
+    def _receive(self) -> None:
+        try:
+            data = os.read(self._orders, _CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._stop()
+        self._received += data
+        while (end := self._received.find(b"\n")) >= 0:
+            order = json.loads(bytes(self._received[:end]) or b"{}")
+            del self._received[: end + 1]
+            if "kill" in order:
+                for ospid, worker in self._workers.items():
+                    if worker.number == order["kill"]:  # nobody else reaps, so the process id is still this worker's
+                        os.kill(ospid, order["signal"])
+
+    def _stop(self) -> NoReturn:
+        """Nobody is there any more."""
+        for ospid in self._workers:
+            os.kill(ospid, signal.SIGKILL)
+        for ospid in self._workers:
+            os.waitpid(ospid, 0)
+        os._exit(0)
+
+
+# -- what workers get --------------------------------------------------------------------------------------------
+
+
+def worker_settings(settings: LoginSettings) -> dict[str, Any]:
+    """The settings of one worker, as `startup` takes them. FileNotFoundError: the directory that was asked for."""
+    login = os.getcwd()
+    cwd = os.path.expanduser(settings.cwd) or login
+    if not (os.path.isdir(cwd) and os.access(cwd, os.X_OK)):
+        if settings.strict_cwd:
+            raise FileNotFoundError(f"dir={settings.cwd!r} is no directory on this host, or may not be entered")
+        cwd = login
+    path = list(sys.path)
+    if path and path[0] == login and not getattr(sys.flags, "safe_path", False):
+        path[0] = cwd  # `-m` puts the current directory first
+    env = dict(os.environ)
+    if not settings.enable_threaded_blas:
+        env.update(dict.fromkeys(BLAS_VARIABLES, "1"))
+    env.update(settings.env)
+    extra = {"memory_limit": settings.memory_limit} if settings.memory_limit is not None else {}
+    return {
+        "cookie": settings.cookie,
+        "cwd": cwd,
+        "sys_path": path,
+        "own_path": False,
+        "env": env,
+        "extra": extra,
+        "tls": settings.tls,
+        "timeout": settings.timeout,
+        "entry": startup.ENTRY,
+    }
+
+
+def usable_cpus() -> int:
+    """CPUs that this login may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0)) or 1
+    return os.cpu_count() or 1
+
+
+# -- addresses ---------------------------------------------------------------------------------------------------
+
+
+def reached_address(settings: LoginSettings) -> str:
+    """The address of this host that the login came to; what others dial if no bind address was given.
+
+    sshd says it. Without sshd (a program of the user's in place of ssh): what the host's name, as the master knows it,
+    stands for, if that is an address of ours. The name that this machine gives itself is no answer: it may be known to
+    nobody, or mean the loopback device.
+    """
+    words = os.environ.get("SSH_CONNECTION", "").split()
+    if len(words) == 4:
+        return words[2]
+    with contextlib.suppress(OSError, UnicodeError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(settings.site, 0, type=socket.SOCK_STREAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)
+                return str(address[0])
+    return routable_address()
+
+
+def listen(settings: LoginSettings, reached: str, number: int) -> socket.socket:
+    """The listener of worker `number`. OSError: it cannot listen there."""
+    host = settings.bind or ("127.0.0.1" if settings.loopback else reached)
+    if not settings.port:
+        return standalone.listen(host, 0)
+    if number == 0 and not settings.port_is_hint:
+        return standalone.listen(host, settings.port)
+    for port in range(settings.port, min(settings.port + _PORTS, 65536)):
+        with contextlib.suppress(OSError):
+            return standalone.listen(host, port)
+    return standalone.listen(host, 0)
+
+
+def _why(error: OSError, settings: LoginSettings, address: str) -> str:
+    host = settings.bind or address
+    place = f"{host}:{settings.port}" if settings.port else host
+    return f"cannot start a worker that listens on {place}: {error}"
+
+
+__all__ = ["Agent", "main"]

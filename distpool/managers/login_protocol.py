@@ -1,0 +1,137 @@
+"""What the two ends of a login say to each other: `ssh host python -m distpool worker --login` (layer 8).
+
+    master --stdin-->  whatever `bootstrap` needs, then one line of JSON: LoginSettings; later {"kill": n, "signal": s}
+    master <-stdout--  banners of the shell, then `distpool_login:{json}`, from there on events:
+                         {"worker": n, "ospid": .., "host": .., "port": ..}   it listens there
+                         {"output": n, "size": b} and b bytes                 it printed these
+                         {"exited": n, "status": code or -signal}
+                         {"problem": text}                                    one worker less: why
+
+stdin stays open as the lifeline: its end means that the login or the master is lost, and everything on that host goes.
+Keys that one side does not know are ignored, so that either side may be the newer one. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+MARK = b"distpool_login:"
+"""Begins the first line that comes from us and not from the shell."""
+
+LOGIN_ARGUMENTS = ("-m", "distpool", "worker", "--login")
+"""What follows the interpreter and its flags on the remote command line."""
+
+MAX_LINE = 1 << 20
+"""Bytes of one line of JSON: more is garbage."""
+
+
+@dataclasses.dataclass
+class LoginSettings:
+    """The order that a login gets on its stdin, as one line of JSON.
+
+    `cookie`: None if it stands on the command line. `count`: workers to start, or "auto": one per CPU there. `bind`:
+    the address to listen on, None: the one by which the login reached the host. `port`: 0 for any; the workers after
+    the first take the next free ones, and so does the first with `port_is_hint`. `loopback`: reached through the
+    login only. `cwd`: where they work; if it is missing there, the home directory, unless `strict_cwd`. `env`: over
+    the environment of the login. `tls`: None, or `{"certificate": PEM, "key": PEM, ...}`. `ship`: what `bootstrap`
+    wants to tell. `site`: the host as the user named it. `timeout`: seconds, for the start and for the master to come.
+    """
+
+    cookie: str | None = None
+    count: Any = 1
+    bind: str | None = None
+    port: int = 0
+    port_is_hint: bool = False
+    loopback: bool = False
+    cwd: str = ""
+    strict_cwd: bool = False
+    env: dict[str, str] = dataclasses.field(default_factory=dict)
+    enable_threaded_blas: bool = False
+    memory_limit: int | None = None
+    tls: dict[str, Any] | None = None
+    ship: Any = None
+    site: str = ""
+    timeout: float = 60.0
+
+    def to_line(self) -> bytes:
+        """The line, with its end."""
+        return json.dumps(dataclasses.asdict(self)).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> LoginSettings:
+        """The settings in a line; ValueError: it is none. Unknown keys are dropped."""
+        found = json.loads(line)
+        if not isinstance(found, dict):
+            raise ValueError("the settings of a login must be a JSON object")
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in found.items() if name in known})
+
+
+def pack_event(payload: bytes = b"", **event: Any) -> bytes:
+    """An event as bytes; `payload` follows its line."""
+    if payload:
+        event["size"] = len(payload)
+    return json.dumps(event).encode() + b"\n" + payload
+
+
+class EventReader:
+    """Bytes in, events out. `before`: what the shell printed before the mark (the last of it); `begun`: the mark came.
+
+    `feed` raises ValueError for what is no event.
+    """
+
+    KEPT = 16384  # bytes of what the shell printed that are kept
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.before = b""
+        self.seen = 0  # bytes before the mark
+        self.lines = 0  # lines before the mark
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """The events that are complete now, each with its payload; the first one is what stands behind the mark."""
+        self._data += data
+        if not self.begun and not self._find_mark(len(data)):
+            return
+        while True:
+            end = self._data.find(b"\n")
+            if end < 0:
+                if len(self._data) > MAX_LINE:
+                    raise ValueError("a line without end")
+                return
+            event = json.loads(bytes(self._data[:end]))
+            if not isinstance(event, dict):
+                raise ValueError(f"not an event: {event!r}")
+            size = int(event.get("size", 0))
+            if len(self._data) < end + 1 + size:
+                return
+            payload = bytes(self._data[end + 1 : end + 1 + size])
+            del self._data[: end + 1 + size]
+            yield event, payload
+
+    def _find_mark(self, fresh: int) -> bool:
+        place = self._data.find(MARK)
+        if place >= 0:
+            self.before = (self.before + bytes(self._data[:place]))[-self.KEPT :]
+            del self._data[: place + len(MARK)]
+            self.begun = True
+            return True
+        self.seen += fresh
+        keep = len(MARK) - 1
+        if len(self._data) > keep:
+            noise = bytes(self._data[:-keep])
+            self.lines += noise.count(b"\n")
+            self.before = (self.before + noise)[-self.KEPT :]
+            del self._data[:-keep]
+        return False
+
+    def said(self) -> bytes:
+        """All that the shell printed, as far as it is kept."""
+        return self.before if self.begun else self.before + bytes(self._data)
+
+
+__all__ = ["LOGIN_ARGUMENTS", "MARK", "MAX_LINE", "EventReader", "LoginSettings", "pack_event"]

@@ -1,0 +1,286 @@
+"""Workers on other hosts, reached by SSH (layer 8).
+
+    addprocs(["user@host", ("host2", 8)]) -> SSHManager.launch: one login per host, at most `max_parallel` at a time
+        HostLogin (thread) -> client (paramiko here, or an OpenSSH program) -> `python -m distpool worker --login` there
+        WorkerConfig for each worker as it comes; after the last host: CompositeException with those that failed
+    connect(pid, config): through the login for tunnels, else None: distpool dials the worker itself
+
+`launch` runs on the launch thread of `addprocs` and waits in a queue, with a deadline for each host.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from distpool import config
+from distpool.errors import CompositeException
+from distpool.managers.base import ClusterManager, WorkerConfig
+from distpool.managers.local import here, memory_bytes, pairs
+from distpool.managers.login_protocol import LOGIN_ARGUMENTS, LoginSettings
+from distpool.managers.specs import Spec, split_spec
+from distpool.managers.ssh_client import Connection
+from distpool.managers.ssh_command import SHELLS, command_line, words
+from distpool.managers.ssh_login import HostLogin, RemoteProcess
+
+_SLACK = 2.0  # seconds that a client's own time-out, which knows more, may come after ours
+_PROBE = 3.0  # seconds that tunnel="auto" waits for a direct connection
+_NOT_HANDED_ON = ("DISTPOOL_TOP",)  # an address of this program, and no other's
+
+
+class SSHManager(ClusterManager):
+    """Workers on other hosts: `machines` are specs `"[user@]host[:port] [bind_addr[:port]]"`, or `(spec, count)` with
+    an int or `"auto"` (one per CPU there). The same spec twice adds up.
+
+    TypeError, ValueError: a machine that is none.
+
+    Example: `addprocs(SSHManager([("node1", 4), "node2"]), tunnel="auto")`, which is what a list of machines does.
+    """
+
+    def __init__(self, machines: Iterable[Any]) -> None:
+        self.machines = merge(machines)
+
+    def __repr__(self) -> str:
+        return f"SSHManager(machines={ {_name(spec): count for spec, count in self.machines.items()} })"
+
+    def default_addprocs_params(self) -> dict[str, Any]:
+        """The keywords of `addprocs([machine, ...])`."""
+        return {
+            **super().default_addprocs_params(),
+            "tunnel": False,
+            "multiplex": False,
+            "ssh": None,
+            "sshflags": (),
+            "max_parallel": 10,
+            "shell": "posix",
+            "cmdline_cookie": False,
+            "bootstrap": "auto",
+            "ship": (),
+            "encrypt": None,
+        }
+
+    def check(self, params: dict[str, Any]) -> None:
+        """ValueError, TypeError: keywords that no host could be started with. Nothing is started."""
+        for name in ("affinity", "gpus"):
+            if params.get(name) is not None:  # accepted and ignored would be worse
+                raise ValueError(f"{name}= is not supported by this version of distpool")
+        if params["tunnel"] not in (False, True, "auto"):
+            raise ValueError(f"tunnel must be False, True or 'auto', not {params['tunnel']!r}")
+        if params["shell"] not in SHELLS:
+            raise ValueError(f"shell must be one of {', '.join(SHELLS)}, not {params['shell']!r}")
+        parallel = params["max_parallel"]
+        if isinstance(parallel, bool) or not isinstance(parallel, int):
+            raise TypeError(f"max_parallel must be an int, not {type(parallel).__name__}")
+        if parallel < 1:
+            raise ValueError(f"max_parallel must be at least 1, not {parallel}")
+        if params["ssh"] is not None and not words(params["ssh"], "ssh"):
+            raise ValueError("ssh must be None (the client in this process) or name a program")
+        sshflags(params["sshflags"])
+        command_line(params["shell"], params["exename"], params["exeflags"], pairs(params["env"]))
+        memory_bytes(params["memory_limit"])
+
+    def launch_seconds(self, params: dict[str, Any]) -> float:
+        """How long a launch may bring nothing: every round of `max_parallel` logins has its own deadline."""
+        rounds = -(-len(self.machines) // max(1, int(params["max_parallel"])))
+        return rounds * (_seconds(params) + _SLACK)
+
+    def launch(self, params: dict[str, Any]) -> Iterator[WorkerConfig]:
+        """Log in to all hosts; each worker as it comes. `CompositeException` at the end: the hosts that failed."""
+        self.check(params)
+        clients = client(params)
+        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        waiting = [self._login(spec, count, params, clients, events) for spec, count in self.machines.items()]
+        running: dict[HostLogin, float] = {}
+        errors: list[Exception] = []
+        seconds = _seconds(params)
+        try:
+            while waiting or running:
+                while waiting and len(running) < params["max_parallel"]:
+                    login = waiting.pop(0)
+                    running[login] = time.monotonic() + seconds
+                    login.begin(running[login])
+                left = min(running.values()) + _SLACK - time.monotonic()
+                try:
+                    event = events.get(timeout=max(0.0, left))
+                except queue.Empty:
+                    now = time.monotonic()
+                    for login in [login for login, end in running.items() if end + _SLACK <= now]:
+                        login.expire(seconds)
+                        running[login] = now + seconds  # it settles at once, behind this round
+                    continue
+                if isinstance(event, WorkerConfig):
+                    yield event
+                else:
+                    login, problems = event
+                    running.pop(login, None)
+                    errors += problems
+        finally:
+            for login in running:
+                threading.Thread(target=login.close, daemon=True).start()
+        if errors:
+            raise CompositeException(errors)
+
+    def _login(
+        self, spec: Spec, count: Any, params: dict[str, Any], clients: _Client, events: queue.SimpleQueue[Any]
+    ) -> HostLogin:
+        settings = login_settings(spec, count, params)
+
+        def describe(login: HostLogin, process: RemoteProcess) -> WorkerConfig:
+            _, host, port = process.address
+            return WorkerConfig(
+                host=host,
+                port=port,
+                process=process,
+                ospid=process.ospid,
+                exename=params["exename"],
+                exeflags=params["exeflags"],
+                userdata=login,
+                tunnel=params["tunnel"],
+                multiplex=params["multiplex"],
+                bind_addr=spec.bind_addr or login.address,
+                sshflags=params["sshflags"],
+                max_parallel=params["max_parallel"],
+                environ={"machine": spec.host},
+                enable_threaded_blas=params["enable_threaded_blas"],
+            )
+
+        login = HostLogin(
+            spec.host,
+            settings,
+            lambda deadline: clients(spec, deadline),
+            lambda connection, deadline: remote_command(connection, params, deadline),
+            describe,
+            events.put,
+            lambda problems: events.put((login, problems)),
+            params["max_parallel"],
+        )
+        return login
+
+    def connect(self, pid: int, config: WorkerConfig) -> Any:
+        """A connection through the login where that was asked for, or where there is no other way (`tunnel="auto"`)."""
+        login = config.userdata
+        if not isinstance(login, HostLogin) or not config.tunnel:
+            return None
+        host, port = str(config.host), int(config.port or 0)
+        if config.tunnel is not True and login.reachable(host, port, _PROBE):
+            return None
+        return login.dial(host, port, _connect_seconds())
+
+    def unreachable(self, config: WorkerConfig, error: BaseException) -> BaseException:
+        """What is said when a worker that listens cannot be reached."""
+        why = getattr(error, "strerror", None) or error
+        return ConnectionError(
+            f"its worker listens on {config.host} port {config.port}, which cannot be reached from here ({why}): open "
+            "the port, name another address behind the host, or go through the login (tunnel=True or 'auto')"
+        )
+
+    def manage(self, pid: int, config: WorkerConfig, op: str) -> None:
+        """After the last worker of a host its login ends. Interrupts reach workers by their own connection."""
+        if op == "finalize" and isinstance(config.userdata, HostLogin):
+            config.userdata.release()
+
+
+_Client = Callable[[Spec, float], Connection]
+
+
+def client(params: dict[str, Any]) -> _Client:
+    """What logs in: `client(spec, deadline) -> Connection`. ValueError, OSError: the configuration cannot be used."""
+    flags = sshflags(params["sshflags"])
+    # Loaded here, because whoever only imports the manager shall not pay for a client.
+    if params["ssh"] is not None:
+        from distpool.managers import ssh_binary
+
+        program = words(params["ssh"], "ssh")
+        through = params["tunnel"] or params["multiplex"]
+        return lambda spec, deadline: ssh_binary.connect(spec, program, flags, bool(through), deadline)
+    from distpool.managers import ssh_config, ssh_paramiko
+
+    found = ssh_config.Config(flags)
+    return lambda spec, deadline: ssh_paramiko.connect(found.target(spec), found, deadline)
+
+
+def remote_command(connection: Connection, params: dict[str, Any], deadline: float) -> tuple[str, bytes]:
+    """The command that the login runs, and what it reads before its settings."""
+    arguments = [*LOGIN_ARGUMENTS]
+    if params["cmdline_cookie"]:
+        arguments.append(f"--worker={params['cookie']}")
+    env = environment(params)
+    return command_line(params["shell"], params["exename"], params["exeflags"], env, arguments), b""
+
+
+def environment(params: dict[str, Any]) -> dict[str, str]:
+    """The variables that workers get over their login's own: ours for distpool, and the user's wishes."""
+    ours = {
+        name: value for name, value in os.environ.items() if name.startswith("DISTPOOL_") and name not in _NOT_HANDED_ON
+    }
+    return {**ours, **pairs(params["env"])}
+
+
+def login_settings(spec: Spec, count: Any, params: dict[str, Any]) -> LoginSettings:
+    """The order for one host."""
+    directory = params["dir"]
+    return LoginSettings(
+        cookie=None if params["cmdline_cookie"] else params["cookie"],
+        count=count,
+        bind=spec.bind_addr,
+        port=spec.bind_port or 0,
+        port_is_hint=spec.port_is_hint,
+        loopback=params["tunnel"] is True,
+        cwd=os.fspath(directory) if directory is not None else here(),
+        strict_cwd=directory is not None,
+        env=environment(params),
+        enable_threaded_blas=bool(params["enable_threaded_blas"]),
+        memory_limit=memory_bytes(params["memory_limit"]),
+        site=spec.host,
+        timeout=_seconds(params),
+    )
+
+
+def merge(machines: Iterable[Any]) -> dict[Spec, Any]:
+    """The machines and how many workers each gets. TypeError, ValueError."""
+    if isinstance(machines, str | bytes):
+        raise TypeError("machines must be a list of machine specs, not one text")
+    found: dict[Spec, Any] = {}
+    for machine in machines:
+        text, count = machine if isinstance(machine, tuple) and len(machine) == 2 else (machine, 1)
+        spec = split_spec(text)
+        if count != "auto" and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(f"the number of workers of {text!r} must be a positive int or 'auto', not {count!r}")
+        there = found.get(spec, 0)
+        if there and there != count and "auto" in (there, count):
+            raise ValueError(f"{text!r} is given both a number of workers and 'auto'")
+        found[spec] = "auto" if count == "auto" else there + count
+    return found
+
+
+def sshflags(flags: Any) -> list[str]:
+    """The flags for the client; one text is split at blanks, as a shell does it."""
+    import shlex
+
+    return shlex.split(flags) if isinstance(flags, str) else words(flags, "sshflags")
+
+
+def _name(spec: Spec) -> str:
+    host = f"[{spec.host}]" if ":" in spec.host else spec.host
+    text = f"{spec.user}@{host}" if spec.user is not None else host
+    text += f":{spec.port}" if spec.port is not None else ""
+    if spec.bind_addr is not None:
+        text += f" [{spec.bind_addr}]" if ":" in spec.bind_addr else f" {spec.bind_addr}"
+        text += f":{spec.bind_port}" if spec.bind_port is not None else ""
+    return text
+
+
+def _seconds(params: dict[str, Any]) -> float:
+    timeout = params.get("timeout")
+    return config.worker_timeout() if timeout is None else float(timeout)
+
+
+def _connect_seconds() -> float:
+    return config.worker_timeout()
+
+
+__all__ = ["SSHManager"]

@@ -1,0 +1,324 @@
+"""One login as the master sees it: brings up its workers, hands out their output, hears of their ends (layer 8).
+
+    thread of the login:  connect -> run -> settings to stdin -> events (`login_protocol`) until the end
+                            worker  -> `on_worker(WorkerConfig)`
+                            output  -> pipe of that worker, which the group reads like any local worker's
+                            exited  -> RemoteProcess.ended
+    second thread:        stderr of the login; its last lines explain a failure
+
+The thread of the login may wait for the group to take a worker's output; then the others of that host wait as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from distpool import config
+from distpool.errors import LaunchWorkerError
+from distpool.managers.base import WorkerConfig
+from distpool.managers.login_protocol import EventReader, LoginSettings
+from distpool.managers.process import SIGKILL, LaunchedProcess, last_lines
+from distpool.managers.ssh_client import Connection, LoginError, Session
+
+MAX_BANNER = 1000
+"""Lines that the shell may print before our own output begins (CONFORMANCE C201)."""
+
+_CHUNK = 65536
+_KILL_SECONDS = 5.0  # that a host has to report the end of a worker which was killed; then it counts as ended
+_STATUS_SECONDS = 2.0  # for the exit status behind the end of the output
+_ERRORS_KEPT = 16384
+
+
+class RemoteProcess(LaunchedProcess):
+    """A worker on another host. Its exit status comes through the login; None where that was lost."""
+
+    is_here = False
+
+    def __init__(self, login: HostLogin, number: int, ospid: int, address: tuple[Any, ...]) -> None:
+        output, self.sink = os.pipe()
+        super().__init__(ospid, address, output, lambda signum: login.send_signal(self, signum))
+        self.login = login
+        self.number = number
+        self.gone = threading.Event()
+        self._sink_lock = threading.Lock()  # protects `sink`: the login's thread writes, whoever kills may close
+
+    def show(self, data: bytes) -> None:
+        """Its output. On the login's thread; waits while the group does not take it."""
+        with self._sink_lock:
+            sink = self.sink
+        view = memoryview(data)
+        with contextlib.suppress(OSError):  # the group has closed it
+            while view and sink >= 0:
+                view = view[os.write(sink, view) :]
+
+    def end(self, status: int | None) -> None:
+        """It has ended, or nothing will ever be heard of it again."""
+        with self._sink_lock:
+            sink, self.sink = self.sink, -1
+        if sink >= 0:
+            os.close(sink)
+        self.gone.set()
+        self.ended(status)
+
+    def forget(self) -> None:
+        """In a forked child: copies of the connection would keep the host's workers alive after the master."""
+        super().forget()
+        self.login.forget()
+
+
+class HostLogin:
+    """The workers of one host; `begin` starts a thread of its own. `on_settled(error)` is called once: with None when
+    all of its workers have been announced, else with why some, or all, will not come."""
+
+    def __init__(
+        self,
+        machine: str,
+        settings: LoginSettings,
+        connect: Callable[[float], Connection],
+        make_command: Callable[[Connection, float], tuple[str, bytes]],
+        describe: Callable[[HostLogin, RemoteProcess], WorkerConfig],
+        on_worker: Callable[[WorkerConfig], object],
+        on_settled: Callable[[list[LaunchWorkerError]], object],
+        max_tunnels: int = 10,
+    ) -> None:
+        self.machine = machine
+        self.settings = settings
+        self.address = ""  # by which the login reached the host
+        self.connection: Connection | None = None
+        self.direct: bool | None = None  # whether its workers can be reached without the login, if that was tried
+        self.tunnels = threading.Semaphore(max_tunnels)
+        self._connect = connect
+        self._make_command = make_command
+        self._describe = describe
+        self._on_worker = on_worker
+        self._on_settled = on_settled
+        self._session: Session | None = None
+        self._events = EventReader()
+        self._errors = b""
+        self._errors_ended = threading.Event()
+        self._deadline = 0.0
+        self._processes: dict[int, RemoteProcess] = {}  # changed on the login's thread only
+        self._problems: list[LaunchWorkerError] = []
+        self._expected = 1  # workers that were not announced yet
+        # Protects `_settled`, `_closed`, `_users`.
+        self._lock = threading.Lock()
+        self._settled = False
+        self._closed = False
+        self._users = 0  # workers that the group has not done with
+
+    def begin(self, deadline: float, on_end: Callable[[], object] = lambda: None) -> None:
+        """Log in, on a thread of its own. `on_end()` when nothing of it is left."""
+        self._deadline = deadline
+
+        def work() -> None:
+            try:
+                self._run()
+            finally:
+                on_end()
+
+        threading.Thread(target=work, name=f"distpool-login-{self.machine}", daemon=True).start()
+
+    # -- the login's thread ------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._start()
+            self._serve()
+        except LoginError as error:
+            self._settle(error.reason, error.output or self._said())
+        except Exception as error:  # the client's own, or bytes that are no events
+            self._settle(f"{type(error).__name__}: {error}", self._said())
+        finally:
+            self.close()
+            for process in list(self._processes.values()):
+                process.end(None)
+            self._settle("the login ended", self._said())
+
+    def _start(self) -> None:
+        self.connection = self._connect(self._deadline)
+        command, feed = self._make_command(self.connection, self._deadline)
+        if self._closed:
+            raise LoginError("it was given up")
+        self._session = session = self.connection.run(command, self._deadline)
+        threading.Thread(target=self._read_errors, name="distpool-login-errors", daemon=True).start()
+        session.write(feed + self.settings.to_line())
+
+    def _serve(self) -> None:
+        session = self._session
+        assert session is not None
+        while data := session.read(_CHUNK):
+            for event, payload in self._events.feed(data):
+                self._handle(event, payload)
+            if not self._events.begun and self._events.lines > MAX_BANNER:
+                raise LoginError(f"it printed more than {MAX_BANNER} lines before anything of ours", self._said())
+        if self._settled:
+            return
+        status = session.status(_STATUS_SECONDS)
+        self._errors_ended.wait(_STATUS_SECONDS)
+        said = self._said()
+        errors = self._errors.decode("utf-8", "replace")
+        reason = self.connection.explain(status, errors) if self.connection is not None else ""
+        raise LoginError(reason or explain(status, said, self.settings), said)
+
+    def _read_errors(self) -> None:
+        session = self._session
+        assert session is not None
+        with contextlib.suppress(Exception):  # whatever ends it, its end is all that counts
+            while data := session.read_errors(_CHUNK):
+                self._errors = (self._errors + data)[-_ERRORS_KEPT:]
+        self._errors_ended.set()
+
+    def _handle(self, event: dict[str, Any], payload: bytes) -> None:
+        if "output" in event:
+            process = self._processes.get(event["output"])
+            if process is not None:
+                process.show(payload)
+        elif "worker" in event:
+            self._add(event)
+        elif "exited" in event:
+            process = self._processes.pop(event["exited"], None)
+            if process is not None:
+                process.end(int(event["status"]))
+        elif "problem" in event:
+            self._problems.append(LaunchWorkerError(self.machine, self._said(), str(event["problem"])))
+            self._announced()
+        elif "address" in event:
+            self.address = str(event["address"])
+            count = self.settings.count
+            self._expected = int(event["cpus"]) if count == "auto" else int(count)
+
+    def _add(self, event: dict[str, Any]) -> None:
+        address = ("tcp", str(event["host"]), int(event["port"]))
+        process = RemoteProcess(self, int(event["worker"]), int(event["ospid"]), address)
+        self._processes[process.number] = process
+        with self._lock:
+            self._users += 1
+        self._on_worker(self._describe(self, process))
+        self._announced()
+
+    def _announced(self) -> None:
+        self._expected -= 1
+        if self._expected <= 0:
+            self._settle()
+
+    def _said(self) -> str:
+        """The last lines of what the login printed, of both streams."""
+        return last_lines(self._events.said() + self._errors, config.OUTPUT_LINES).strip()
+
+    # -- any thread --------------------------------------------------------------------------------------------
+
+    def _settle(self, reason: str = "", output: str = "") -> None:
+        with self._lock:
+            if self._settled:
+                return
+            self._settled = True
+        if reason:
+            self._problems.append(LaunchWorkerError(self.machine, output, reason))
+        self._on_settled(self._problems)
+
+    def expire(self, seconds: float) -> None:
+        """The time is over: what has not come will not come."""
+        if self.connection is None:
+            reason = f"the login did not come about within {seconds:g} seconds"
+        elif self._events.begun:
+            reason = f"its workers did not start within {seconds:g} seconds"
+        else:
+            reason = (
+                f"the login works, but no worker reported within {seconds:g} seconds: does its shell wait for input?"
+            )
+        self._settle(reason, self._said())
+        if not self._processes:
+            threading.Thread(target=self.close, name="distpool-login-close", daemon=True).start()
+
+    def send_signal(self, process: RemoteProcess, signum: int) -> None:
+        """Send a signal to a worker. Never waits: the leader calls it, and the network may be gone."""
+
+        def work() -> None:
+            session = self._session
+            if session is not None:
+                session.write(b'{"kill": %d, "signal": %d}\n' % (process.number, signum))
+            if signum == SIGKILL and not process.gone.wait(_KILL_SECONDS):
+                process.end(None)
+
+        threading.Thread(target=work, name="distpool-login-kill", daemon=True).start()
+
+    def reachable(self, host: str, port: int, seconds: float) -> bool:
+        """Whether a worker can be reached without the login. What the first one shows counts for all."""
+        import socket
+
+        if self.direct is None:
+            try:
+                socket.create_connection((host, port), timeout=seconds).close()
+                self.direct = True
+            except OSError:
+                self.direct = False
+        return self.direct
+
+    def dial(self, host: str, port: int, seconds: float) -> Any:
+        """A connection through the login. OSError."""
+        connection = self.connection
+        if connection is None or self._closed:
+            raise ConnectionError(f"the login to {self.machine} has ended")
+        with self.tunnels:
+            return connection.dial(host, port, time.monotonic() + seconds)
+
+    def release(self) -> None:
+        """The group has done with one of the workers; after the last one the login ends."""
+        with self._lock:
+            self._users -= 1
+            over = self._users <= 0 and self._settled
+        if over:
+            self.close()
+
+    def close(self) -> None:
+        """End the login, and with it everything on that host."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._session is not None:
+            self._session.close()
+        if self.connection is not None:
+            self.connection.close()
+
+    def forget(self) -> None:
+        """In a forked child of the master."""
+        self._closed = True
+        if self.connection is not None:
+            self.connection.forget()
+        for process in self._processes.values():
+            sink, process.sink = process.sink, -1
+            if sink >= 0:
+                os.close(sink)
+
+
+def explain(status: int | None, said: str, settings: LoginSettings) -> str:
+    """Why a login ended before its workers had started, as far as its output tells."""
+    low = said.lower()
+    last = said.splitlines()[-1] if said else ""
+    if "no module named distpool" in low or "no module named 'distpool" in low:
+        return (
+            "distpool is not installed for the Python there: install it (python -m pip install distpool), "
+            "or let it be sent (bootstrap=True)"
+        )
+    if "no module named" in low:
+        return f"a module is missing for the Python there: {last}"
+    if "no space left on device" in low or "disk quota exceeded" in low:
+        return "its disk is full"
+    if "filenotfounderror" in low and "dir=" in low:
+        return last.partition(": ")[2] or last
+    if status == 127 or "command not found" in low or "no such file or directory" in low or "no python found" in low:
+        return "no Python is found there: name its path with exename="
+    if status == 126 or "permission denied" in low:
+        return "the Python there may not be executed: name another one with exename="
+    if status is None:
+        return "the login ended before a worker had started (the connection was lost, or a signal ended it)"
+    return f"the login ended with exit code {status} before a worker had started"
+
+
+__all__ = ["HostLogin", "RemoteProcess", "explain"]
