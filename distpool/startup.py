@@ -208,7 +208,7 @@ def _open_output() -> None:
     `reconfigure`: that asks a stream which was opened on a file for its position, and here there is a pipe by now.
     """
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        raw = open(descriptor, "wb", closefd=False)  # the descriptor stays open as long as the process
+        raw = open(descriptor, "wb", closefd=False)  # noqa: SIM115  # for as long as the process lives
         stream = io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
         stream.mode = "w"  # type: ignore[misc]  # as that of the interpreter's own
         setattr(sys, name, stream)
