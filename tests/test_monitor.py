@@ -130,8 +130,10 @@ def test_a_label_is_the_name(executor: distpool.ClusterExecutor) -> None:
 
 def test_calls_sent_ahead_are_queued() -> None:
     with distpool.ClusterExecutor(1) as ex:
-        nap = lambda: time.sleep(0.5)  # new to the scheduler, which sends no long calls ahead
-        futures = [ex.submit(nap) for _ in range(2)]
+        nap = lambda seconds: time.sleep(seconds)
+        for _ in range(3):  # nothing is sent ahead of a call that is long, or not known yet
+            ex.submit(nap, 0.01).result()
+        futures = [ex.submit(nap, 0.5) for _ in range(2)]
         row = wait_until(lambda: next((row for row in ex.stats() if row["running"] and row["queued"]), None))
         assert row["queued"] == 1
         for future in futures:

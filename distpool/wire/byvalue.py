@@ -1,4 +1,4 @@
-"""The pickler for what other processes cannot import: cloudpickle, corrected in three ways (layer 1).
+"""The pickler for what other processes cannot import: cloudpickle, corrected in four ways (layer 1).
 
 Imported on first need only (`codec.dump_by_value`, and the other side's unpickler by name): cloudpickle is dear.
 Runs where `codec` runs.
@@ -11,6 +11,7 @@ Runs where `codec` runs.
    `everywhere("def foo(): ...", [2])`, then `remotecall_fetch(lambda: foo(), 2)`. Names that the sender has travel.
 3. The main module of a child of `multiprocessing` (`__mp_main__`) is as unknown elsewhere as `__main__`, and so are
    its functions under `functools.lru_cache`, which would go by name: they travel with an empty cache.
+4. Code keeps the name of its file (cloudpickle from 3.1.3 on leaves it out): a remote traceback shows the user's lines.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
             if obj.__module__ == "__mp_main__":
                 return _by_value_function(obj, self._dynamic_function_reduce(obj))
             return _by_value_function(obj, super().reducer_override(obj))
+        if kind is types.CodeType:
+            return _by_value_code(obj, internals._code_reduce(obj))
         if kind is _Cached and obj.__module__ in ("__main__", "__mp_main__"):
             return build_cached, (obj.__wrapped__, obj.cache_parameters())
         if issubclass(kind, type):
@@ -86,6 +89,19 @@ def _by_value_function(function: types.FunctionType, reduced: Any) -> Any:
     names = internals._extract_code_globals(function.__code__)
     unknown = any(name not in function.__globals__ and not hasattr(builtins, name) for name in names)
     return build_function, (unknown, *args), (set_state, state), None, None, set_function_state
+
+
+def _by_value_code(code: types.CodeType, reduced: Any) -> Any:
+    """cloudpickle's way of rebuilding code, and the name of its file where that does not give it."""
+    build, args = reduced
+    if code.co_filename in args:
+        return reduced
+    return build_code, (build, args, code.co_filename)
+
+
+def build_code(build: Callable[..., types.CodeType], args: tuple[Any, ...], filename: str) -> types.CodeType:
+    """Receiving side: code as it was at home. Code inside it comes through here by itself."""
+    return build(*args).replace(co_filename=filename)
 
 
 class _NamesOfMain(dict[str, Any]):

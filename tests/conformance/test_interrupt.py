@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from distpool import addprocs, interrupt, rmprocs, workers
 from distpool.calls import remotecall, remotecall_fetch
 
 from .clusters import OverStreams, others
+from .conftest import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +101,17 @@ def test_C265_pids(pids: list[int]) -> None:
         interrupt(gone)
 
 
-def test_executor_calls_too(pids: list[int]) -> None:
+def test_executor_calls_too(pids: list[int], tmp_path: Path) -> None:
     with distpool.ClusterExecutor(1) as executor:
-        future = executor.submit(time.sleep, 60)
+        mark = tmp_path / "running"
+
+        def nap() -> None:
+            mark.touch()
+            time.sleep(60)
+
+        future = executor.submit(nap)
         executor.submit(abs, 1)
-        while not future.running():
-            time.sleep(0.05)
-        time.sleep(0.3)
+        wait_until(mark.exists)
         interrupt(executor.workers)
         assert isinstance(future.exception(10), KeyboardInterrupt)
         assert executor.submit(abs, -2).result(10) == 2
