@@ -38,7 +38,8 @@ from distpool.wire.frames import Frame, Kind
 from distpool.wire.protocol import Handshake, Role
 
 _LOST_MASTER = 1  # exit status
-_PRESS = 0.25  # seconds between two interrupts of a call that must end
+_PRESS = 0.25  # seconds before, and between two, interrupts of a call that must end
+_HASTE = 1.0  # seconds that remote calls on other threads have to end then
 
 
 class Worker:
@@ -127,9 +128,9 @@ class Worker:
     def _on_shutdown(self, link: Link, frame: Frame) -> None:
         assert self.runner is not None
         if messages.Shutdown.unpack(frame.control).reason == "now":
-            self.runner.drop_waiting()
-            self.runner.on_shutdown(frame)
-            self._press()
+            self.runner.leave()
+            self.loop.call_later(_PRESS, self._press)
+            self.loop.call_later(_HASTE, self.runner.hurry)
         else:
             self.runner.on_shutdown(frame)
 

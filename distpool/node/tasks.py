@@ -89,11 +89,13 @@ class TaskRunner:
         self.results = ResultWriter(link, journal, segments)
         self.interruptible = False  # the main thread is inside user code: SIGINT may raise there
         self.leaving = False  # SHUTDOWN came, or the master is gone
+        self.patient = False  # ... but remote calls on other threads are still given time to end
         self.running: dict[int, Any] = {}  # thread id -> item that runs there
         self._exposed: set[int] = set()  # other threads than main that run user code; _exposing
         self._exposing = threading.Lock()  # protects _exposed: an interrupt must not strike behind the user's code
         self.calls: dict[int, str] = {}  # thread id -> name of the remote call that runs there
         self._offered: collections.deque[Any] = collections.deque()  # remote calls for the main thread; _lock
+        self._beside = 0  # remote calls that were given to other threads and have not ended; _lock
         self._idle = False  # the main thread waits for work; _lock
         self._sleeping = False  # it does so without leading, on `_work`
         self._work = threading.Event()
@@ -202,7 +204,7 @@ class TaskRunner:
                 self._initialize()
             elif self._offered:
                 self._run_on_main()
-            elif self.leaving:
+            elif self._may_leave():
                 self.link.drain(config.worker_timeout())
                 return 0
             else:
@@ -229,7 +231,10 @@ class TaskRunner:
             self._work.set()
 
     def _has_work(self) -> bool:
-        return bool(self._inbox) or bool(self._offered) or self.leaving or self._initializer is not None
+        return bool(self._inbox) or bool(self._offered) or self._may_leave() or self._initializer is not None
+
+    def _may_leave(self) -> bool:
+        return self.leaving and not (self.patient and self._beside)
 
     def _next(self) -> _Item | None:
         with self._lock:
@@ -297,8 +302,20 @@ class TaskRunner:
             if on_main:
                 self._offered.append((work, name))
                 self._brought()
+            else:
+                self._beside += 1
         if not on_main:
-            self._spawn(lambda: self._run_offered(work, name))
+            self._spawn(lambda: self._run_beside(work, name))
+
+    def _run_beside(self, work: Callable[[Any], object], name: str) -> None:
+        try:
+            self._run_offered(work, name)
+        finally:
+            with self._lock:
+                self._beside -= 1
+            if self.leaving:
+                self._brought()
+                self.link.loop.wake()  # the main thread, if it leads, looks whether it may leave now
 
     def _run_on_main(self) -> None:
         """A remote call on the main thread. Meanwhile helpers run what executors send: it may take for ever."""
@@ -400,11 +417,19 @@ class TaskRunner:
             for thread in self._exposed:
                 _raise_in(thread, KeyboardInterrupt)
 
-    def drop_waiting(self) -> None:
-        """Calls that have not begun will not run: this process ends."""
+    def leave(self) -> None:
+        """Leader: this process is to end. Executors' calls that have not begun will not run; remote calls that have come
+        do, also those on other threads, until `hurry`."""
         with self._lock:
             self._inbox.clear()
-            self._offered.clear()
+        self.patient = True
+        self.leaving = True
+        self._brought()
+
+    def hurry(self) -> None:
+        """Leader: whoever is still at work has had its time."""
+        self.patient = False
+        self._brought()
 
     def _run_many(self, item: _Item, function: Callable[..., Any], begin: float) -> float:
         """A span or a chunk; returns from when on the time is not yet accounted for."""
