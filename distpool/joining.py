@@ -30,7 +30,7 @@ from distpool.node import group as groups
 from distpool.node.group import Member, State
 from distpool.node.node import Node
 from distpool.transport.stream import adopt, dial
-from distpool.wire import messages
+from distpool.wire import codec, messages
 from distpool.wire.frames import Frame, Kind
 
 MAX_BANNER = 1000
@@ -182,6 +182,7 @@ class Launch:
         try:
             given = self.manager.connect(member.pid, worker)
             adopted = None if given is None else adopt(given)
+            connect_at = b"" if given is None else codec.encode(worker.connect_at, what="connect_at")[0]
         except Exception as error:
             call_soon(partial(self._failed, member, worker, error))
             return
@@ -190,6 +191,7 @@ class Launch:
             return
 
         def attach() -> None:
+            member.address = ("manager", connect_at.hex())
             self._read_output(member, worker, None)
             member.connect(adopted.stream, adopted)
 

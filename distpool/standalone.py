@@ -17,9 +17,11 @@ import sys
 from typing import Any, NoReturn
 
 from distpool import startup
+from distpool.managers.base import WorkerConfig
 from distpool.managers.local import here, routable_address
 from distpool.node import node as nodes
-from distpool.transport.stream import adopt
+from distpool.transport.stream import Adopted, adopt
+from distpool.wire import codec
 from distpool.wire.protocol import Role
 from distpool.worker import Worker
 
@@ -70,14 +72,25 @@ def init_worker(cookie: str, manager: Any = None) -> None:
     `process_messages`. Returns at once; calls run on a thread of the library, and the process ends when its master is
     done with it (or, with status 1, if none comes within `DISTPOOL_WORKER_TIMEOUT` seconds).
 
-    `manager`: whose `connect(pid, config)` makes links to other workers. ValueError: no usable cookie. RuntimeError:
-    this process is in a group already.
+    `manager`: whose `connect(pid, config)` makes links to other workers, when they are first needed (on a library
+    thread); `config.connect_at` is what `connect` of the master's manager left there for that worker. Without one,
+    calls to workers of custom transports fail. ValueError: no usable cookie. RuntimeError: this process is in a group.
+
+    Keep the main thread waiting (accepting connections, say): after its end, Python refuses user code new thread pools.
 
     Example: `init_worker(cookie); process_messages(sock, sock)`
     """
     check_unused()
     check_cookie(cookie)
-    Worker(cookie, manager=manager).run_beside()
+    worker = Worker(cookie)
+    if manager is not None:
+
+        def connect(pid: int, connect_at: str) -> Adopted:
+            given = manager.connect(pid, WorkerConfig(connect_at=codec.decode(bytes.fromhex(connect_at))))
+            return adopt(given)
+
+        worker.node.peers.connect_by_manager = connect
+    worker.run_beside()
 
 
 def process_messages(reader: Any, writer: Any, incoming: bool = True) -> None:

@@ -45,12 +45,9 @@ _HASTE = 1.0  # seconds that remote calls on other threads have to end then
 class Worker:
     """This worker process: its listener (if any), the link to the master, and the task loop."""
 
-    def __init__(
-        self, cookie: str, listener: socket.socket | None = None, manager: Any = None, identity: Any = None
-    ) -> None:
+    def __init__(self, cookie: str, listener: socket.socket | None = None, identity: Any = None) -> None:
         self.node = nodes.become_worker(cookie)
         self.node.worker = self
-        self.node.manager = manager
         self.node.identity = identity
         self.loop = self.node.loop
         self.memory_limit = 0  # bytes, 0: none

@@ -105,6 +105,22 @@ def test_folder_processing_on_the_library() -> None:
     assert "broken.py: No such file" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["unix_socket", "broker"])
+def test_transports(name: str) -> None:
+    """tests/conformance runs its cases over them (fixture `w`); here they run as programs, and stay short."""
+    if name == "broker":
+        pytest.importorskip("zmq", reason="pyzmq is not installed: pip install '.[test]'")
+    done = run(ROOT / "examples" / "transports" / f"{name}.py")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "[2, 3, 4]" in done.stdout and done.stdout.endswith("[3, 4, 2]\n")
+
+
+def test_transports_are_short_and_explained() -> None:
+    for path in (ROOT / "examples" / "transports").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) < 150 and text.startswith('"""'), path
+
+
 def blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 

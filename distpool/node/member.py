@@ -84,7 +84,7 @@ class Member:
         self.tells = False  # the manager wants to hear of this worker's life
         self.kills: Callable[[], object] | None = None  # the manager's own way of ending it; runs on a library thread
         self.site = ""  # what identifies its machine to `procs(pid)`; "" is this one
-        self.address: tuple[Any, ...] = ()  # where it listens, if it does
+        self.address: tuple[Any, ...] = ()  # where it listens; ("manager", connect_at as hex): a transport reaches it
         self.has_identity = False  # it has the cluster's certificate and key
         self.link_is_private = False  # nobody else can read what is sent there
         self.tunnelled = False  # pid 1 has not dialled `address` itself

@@ -67,7 +67,6 @@ class Node:
         self.master_link: Link | None = None  # workers
         self.runner: Any = None  # workers: the TaskRunner
         self.worker: Any = None  # workers: the Worker
-        self.manager: Any = None  # workers of a custom transport: what makes links to other workers (`init_worker`)
         self.topology, self.lazy = "all_to_all", True  # workers: as the master said
         self.on_interrupt: list[Callable[[], object]] = []  # workers: what `interrupt` runs besides; leader
         self.launcher: Any = None  # master: made by the cluster layer

@@ -4,6 +4,7 @@
     worker A -> B      A asks pid 1 (WHERE), which knows who can dial whom (`reach`): A gets the ADDRESS, or B is told
                        to DIAL; who fails says so, then the other one tries. Dialler: Handshake, PEER; listener: takes
                        the link on PEER
+    custom transports  the address is ["manager", connect_at]: the manager given to `init_worker` makes the streams
     no link allowed    topology: calls fail with TopologyError; small control frames go through pid 1 (RELAY)
 
 State of a peer: a link in `_links`, or frames in `_waiting` while a link is made, or an entry in `dead`. Tables are
@@ -25,7 +26,7 @@ from distpool.errors import ProcessExitedException, ProtocolError, TopologyError
 from distpool.node.requests import Requests
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
-from distpool.transport.stream import Stream, dial
+from distpool.transport.stream import Adopted, Stream, dial
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.protocol import Handshake, Role
@@ -62,6 +63,8 @@ class Peers:
         self._dialling: dict[int, list[Callable[[str], object]]] = {}
         self._problems: dict[int, Callable[[], BaseException]] = {}  # pid -> why no link can be made; leader
         self._ready: dict[int, _Ready] = {}  # pid -> set when `ensure` may look again
+        #: `f(pid, connect_at) -> streams`: user code, on a library thread; set where a transport has a manager.
+        self.connect_by_manager: Callable[[int, str], Adopted] = _no_manager
 
     # -- sending (any thread) ----------------------------------------------------------------------------------
 
@@ -231,13 +234,18 @@ class Peers:
         call_soon, identity = self._node.loop.call_soon, self._node.identity
 
         def work() -> None:
+            adopted: Adopted | None = None
             try:
-                stream = dial(tuple(address), min(config.silent_seconds(), config.worker_timeout()), identity)
-            except (OSError, ValueError) as error:
+                if address[0] == "manager":
+                    adopted = self.connect_by_manager(pid, address[1])
+                    stream: Stream = adopted.stream
+                else:
+                    stream = dial(tuple(address), min(config.silent_seconds(), config.worker_timeout()), identity)
+            except Exception as error:  # also whatever the manager's `connect` raises: it is why there is no link
                 text = f"process {self._node.pid} cannot connect to process {pid} at {_spell(address)}: {error}"
                 call_soon(lambda: self._not_dialled(pid, text))
             else:
-                call_soon(lambda: self._greet(pid, stream, shares_memory))
+                call_soon(lambda: self._greet(pid, stream, shares_memory, adopted))
 
         self._node.deliver(work)
 
@@ -245,12 +253,14 @@ class Peers:
         for failed in self._dialling.pop(pid, ()):
             failed(text)
 
-    def _greet(self, pid: int, stream: Stream, shares_memory: bool) -> None:
+    def _greet(self, pid: int, stream: Stream, shares_memory: bool, adopted: Adopted | None) -> None:
         """There is a connection that we have made: authenticate, and say who we are."""
         node = self._node
         if pid in self._links or pid in self.dead:
             self._dialling.pop(pid, None)
             stream.close()
+            if adopted is not None:
+                adopted.end()
             return
 
         def ready(link: Link) -> None:
@@ -264,6 +274,8 @@ class Peers:
 
         def closed(link: Link, reason: BaseException | None) -> None:
             timer.cancel()
+            if adopted is not None:
+                adopted.end()
             if link.segments is None:  # it had not come up
                 self._not_dialled(pid, f"process {pid} closed the connection: {reason or 'it may be ending'}")
             self._closed(pid, link)
@@ -272,6 +284,8 @@ class Peers:
         link.peer = pid
         late = TimeoutError("it did not answer the handshake")
         timer = node.loop.call_later(config.worker_timeout(), lambda: link.close(late))
+        if adopted is not None:
+            adopted.watch(node.loop, lambda: link.close(None))
         link.open()
 
     def _adopt(self, pid: int, link: Link) -> None:
@@ -286,6 +300,8 @@ class Peers:
         if frame.kind == Kind.PEER:
             # Also if there is a link: its end has not been noticed here yet, and the dialler uses this one.
             message = messages.Peer.unpack(frame.control)
+            if self._links.get(message.pid) is link:
+                return  # a worker behind a custom transport tells its pid to whoever dialled
             if link.peer is not None or message.pid in (0, 1, self._node.pid) or message.pid in self.dead:
                 link.close(ProtocolError(f"a process that cannot be process {message.pid} says it is"))
                 return
@@ -364,6 +380,12 @@ def _unstarted(error: BaseException) -> BaseException:
     return error
 
 
+def _no_manager(pid: int, connect_at: str) -> Adopted:
+    raise ConnectionError("it is behind a custom transport, and `init_worker` was given no manager to connect by")
+
+
 def _spell(address: list[Any]) -> str:
     """An address, for people."""
+    if address[0] == "manager":
+        return "the place that its manager knows"
     return ":".join(str(part) for part in address[1:])

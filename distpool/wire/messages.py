@@ -331,7 +331,9 @@ class Where(Message):
 class Address(Message):
     """Pid 1 -> worker: where `pid` listens; `problem` is "unknown", "gone", "topology", "unreachable" or "".
 
-    `detail`: the text of the problem; without one, why `pid` itself could not dial (there is no third way)."""
+    `detail`: the text of the problem; without one, why `pid` itself could not dial (there is no third way).
+    `address`: family and place; `["manager", connect_at]` for a custom transport.
+    """
 
     kind: ClassVar[Kind] = Kind.ADDRESS
     pid: int

@@ -10,14 +10,26 @@ import pytest
 
 import distpool
 
+from .transports import KINDS, add
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """How the workers are reached: every case that uses it, or `w`, runs over each transport."""
+    return str(request.param)
+
+
+@pytest.fixture
+def scale(kind: str) -> float:
+    """What part of a big message to send: a byte at a time takes 10,000 times as long."""
+    return 0.005 if kind == "bytes" else 1.0
+
 
 @pytest.fixture(scope="module")
-def w() -> Iterator[list[int]]:
-    """Pids of four workers. Reads `distpool.workers()` of an executor's group, so nothing but calls is needed."""
-    executor = distpool.ClusterExecutor(4)
-    wait_until(lambda: executor.submit(abs, 1).result(60) == 1 and len(executor.workers) == 4, 60)
-    yield executor.workers
-    executor.shutdown()
+def w(kind: str) -> Iterator[list[int]]:
+    """Pids of four workers, reached in every way that there is."""
+    yield add(kind, 4)
+    distpool.rmprocs(distpool.workers())
 
 
 def wait_until(holds: Callable[[], object], seconds: float = 10.0) -> None:

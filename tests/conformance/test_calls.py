@@ -54,19 +54,19 @@ def test_C065_arguments(w: list[int], args: Any, kwargs: Any, expected: int) -> 
         assert remote_do(f_args, target, *args, **kwargs) is None  # type: ignore[func-returns-value]
 
 
-def test_C067_big_and_many(w: list[int]) -> None:
-    numbers = list(range(1_000_000))
+def test_C067_big_and_many(w: list[int], scale: float) -> None:
+    numbers = list(range(int(1_000_000 * scale)))
     assert remotecall_fetch(ident, w[0], numbers) == numbers
-    words = [str(random.random()) for _ in range(100_000)]
+    words = [str(random.random()) for _ in range(int(100_000 * scale))]
     assert remotecall_fetch(ident, w[0], words) == words
     assert all(remotecall_fetch(myid, w[0]) == w[0] for _ in range(1000))
 
 
-def test_C068_threads_do_not_mix(w: list[int]) -> None:
+def test_C068_threads_do_not_mix(w: list[int], scale: float) -> None:
     numpy = pytest.importorskip("numpy")
 
     def trip(seed: int) -> bool:
-        array = numpy.full(200_000, float(seed))
+        array = numpy.full(int(200_000 * scale), float(seed))
         return all(bool((remotecall_fetch(ident, w[0], array) == seed).all()) for _ in range(5))
 
     with ThreadPoolExecutor(8) as threads:
@@ -134,18 +134,19 @@ def test_C077_to_oneself(w: list[int]) -> None:
     assert remotecall_fetch(threading.get_ident, 1) == threading.get_ident()
 
 
-def test_C082_wait_moves_no_value(w: list[int]) -> None:
-    f = remotecall_wait(lambda: b"x" * 10_000_000, w[0])
+def test_C082_wait_moves_no_value(w: list[int], scale: float) -> None:
+    size = int(10_000_000 * scale)
+    f = remotecall_wait(lambda: b"x" * size, w[0])
     assert f.done()
-    assert len(fetch(f)) == 10_000_000
+    assert len(fetch(f)) == size
     with pytest.raises(RemoteException):
         remotecall_wait(boom, w[0])
 
 
-def test_C083_unserialisable_argument(w: list[int]) -> None:
+def test_C083_unserialisable_argument(w: list[int], scale: float) -> None:
     for call in (remotecall, remotecall_fetch):
         with pytest.raises(SerializationError, match="lock"):
-            call(ident, w[0], [b"x" * 3_000_000, threading.Lock()])
+            call(ident, w[0], [b"x" * int(3_000_000 * scale), threading.Lock()])
     assert remotecall_fetch(lambda: "test", w[0]) == "test"
 
 

@@ -1,0 +1,125 @@
+"""A transport of one's own: a star. All traffic of all processes goes through one hub process (needs pyzmq).
+
+    python examples/transports/broker.py                  starts three workers and lets them call each other
+
+A manager that overrides `connect` decides what the bytes travel over. Here it is a connection of star.py: a name is
+all that one has to know to reach a worker, so the name is what the master leaves in `config.connect_at` for others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import star
+
+import distpool
+
+
+class BrokerManager(distpool.ClusterManager):
+    """`addprocs(BrokerManager(4))` starts a hub and four local workers that talk through it and nothing else."""
+
+    def __init__(self, count: int = 0, client: star.Client | None = None) -> None:
+        self.count, self.client = count, client
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.hub: subprocess.Popen[bytes] | None = None
+        self._directory = ""
+        self._living = 0
+        self._streams: dict[int, tuple[star.Reader, star.Writer]] = {}
+        self._lock = threading.Lock()  # protects _living, hub, client: one launch may begin while another ends
+
+    def launch(self, params: dict[str, Any]) -> Iterator[distpool.WorkerConfig]:
+        with self._lock:
+            self._living += self.count
+            if self.hub is None:
+                self._directory = tempfile.mkdtemp(prefix="broker-")
+                self.hub = self._start("hub", f"ipc://{self._directory}/hub")
+                self.client = star.Client(f"ipc://{self._directory}/hub", "master")
+        started = []
+        for _ in range(self.count):
+            name = f"worker-{len(self.processes)}"
+            process = self._start("worker", f"ipc://{self._directory}/hub", name, stdout=subprocess.PIPE)
+            self.processes.append(process)
+            started.append((name, process))
+            assert process.stdin is not None
+            with contextlib.suppress(OSError), process.stdin as stdin:  # it may have died: `connect` will tell
+                stdin.write(params["cookie"].encode() + b"\n")
+        for name, process in started:
+            assert process.stdout is not None
+            while process.stdout.readline() not in (b"", b"ready\n"):
+                pass
+            yield distpool.WorkerConfig(io=process.stdout, process=process, userdata=name)
+
+    def _start(self, *arguments: str, stdout: int | None = None) -> subprocess.Popen[bytes]:
+        command = [sys.executable, __file__, *arguments]  # a session of its own: Ctrl-C is for the master
+        error = None if stdout is None else subprocess.STDOUT
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, stderr=error, start_new_session=True)
+
+    def connect(self, pid: int, config: distpool.WorkerConfig) -> tuple[star.Reader, star.Writer]:
+        """On the master (`userdata` is ours) and on workers (only `connect_at` came along)."""
+        assert self.client is not None
+        if config.connect_at is None:
+            config.connect_at = config.userdata
+        self._streams[pid] = streams = self.client.connect(config.connect_at)
+        return streams
+
+    def kill(self, pid: int, config: distpool.WorkerConfig) -> None:
+        """A worker without its master ends by itself."""
+        for stream in self._streams.pop(pid, ()):
+            with contextlib.suppress(ConnectionError):
+                stream.close()
+
+    def manage(self, pid: int, config: distpool.WorkerConfig, op: str) -> None:
+        if op == "finalize":
+            self._streams.pop(pid, None)
+            with self._lock:
+                self._living -= 1
+                if not self._living:
+                    self._end_star()
+
+    def _end_star(self) -> None:
+        assert self.client is not None and self.hub is not None and self.hub.stdin is not None
+        with contextlib.suppress(ConnectionError):
+            self.client.close()
+        self.hub.stdin.close()
+        self.hub.wait()
+        self.hub = None
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def be_worker(endpoint: str, name: str) -> None:
+    """What a launched process does: hand each connection over. The library ends the process."""
+    manager = BrokerManager()
+    distpool.init_worker(sys.stdin.readline().strip(), manager)
+    manager.client = star.Client(endpoint, name, distpool.process_messages)
+    manager.client.known.wait()
+    print("ready", flush=True)
+    manager.client.over.wait()  # a program whose main thread has ended cannot start thread pools any more
+
+
+def main() -> None:
+    pids = distpool.addprocs(BrokerManager(3))
+    ring = [pids[(index + 1) % len(pids)] for index in range(len(pids))]
+    answers = [
+        distpool.remotecall_fetch(distpool.remotecall_fetch, pid, distpool.myid, neighbour)
+        for pid, neighbour in zip(pids, ring, strict=True)
+    ]
+    assert answers == ring
+    print(f"workers {pids} asked their neighbours through the hub: {answers}")
+    distpool.rmprocs(pids)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["hub", endpoint]:
+            star.be_hub(endpoint)
+        case ["worker", endpoint, name]:
+            be_worker(endpoint, name)
+        case _:
+            main()
