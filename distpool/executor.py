@@ -141,7 +141,8 @@ class ClusterExecutor(Submitter):
         `timeout`: seconds of running time per attempt; past it the worker is killed and replaced, the future gets
         `TimeoutError`. `retries`: attempts after the first, for exceptions that `retry_check` (exception type, tuple
         or `callable(exc) -> bool`) accepts, and for worker death. `retry_delays`: seconds before each retry. `pids`:
-        only on those workers. `label`: name in statistics.
+        only on those workers. `keep`: the value stays on its worker until the future is asked for it, or sent on.
+        `label`: name in statistics.
 
         Example: `ex.options(timeout=5, retries=2).submit(f, x)`
         """

@@ -7,6 +7,7 @@ map:     caller's thread: MapRun.feed -> spans cut by measured time -> worker;  
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -65,7 +66,13 @@ class Submitter(concurrent.futures.Executor):
         crew = self._crew
         self._check_usable()
         scheduler = crew.scheduler
-        future: Future[Any] = _new_future(self._future_class)
+        future: Future[Any]
+        if self._policy is not None and self._policy.keep:
+            from distpool.kept import KeptFuture, run_kept  # loads the references, which few executors need
+
+            future, fn = KeptFuture(), functools.partial(run_kept, fn)
+        else:
+            future = _new_future(self._future_class)
         try:
             function = crew.node.encoder.encode(fn)
             seen: list[Any] = []

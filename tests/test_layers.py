@@ -45,7 +45,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("spawning", "loops", "broadcast", "mainmodule"),
     ),
     7: (
-        *("work", "mapruns", "slots", "recalls", "retries", "scheduling", "lazymap", "policy"),
+        *("work", "mapruns", "slots", "recalls", "retries", "scheduling", "lazymap", "policy", "kept"),
         *("mapping", "ordered", "elements", "poolmap", "recovery"),
     ),
     8: (

@@ -249,6 +249,11 @@ class RemoteFuture(Future[Any]):
         """Leader: the owner says that it has ended."""
         self._arrived(Outcome(REMOTE_VALUE if ok else REMOTE_ERROR, None, (), self.where))
 
+    def mark_remote(self) -> None:
+        """The value is known to be at its owner. Before anybody else has this object."""
+        self._raw = Outcome(REMOTE_VALUE, None, (), self.where)
+        self._state = "FINISHED"
+
     def _owner_lost(self, make_error: Callable[[], BaseException]) -> None:
         """Leader: the owner is gone. What was fetched stays."""
         outcome = Outcome(RAISED_HERE, make_error(), (), self.where)
@@ -404,7 +409,8 @@ def arrive_value(whence: int, ident: int, where: int, value: Any) -> RemoteFutur
     return future
 
 
-def _reduce(future: Any, peer: Any) -> tuple[Any, ...]:
+def reduce_future(future: Any, peer: Any) -> tuple[Any, ...]:
+    """How a future travels in a message: with its value if that is here, else as a reference."""
     handle = future._handle
     if isinstance(future, RemoteFuture) and future._finalized:
         future._check()
@@ -417,8 +423,8 @@ def _reduce(future: Any, peer: Any) -> tuple[Any, ...]:
     return arrive_future, (*handle.rrid, handle.where)
 
 
-codec.register_reducer(RemoteFuture, _reduce)
-codec.register_reducer(Future, _reduce)
+codec.register_reducer(RemoteFuture, reduce_future)
+codec.register_reducer(Future, reduce_future)
 
 
 def stable(buffers: list[Any]) -> list[Any]:
