@@ -29,7 +29,7 @@ from distpool.managers.process import LaunchedProcess
 from distpool.node import group as groups
 from distpool.node.group import Member, State
 from distpool.node.node import Node
-from distpool.transport.stream import adopt, dial
+from distpool.transport.stream import Adopted, adopt, dial
 from distpool.wire import codec, messages
 from distpool.wire.frames import Frame, Kind
 
@@ -181,7 +181,7 @@ class Launch:
         call_soon = self.node.loop.call_soon
         try:
             given = self.manager.connect(member.pid, worker)
-            adopted = None if given is None else adopt(given)
+            adopted = None if given is None else self._encrypted(adopt(given), member)
             connect_at = b"" if given is None else codec.encode(worker.connect_at, what="connect_at")[0]
         except Exception as error:
             call_soon(partial(self._failed, member, worker, error))
@@ -196,6 +196,15 @@ class Launch:
             member.connect(adopted.stream, adopted)
 
         call_soon(attach)
+
+    def _encrypted(self, adopted: Adopted, member: Member) -> Adopted:
+        """On a library thread: a listener that takes encrypted links only wants them by whatever way they come."""
+        if member.has_identity:
+            from distpool.transport import tls
+
+            adopted.stream.setblocking(True)
+            adopted.stream = tls.connect(adopted.stream, self.node.identity, self.seconds)
+        return adopted
 
     def _failed(self, member: Member, worker: WorkerConfig, error: BaseException) -> None:
         self._read_output(member, worker, None)  # its last lines may say why

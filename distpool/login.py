@@ -32,6 +32,7 @@ from typing import Any, NoReturn
 from distpool import standalone, startup, zygote
 from distpool.managers.local import BLAS_VARIABLES, routable_address
 from distpool.managers.login_protocol import MARK, MAX_LINE, LoginSettings, pack_event
+from distpool.transport.silence import is_loopback
 
 if sys.platform != "win32":
     import resource
@@ -152,6 +153,9 @@ class Agent:
         """One worker: None in this process; in the child what it needs. OSError: no address or no process left."""
         opened: list[int] = []
         listener = listen(self.settings, self.address, number)
+        name = listener.getsockname()
+        if is_loopback(name[0]) and not self.settings.always_tls:
+            settings = {**settings, "tls": None}  # what is said there stays on this host
         try:
             for _ in range(2):
                 opened += os.pipe()
@@ -167,14 +171,13 @@ class Agent:
             os.close(output)
             os.close(own_lifeline)
             return zygote.Birth(listener, settings, worker_output, lifeline)
-        name = listener.getsockname()
         listener.close()
         os.close(worker_output)
         os.close(lifeline)
         os.set_blocking(output, False)
         self._workers[ospid] = self._outputs[output] = _Worker(number, output, own_lifeline)
         host = self.address if name[0] in ("0.0.0.0", "::") else name[0]
-        self._say(worker=number, ospid=ospid, host=host, port=name[1])
+        self._say(worker=number, ospid=ospid, host=host, port=name[1], tls=settings["tls"] is not None)
         return None
 
     def _leave(self) -> None:

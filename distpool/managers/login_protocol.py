@@ -2,7 +2,7 @@
 
     master --stdin-->  whatever `bootstrap` needs, then one line of JSON: LoginSettings; later {"kill": n, "signal": s}
     master <-stdout--  banners of the shell, then `distpool_login:{json}`, from there on events:
-                         {"worker": n, "ospid": .., "host": .., "port": ..}   it listens there
+                         {"worker": n, "ospid": .., "host": .., "port": .., "tls": ..}
                          {"output": n, "size": b} and b bytes                 it printed these
                          {"exited": n, "status": code or -signal}
                          {"problem": text}                                    one worker less: why
@@ -36,8 +36,9 @@ class LoginSettings:
     the address to listen on, None: the one by which the login reached the host. `port`: 0 for any; the workers after
     the first take the next free ones, and so does the first with `port_is_hint`. `loopback`: reached through the
     login only. `cwd`: where they work; if it is missing there, the home directory, unless `strict_cwd`. `env`: over
-    the environment of the login. `tls`: None, or `{"certificate": PEM, "key": PEM, ...}`. `ship`: what `bootstrap`
-    wants to tell. `site`: the host as the user named it. `timeout`: seconds, for the start and for the master to come.
+    the environment of the login. `tls`: None, or `{"certificate": PEM, "key": PEM}` of the cluster: listeners that can
+    be reached from other hosts take encrypted links only; with `always_tls` so do those on loopback. `ship`: what
+    `bootstrap` wants to tell. `site`: the host as the user named it. `timeout`: seconds, for the start and the master.
     """
 
     cookie: str | None = None
@@ -52,6 +53,7 @@ class LoginSettings:
     enable_threaded_blas: bool = False
     memory_limit: int | None = None
     tls: dict[str, Any] | None = None
+    always_tls: bool = False
     ship: Any = None
     site: str = ""
     timeout: float = 60.0

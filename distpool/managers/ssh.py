@@ -80,6 +80,8 @@ class SSHManager(ClusterManager):
         if params["ssh"] is not None and not words(params["ssh"], "ssh"):
             raise ValueError("ssh must be None (the client in this process) or name a program")
         sshflags(params["sshflags"])
+        if params["encrypt"] not in (None, False, True):
+            raise ValueError(f"encrypt must be None, False or True, not {params['encrypt']!r}")
         command_line(params["shell"], params["exename"], params["exeflags"], pairs(params["env"]))
         memory_bytes(params["memory_limit"])
 
@@ -144,7 +146,7 @@ class SSHManager(ClusterManager):
                 bind_addr=spec.bind_addr or login.address,
                 sshflags=params["sshflags"],
                 max_parallel=params["max_parallel"],
-                environ={"machine": spec.host},
+                environ={"machine": spec.host, "tls": process.encrypted},
                 enable_threaded_blas=params["enable_threaded_blas"],
             )
 
@@ -223,6 +225,8 @@ def environment(params: dict[str, Any]) -> dict[str, str]:
 def login_settings(spec: Spec, count: Any, params: dict[str, Any]) -> LoginSettings:
     """The order for one host."""
     directory = params["dir"]
+    # Through the login alone everything is encrypted already.
+    encrypt = params["encrypt"] if params["encrypt"] is not None else params["tunnel"] is not True
     return LoginSettings(
         cookie=None if params["cmdline_cookie"] else params["cookie"],
         count=count,
@@ -235,6 +239,8 @@ def login_settings(spec: Spec, count: Any, params: dict[str, Any]) -> LoginSetti
         env=environment(params),
         enable_threaded_blas=bool(params["enable_threaded_blas"]),
         memory_limit=memory_bytes(params["memory_limit"]),
+        tls=params["identity"]().settings() if encrypt else None,
+        always_tls=params["encrypt"] is True,
         site=spec.host,
         timeout=_seconds(params),
     )

@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import weakref
 from typing import Any
 
 from distpool.managers.specs import Spec
@@ -77,6 +78,7 @@ class BinaryConnection:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()  # protects `_master`: two commands may be run at the same time
         self._master: BinarySession | None = None
+        self._dialled: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
     def run(self, command: str, deadline: float) -> BinarySession:
         """Run a command; its streams. The first one logs in, and with tunnels the others use that login."""
@@ -136,6 +138,7 @@ class BinaryConnection:
                 self._control("cancel", f"{path}:{there}:{port}", deadline)
             with contextlib.suppress(OSError):
                 os.unlink(path)
+        self._dialled.add(sock)
         return sock
 
     def _control(self, order: str, forward: str, deadline: float) -> None:
@@ -178,8 +181,13 @@ class BinaryConnection:
 
     def forget(self) -> None:
         """In a forked child: only descriptors."""
+        for sock in list(self._dialled):
+            with contextlib.suppress(OSError):
+                os.close(sock.detach())
+        self._dialled = weakref.WeakSet()
         if self._master is not None:
             self._master.forget()
+            self._master = None
 
 
 class BinarySession:

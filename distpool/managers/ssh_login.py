@@ -44,6 +44,7 @@ class RemoteProcess(LaunchedProcess):
         super().__init__(ospid, address, output, lambda signum: login.send_signal(self, signum))
         self.login = login
         self.number = number
+        self.encrypted = False  # its listener takes encrypted links only
         self.gone = threading.Event()
         self._sink_lock = threading.Lock()  # protects `sink`: the login's thread writes, whoever kills may close
 
@@ -195,6 +196,7 @@ class HostLogin:
     def _add(self, event: dict[str, Any]) -> None:
         address = ("tcp", str(event["host"]), int(event["port"]))
         process = RemoteProcess(self, int(event["worker"]), int(event["ospid"]), address)
+        process.encrypted = bool(event.get("tls"))
         self._processes[process.number] = process
         with self._lock:
             self._users += 1

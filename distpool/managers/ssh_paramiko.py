@@ -391,6 +391,7 @@ class ParamikoConnection:
                 # Not the transport's `close`: some thread of the parent may have held its lock at the fork.
                 with contextlib.suppress(OSError):
                     os.close(thing.detach())
+        self._opened = []
 
 
 class ParamikoSession:

@@ -49,7 +49,7 @@ class Stream(Protocol):
 class Adopted:
     """A stream made of what a manager handed us: `stream` is for the link, `close` ends ours and theirs."""
 
-    def __init__(self, stream: socket.socket, is_closed: Callable[[], bool], close: Callable[[], None]) -> None:
+    def __init__(self, stream: Any, is_closed: Callable[[], bool], close: Callable[[], None]) -> None:
         self.stream = stream
         self.is_closed = is_closed
         self.close = close
