@@ -142,6 +142,8 @@ class Launch:
         member.tells = kind.manage not in (ClusterManager.manage, LocalManager.manage)
         if kind.kill is not ClusterManager.kill:
             member.kills = partial(manager.kill, member.pid, worker)
+        closed = ConnectionAbortedError("the connection was closed before it had joined")
+        member.lost_early = partial(manager.unreachable, worker, closed)
         member.has_identity = bool((worker.environ or {}).get("tls"))
         member.site = "" if isinstance(manager, LocalManager) else worker.bind_addr or worker.host or ""
         member.host = (worker.environ or {}).get("machine") or member.host  # until it says how it calls itself

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from distpool import config
-from distpool.errors import CompositeException
+from distpool.errors import CompositeException, DistpoolError
 from distpool.managers.base import ClusterManager, WorkerConfig
 from distpool.managers.local import here, memory_bytes, pairs
 from distpool.managers.login_protocol import LOGIN_ARGUMENTS, LoginSettings
@@ -173,7 +173,15 @@ class SSHManager(ClusterManager):
         return login.dial(host, port, _connect_seconds())
 
     def unreachable(self, config: WorkerConfig, error: BaseException) -> BaseException:
-        """What is said when a worker that listens cannot be reached."""
+        """What is said when a worker that listens cannot be reached, or the way to it has ended. Never blocks."""
+        login = config.userdata
+        if not isinstance(error, OSError) or isinstance(error, DistpoolError) or not isinstance(login, HostLogin):
+            return error
+        if isinstance(error, ConnectionAbortedError):  # there was a way, for a moment
+            said = login.last_error()
+            if "administratively prohibited" in said:
+                said += " (the sshd there does not allow it: AllowTcpForwarding)"
+            return ConnectionError(f"{error}: {said}") if said else error
         why = getattr(error, "strerror", None) or error
         return ConnectionError(
             f"its worker listens on {config.host} port {config.port}, which cannot be reached from here ({why}): open "

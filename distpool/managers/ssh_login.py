@@ -212,6 +212,10 @@ class HostLogin:
         """The last lines of what the login printed, of both streams."""
         return last_lines(self._events.said() + self._errors, config.OUTPUT_LINES).strip()
 
+    def last_error(self) -> str:
+        """The last line on stderr, where an SSH program says why it could not connect something. Any thread."""
+        return last_lines(self._errors, 1).strip()
+
     # -- any thread --------------------------------------------------------------------------------------------
 
     def _settle(self, reason: str = "", output: str = "") -> None:

@@ -102,6 +102,8 @@ class Member:
         self.meter: Any = None  # what `stats()` saw last
         self.on_joined: Callable[[Member], None] = lambda member: None
         self.on_frame: Callable[[Member, Frame], None] = lambda member, frame: None
+        # What is said when the connection ends before it has joined, and nobody says why.
+        self.lost_early: Callable[[], BaseException | None] = lambda: None
         self.on_gone: Callable[[Member, BaseException | None], None] = lambda member, reason: None
         self.borrower: Any = None  # the crew of an executor that it belongs to for the time being; leader
         self.slot: Any = None  # of executors that borrow it, one after the other
@@ -345,6 +347,8 @@ class Member:
         self._link_ended = True
         if self._failure is None:
             self._failure = reason
+        if self._failure is None and not self._registered:
+            self._failure = self.lost_early()
         self._wait_for_exit()
         self._check_gone()
 
