@@ -158,7 +158,7 @@ class Launch:
     def _bring_up(self, member: Member, worker: WorkerConfig) -> None:
         process = worker.process
         if isinstance(process, LaunchedProcess):
-            member.address = process.address
+            member.address = ("tls", *process.address[1:]) if member.has_identity else process.address
             if process.output >= 0:
                 member.read_output(process.output, process.early_output)
             if type(self.manager).connect is ClusterManager.connect:
@@ -193,7 +193,7 @@ class Launch:
             return
 
         def attach() -> None:
-            member.address = ("manager", connect_at.hex())
+            member.address = member.address or ("manager", connect_at.hex())
             self._read_output(member, worker, None)
             member.connect(adopted.stream, adopted)
 
