@@ -20,6 +20,7 @@ from distpool.joining import Launch
 from distpool.managers.base import ClusterManager
 from distpool.node.group import Group, Member
 from distpool.node.node import Node
+from distpool.supply import launch_errors
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
 
@@ -141,18 +142,8 @@ class Adding:
         found: list[Exception] = []
         for pid in sorted(self._errors, key=lambda pid: pid or len(self._errors) + max(self._errors)):
             for error in self._errors[pid]:
-                found += _launch_errors(error)
+                found += launch_errors(error)
         return CompositeException(found)
-
-
-def _launch_errors(error: BaseException) -> list[Exception]:
-    if isinstance(error, LaunchWorkerError):
-        return [error]
-    if isinstance(error, CompositeException):
-        return [inner for each in error.exceptions for inner in _launch_errors(each)]
-    wrapped = LaunchWorkerError("localhost", "", f"{type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return [wrapped]
 
 
 class _Idents:

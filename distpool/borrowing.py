@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
 
 from distpool.crew import Crew
 from distpool.node.group import Member
@@ -29,17 +28,23 @@ class BorrowedCrew(Crew):
     """Living workers of the group, for as long as one executor needs them."""
 
     def __init__(self, node: Node, pids: list[int], *, initializer: bytes | None, replace: bool) -> None:
-        super().__init__(node, len(pids), _launches_nothing, {}, initializer=initializer, replace=replace)
+        super().__init__(node, [], {}, initializer=initializer, replace=replace)
+        self.size = len(pids)
         self._pids = pids
+        self._begun = False
         self._owners: dict[int, Callable[[Member, BaseException | None], None]] = {}  # who else hears of their end
 
-    def start(self, count: int) -> None:
+    def start(self) -> None:
         """Borrow them. Any thread."""
-        self._launching += 1  # so that nobody takes the crew for empty before it has begun
         self.node.loop.call_soon(self._borrow)
 
+    @property
+    def _launching(self) -> int:
+        """Nobody shall take the crew for empty before it has begun."""
+        return int(not self._begun)
+
     def _borrow(self) -> None:
-        self._launching -= 1
+        self._begun = True
         group = self.node.group
         for pid in self._pids:
             member = group.members.get(pid)
@@ -113,10 +118,6 @@ class BorrowedCrew(Crew):
         for member in list(self.members.values()):
             self._give_back(member)
         self._check_finished()
-
-
-def _launches_nothing(count: int) -> Any:
-    raise AssertionError("borrowed workers are not launched")
 
 
 __all__ = ["BorrowedCrew"]

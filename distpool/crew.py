@@ -1,7 +1,7 @@
 """The workers of one executor: launched, initialised, replaced, retired (layer 9).
 
-    start(n) -> cluster.start_workers -> Member -> JOINED -> INITIALIZE -> Slot -> Scheduler.add
-    worker gone -> Scheduler.lost -> replacement (or everything breaks)      Scheduler idle and closing -> goodbye
+    start -> Supply -> Member -> JOINED -> INITIALIZE -> Slot -> Scheduler.add
+    worker gone -> Scheduler.lost -> Supply: replacement (or everything breaks)   Scheduler idle and closing -> goodbye
 
 Everything runs on the leader unless it says otherwise. `broken` is set once and for all.
 """
@@ -16,13 +16,13 @@ from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
 from typing import Any
 
 from distpool import config
-from distpool.errors import LaunchWorkerError, ProcessExitedException
-from distpool.joining import launcher, start_workers
-from distpool.managers.base import ClusterManager
+from distpool.errors import ProcessExitedException
+from distpool.joining import launcher
 from distpool.node.group import Member, State
 from distpool.node.node import Node
 from distpool.scheduling import Scheduler
 from distpool.slots import Slot
+from distpool.supply import Order, Place, Supply
 from distpool.wire import messages
 from distpool.wire.failures import failure_info
 from distpool.wire.frames import Frame, Kind
@@ -31,26 +31,27 @@ log = logging.getLogger("distpool.crew")
 remote_traceback: Any = _RemoteTraceback  # typeshed has its argument wrong
 
 _PATIENCE = 5.0  # seconds that a worker has to exit when asked
-_ATTEMPTS = 3  # launches that may fail in a row
-_MANY_ATTEMPTS = 30  # the same, when workers of this executor have worked before
 
 
 class Crew:
-    """`size` workers for one scheduler."""
+    """The workers of these places, `cap` at most, for one scheduler."""
 
     def __init__(
         self,
         node: Node,
-        size: int,
-        manager: Callable[[int], ClusterManager],
+        places: list[Place],
         params: dict[str, Any],
+        cap: int | None = None,
         *,
         initializer: bytes | None = None,
         max_tasks: int | None = None,
         replace: bool = True,
     ) -> None:
         self.node = node
-        self.size = size
+        self.supply = Supply(node, places, params, self._prepare, self._on_settled)
+        self._cap = cap
+        self.size = 1  # workers that it has when all are there
+        self._resize()
         self.scheduler = Scheduler(node)
         self.scheduler.on_idle = self.dismiss
         self.scheduler.on_retire = self._retire
@@ -61,32 +62,42 @@ class Crew:
         self.finished = threading.Event()  # closed, and every worker is gone
         self._changed = threading.Event()  # some worker was launched
         self.broken: BaseException | None = None  # what `submit` raises
-        self.was_initialized = False
         self.ends_at_exit = True  # the program's end waits for its work (`exits`); pools end otherwise
         self._slots: dict[int, Slot] = {}
-        self._manager = manager
-        self._params = params
         self._initializer = initializer
         self._max_tasks = max_tasks
         self._replace = replace
-        self._launching = 0  # workers asked for and not launched yet
-        self._failures = 0  # launches that failed in a row
         self._dismissed = False
         node.crews.add(self)
 
-    def start(self, count: int) -> None:
-        """Launch `count` more workers in the background. Any thread."""
-        self._launching += count
-        start_workers(
-            self.node, self._manager(count), self._params, self._prepare, lambda n, e: self._launched(count, n, e)
-        )
+    def start(self) -> None:
+        """Launch the workers in the background. Any thread."""
+        self.supply.start()
+
+    @property
+    def _launching(self) -> int:
+        """Workers asked for and not launched yet."""
+        return self.supply.launching
+
+    def _resize(self) -> None:
+        """Places whose number was not known have brought somebody, or have not brought all."""
+        if not self.supply.scaled:
+            share = max(1, self.supply.share)
+            self.size = share if self._cap is None else min(share, self._cap)
 
     # -- coming up ---------------------------------------------------------------------------------------------
 
-    def _launched(self, wanted: int, count: int, error: BaseException | None) -> None:
-        self._launching -= wanted
-        if count < wanted:
-            self._launch_failed(error or LaunchWorkerError("localhost", "", f"{count} of {wanted} workers started"))
+    def _on_settled(self, order: Order) -> None:
+        """An order is over, and has brought whom it has brought."""
+        self._changed.set()
+        if not self._dismissed:
+            for error in order.errors:
+                log.warning("%s", error)
+            self._resize()
+            if self._replace:
+                self._refill()
+            else:
+                self._check_hopeless()
         self.scheduler.check_done()
         self._check_finished()
 
@@ -104,35 +115,16 @@ class Crew:
                 with loop.following():
                     self._changed.wait(0.05)  # the I/O thread leads: it sets this when a worker is launched
 
-    def _launch_failed(self, error: BaseException) -> None:
-        self._failures += 1
-        log.warning("%s", error)
-        if self._dismissed:
-            return
-        missing = self.size - len(self.members) - self._launching
-        # Where workers have worked before, it is not the set-up that is wrong: something kills them. Then we are
-        # stubborn, but with growing pauses.
-        attempts = _ATTEMPTS if not self.was_initialized else _MANY_ATTEMPTS
-        if self._failures < attempts and missing > 0 and self._replace:
-            if self.was_initialized:
-                self._launching += missing
-                pause = min(1.0, 0.02 * self._failures)
-                self.node.loop.call_later(pause, lambda: self._start_again(missing))
-            else:
-                self.start(missing)
-        elif not self.members and not self._launching:
-            self.fail(lambda: error if isinstance(error, Exception) else LaunchWorkerError("localhost", "", str(error)))
-
-    def _start_again(self, count: int) -> None:
-        self._launching -= count
-        if self._dismissed:
-            self._check_finished()
-        else:
-            self.start(count)
+    def _check_hopeless(self) -> None:
+        """Nobody is there, and nobody will come."""
+        if not self.members and not self._dismissed and not self.supply.busy:
+            error = self.supply.error()
+            self.fail(lambda: error)
 
     def _prepare(self, member: Member) -> None:
         self._changed.set()
         self.members[member.pid] = member
+        self._resize()
         member.borrower = self
         member.on_joined = self._on_joined
         member.on_frame = self._on_frame
@@ -142,8 +134,12 @@ class Crew:
 
     def _on_joined(self, member: Member) -> None:
         slot = self._slots[member.pid] = Slot(member, self._max_tasks)
+        surplus = self._cap is not None and len(self._staying()) > max(self.size, self._cap)
+        self.supply.joined(member, not self._dismissed and not surplus)
         if self._dismissed:
             member.say_goodbye(_PATIENCE)
+        elif surplus:
+            self._retire(slot)
         elif self._initializer is not None:
             assert member.link is not None
             member.link.send(Kind.INITIALIZE, messages.Initialize("").pack(), self._initializer)
@@ -166,8 +162,6 @@ class Crew:
         self._break(make_error)
 
     def _ready(self, slot: Slot) -> None:
-        self._failures = 0
-        self.was_initialized = True
         self.scheduler.add(slot)
         self.scheduler.check_done()
 
@@ -181,9 +175,12 @@ class Crew:
     def _on_gone(self, member: Member, reason: BaseException | None) -> None:
         self.members.pop(member.pid, None)
         slot = self._slots.pop(member.pid, None)
+        place = self.supply.place_of(member.pid)
+        if slot is not None and place is not None and not self._dismissed:
+            place.note_death(idle=not (slot.done or slot.failed or slot.inflight))
+        self.supply.gone(member)
         if slot is None:
-            if not self._dismissed:
-                self._launch_failed(member.launch_error())
+            pass  # it never came up: its order deals with that
         elif self._dismissed or slot.retiring or (slot.exhausted and not slot.inflight):
             self.scheduler.lost(slot, lambda ran: self._exit_error(member, ran))
             self._refill()
@@ -240,9 +237,11 @@ class Crew:
 
     def _refill(self) -> None:
         """Replace what is missing."""
-        missing = self.size - self._launching - sum(not self._leaving(pid) for pid in self.members)
-        if missing > 0 and not self._dismissed and self.broken is None:
-            self.start(missing)
+        if not self._dismissed and self.broken is None:
+            missing = self.size - self._launching - sum(not self._leaving(pid) for pid in self.members)
+            if missing > 0:
+                self.supply.order(missing, self._refill)
+            self._check_hopeless()
 
     def _leaving(self, pid: int) -> bool:
         slot = self._slots.get(pid)
@@ -252,13 +251,18 @@ class Crew:
         """The worker has run all it may run."""
         slot.retiring = True
         self.scheduler.slots.pop(slot.pid, None)
+        self.supply.leaves(slot.pid)
         slot.member.say_goodbye(_PATIENCE)
         self._refill()
 
+    def _staying(self) -> list[Slot]:
+        return [slot for slot in self._slots.values() if not slot.retiring and not slot.exhausted]
+
     def scale(self, size: int) -> None:
         """Have `size` workers from now on; surplus ones leave when their calls are done."""
+        self.supply.scale(size)
         self.size = size
-        staying = [slot for slot in self._slots.values() if not slot.retiring and not slot.exhausted]
+        staying = self._staying()
         surplus = len(staying) + self._launching - size
         for slot in sorted(staying, key=lambda slot: slot.load)[: max(0, surplus)]:
             slot.retiring = True
@@ -316,7 +320,7 @@ class Crew:
         self._check_finished()
 
     def _check_finished(self) -> None:
-        if not (self._dismissed and not self.members and not self._launching) or self.finished.is_set():
+        if not self._dismissed or self.members or self.finished.is_set() or not self.supply.abandon():
             return
         if self.scheduler.failure is None:
             self.scheduler.fail_all(lambda: BrokenProcessPool("the executor was shut down"))

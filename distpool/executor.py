@@ -24,6 +24,7 @@ from distpool.nested import reduce_executor, reduce_view
 from distpool.node import node as nodes
 from distpool.policy import make_policy
 from distpool.submitter import LOOK_AHEAD, Submitter, strict_future
+from distpool.supply import can_grow
 from distpool.wire import codec
 from distpool.work import Policy
 
@@ -33,12 +34,17 @@ _UNSET: Any = object()
 class ClusterExecutor(Submitter):
     """Runs calls on worker processes of this machine or of a cluster: a drop-in for `ProcessPoolExecutor`.
 
-    `hosts`: `None` (as many local workers as `max_workers`, default: usable CPUs), an int, a manager, `"local://4"`,
-    ... (API of the package), or a `WorkerPool`, whose living workers are borrowed (by one executor at a time) and live
-    on. `initializer(*initargs)` runs first in every worker. `max_tasks_per_child`: calls after which a worker is
-    replaced. `on_worker_exit`: "replace" (only the running call fails) or "break" (the standard library's rule).
-    `timeout` (seconds of running time per attempt), `retries`, `retry_delays`, `retry_check`: see
-    `options`. Construction returns at once; workers are used as they come.
+    `hosts`: `None` (as many local workers as `max_workers`, default: usable CPUs), an int; a list of machine specs, or
+    the `Path` of a machine file (through SSH, `max_workers` in all at most); a `ClusterManager`; `"scheme://..."` for
+    one that is found by its name; `"env"` for the hosts of the surrounding batch job; a `WorkerPool`, whose living
+    workers are borrowed (by one executor at a time) and live on. Workers that die are replaced on their host, or on
+    another one if that does not answer; if none can be started, every future fails with the `LaunchWorkerError`, or a
+    `CompositeException` of them. Further keywords are those of `addprocs`.
+
+    `initializer(*initargs)` runs first in every worker. `max_tasks_per_child`: calls after which a worker is replaced.
+    `on_worker_exit`: "replace" (only the running call fails) or "break" (the standard library's rule). `timeout`
+    (seconds of running time per attempt), `retries`, `retry_delays`, `retry_check`: see `options`. Construction returns
+    at once; workers are used as they come.
 
     Example:
         with ClusterExecutor(4) as ex:
@@ -95,9 +101,9 @@ class ClusterExecutor(Submitter):
         else:
             self._crew = Crew(
                 nodes.current(),
-                plan.size,
-                plan.manager,
+                plan.places,
                 plan.params,
+                plan.cap,
                 initializer=code,
                 max_tasks=max_tasks_per_child,
                 replace=replace,
@@ -107,7 +113,7 @@ class ClusterExecutor(Submitter):
         exits.register(self._crew.node)
         self._finalizer = weakref.finalize(self, _forgotten, self._crew)
         self._finalizer.atexit = False
-        self._crew.start(plan.size)
+        self._crew.start()
 
     def __repr__(self) -> str:
         state = "shut down" if self._shutdown else "broken" if self._broken else f"workers={self.workers}"
@@ -161,6 +167,8 @@ class ClusterExecutor(Submitter):
     def scale(self, n: int) -> None:
         """Have `n` workers from now on: new ones are started in the background, surplus ones leave when idle.
 
+        ValueError: more than there are, of a manager that starts what it starts (`ClusterManager.sized`).
+
         Example: `ex.scale(16)`
         """
         if isinstance(n, bool) or not isinstance(n, int):
@@ -169,6 +177,8 @@ class ClusterExecutor(Submitter):
             raise ValueError("max_workers must be greater than 0")
         self._check_usable()
         crew = self._crew
+        if n > crew.size and not can_grow(crew.supply.places):
+            raise ValueError(f"there are {crew.size} workers, and their manager cannot start a given number of others")
         crew.node.loop.call_soon(lambda: crew.scale(n))
 
     @property

@@ -5,22 +5,37 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from distpool.managers.base import ClusterManager
+from distpool.managers.batch import machines_of_job
 from distpool.managers.local import LocalManager
 from distpool.managers.specs import load_machine_file
+from distpool.supply import Place, spread
+
+ENTRY_POINTS = "distpool.managers"
+"""The group of entry points under which other packages offer managers."""
+
+_SCHEMES = {
+    "local": ("local", "LocalManager"),
+    "ssh": ("ssh", "SSHManager"),
+    "slurm": ("slurm", "SlurmManager"),
+    "mpi": ("mpi", "MPIManager"),
+    "dask": ("dask", "DaskManager"),
+}
+"""Managers of our own, which are found without the metadata of an installation: scheme -> module, class."""
 
 
 @dataclasses.dataclass
 class Plan:
-    """How an executor gets its workers: how many, from which manager, with which parameters."""
+    """Where an executor gets its workers, and with which parameters."""
 
-    size: int
-    manager: Callable[[int], ClusterManager]
+    places: list[Place]
     params: dict[str, Any]
+    cap: int | None = None
+    """No more workers than this, where the number is not known before they come."""
     borrowed: list[int] | None = None
     """Pids of workers that live already, instead of all that."""
 
@@ -69,27 +84,99 @@ def plan_for(hosts: Any, max_workers: int | None, options: dict[str, Any]) -> Pl
         check_count(max_workers)
     if callable(getattr(hosts, "prepare", None)):
         return _plan_for_pool(hosts, max_workers, options)
-    if isinstance(hosts, str) and hosts.startswith("local://"):
-        text = hosts[len("local://") :]
-        if text and not text.isdigit():
-            raise ValueError(f"local:// takes a number of workers, not {text!r}")
-        hosts = int(text) if text else None
-    if hosts is None:
+    if hosts is None or (isinstance(hosts, str) and hosts == "local://"):
         hosts = max_workers if max_workers is not None else usable_cpus()
-    if isinstance(hosts, bool):
-        raise TypeError("hosts must not be a bool")
-    if isinstance(hosts, int):
+    if isinstance(hosts, int) and not isinstance(hosts, bool):
         check_count(hosts)
-        restrict = options.get("restrict", True)
-        check_options(LocalManager(0), options)
-        return Plan(hosts, lambda n: LocalManager(n, restrict), options)
-    if isinstance(hosts, LocalManager):
-        manager = hosts
-        check_options(manager, options)
-        return Plan(manager.n, lambda n: LocalManager(n, manager.restrict), options)
+        manager: ClusterManager = LocalManager(hosts, options.get("restrict", True))
+    else:
+        manager = manager_of(hosts)
+    check_options(manager, options)
+    places = [Place(part, count) for part, count in manager.parts()]
+    if type(manager) is LocalManager:
+        check_count(manager.n)
+    return Plan(places, options, _limit(places, max_workers))
+
+
+def _limit(places: list[Place], most: int | None) -> int | None:
+    """Let the places have `most` workers in all; returns what is left to be seen to when they have come."""
+    counts = [place.count for place in places]
+    if most is None:
+        return None
+    known = [count for count in counts if count is not None]
+    if len(known) < len(places):
+        return most
+    if sum(known) > most:
+        for place, count in zip(places, spread(most, known), strict=True):
+            sized = place.manager.sized(count) if count else None
+            if count and sized is None:  # a part that cannot be made smaller: surplus workers are sent home
+                return most
+            place.manager, place.count, place.share = sized or place.manager, count, count
+    return None
+
+
+def manager_of(hosts: Any) -> ClusterManager:
+    """The manager for what `hosts=` was given, other than a number or a pool. TypeError, ValueError."""
+    if isinstance(hosts, ClusterManager):
+        return hosts
+    if isinstance(hosts, str):
+        return _named(hosts)
+    if isinstance(hosts, Path):
+        machines: list[Any] = list(load_machine_file(hosts))
+        if not machines:
+            raise ValueError(f"{hosts}: no machine in this file")
+        return ssh_manager(machines)
     if isinstance(hosts, float):
         raise TypeError(f"max_workers must be an int, not {type(hosts).__name__}")
-    raise TypeError(f"hosts={hosts!r}: this version starts local workers only (int, None, local://N, LocalManager)")
+    if isinstance(hosts, Iterable) and not isinstance(hosts, bytes | bytearray | Mapping):
+        machines = list(hosts)
+        if isinstance(hosts, tuple) and len(machines) == 2 and (isinstance(machines[1], int) or machines[1] == "auto"):
+            machines = [hosts]  # one machine, with its number of workers
+        if not machines:
+            raise ValueError("hosts must name at least one machine")
+        return ssh_manager(machines)
+    raise TypeError(
+        f"hosts must be an int, a list of machine specs, the Path of a machine file, a ClusterManager, a WorkerPool "
+        f"or a str, not {type(hosts).__name__}"
+    )
+
+
+def _named(text: str) -> ClusterManager:
+    """`"env"`, `"scheme://..."`, or one machine spec."""
+    if text == "env":
+        return ssh_manager(list(machines_of_job(os.environ)))
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return ssh_manager([text])
+    factory = _find_scheme(scheme)
+    manager = factory(rest)
+    if not isinstance(manager, ClusterManager):
+        raise TypeError(f"the entry point {scheme!r} of {ENTRY_POINTS} gave a {type(manager).__name__}, no manager")
+    return manager
+
+
+def _find_scheme(scheme: str) -> Callable[[str], Any]:
+    """What makes managers from the text behind `scheme://`: our own, or an entry point of whatever is installed. That
+    is a `ClusterManager` subclass (its `from_url` is called) or a function of that text."""
+    home = _SCHEMES.get(scheme)
+    if home is not None:
+        try:
+            found: Any = getattr(importlib.import_module(f"distpool.managers.{home[0]}"), home[1])
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{scheme}://: {error}") from error
+    else:
+        from importlib.metadata import entry_points
+
+        points = entry_points(group=ENTRY_POINTS)
+        known = sorted({*_SCHEMES, *points.names})
+        if scheme not in points.names:
+            raise ValueError(f"no manager is called {scheme!r}: known are {', '.join(known)}")
+        found = points[scheme].load()
+    if isinstance(found, type) and issubclass(found, ClusterManager):
+        return found.from_url
+    if not callable(found):
+        raise TypeError(f"the entry point {scheme!r} of {ENTRY_POINTS} is neither a ClusterManager nor a function")
+    return found  # type: ignore[no-any-return]
 
 
 def _plan_for_pool(pool: Any, max_workers: int | None, options: dict[str, Any]) -> Plan:
@@ -99,7 +186,7 @@ def _plan_for_pool(pool: Any, max_workers: int | None, options: dict[str, Any]) 
     pids = [pid for pid in pool.workers() if pid != 1][:max_workers]
     if not pids:
         raise RuntimeError("No active worker available in pool")
-    return Plan(len(pids), LocalManager, {}, pids)
+    return Plan([], {}, None, pids)
 
 
 def check_count(count: Any) -> None:
@@ -112,6 +199,8 @@ def check_count(count: Any) -> None:
 
 def check_options(manager: ClusterManager, options: dict[str, Any]) -> None:
     """ValueError for a keyword that the manager does not know, before anything is launched."""
+    if manager.any_keyword:
+        return
     known = manager.default_addprocs_params()
     for name in options:
         if name not in known:

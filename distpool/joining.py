@@ -101,6 +101,8 @@ class Launch:
                 if not isinstance(worker, WorkerConfig):
                     raise TypeError(f"launch must give WorkerConfig objects, not {type(worker).__name__}")
                 call_soon(partial(self.begin, worker))
+                if self._given_up:
+                    break
         except Exception as caught:
             error = caught
         call_soon(partial(self._finish, error))
@@ -109,6 +111,12 @@ class Launch:
         self._given_up = True
         text = f"{type(self.manager).__name__}.launch brought nothing within {self._patience:g} seconds"
         self._finish(LaunchWorkerError("localhost", "", text))
+
+    def abandon(self) -> None:
+        """Nobody waits for it any more: what still comes is ended. Leader."""
+        self._given_up = True
+        self._over = True
+        self._stalled.cancel()
 
     def _finish(self, error: BaseException | None) -> None:
         if not self._over:

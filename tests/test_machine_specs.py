@@ -87,6 +87,34 @@ def test_C217_machine_file(tmp_path: Path) -> None:
     )
 
 
+def test_host_files_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(
+        "a slots=4 max_slots=8  # Open MPI\nb slots=4 max-slots=2\nc max_slots=3\nme@d:2222 slots=2\n"
+        "e 4 all.q@e UNDEFINED\nf 2\ng\ng\nh:4\n",
+        encoding="utf-8",
+    )
+    expected = [("a", 4), ("b", 2), ("c", 1), ("me@d:2222", 2), ("e", 4), ("f", 2), "g", "g", "h:4"]
+    assert distpool.load_machine_file(path) == expected, "h:4 is the port of an SSH server, as in every spec"
+
+
+def test_mpich(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("a:4 ifhn=a-ib\nb\n", encoding="utf-8")
+    assert distpool.load_machine_file(path, mpich=True) == [("a", 4), "b"]
+    path.write_text("a:x\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1: 'x' is not a number of workers"):
+        distpool.load_machine_file(path, mpich=True)
+
+
+@pytest.mark.parametrize("line", ["a slots=", "a slots=0", "a slots=x", "a slots=4 foo", "a 0 q", "a slots=2 nodes=4"])
+def test_bad_lines_of_others(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(f"good\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2"):
+        distpool.load_machine_file(path)
+
+
 @pytest.mark.parametrize("line", ["0*host", "x*host", "-1*host", "4*", "host:0", "*host"])
 def test_C217_bad_lines_are_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "machines"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = ["ClusterManager", "WorkerConfig", "parse_header"]
 
@@ -78,6 +78,10 @@ class ClusterManager:
         addprocs(HandMade())
     """
 
+    any_keyword: ClassVar[bool] = False
+    """Whether executors hand on keywords that `default_addprocs_params` does not list (a scheduler's own options, say)
+    instead of refusing them. `addprocs` always does, for managers that are not built in."""
+
     def launch(self, params: dict[str, Any]) -> Iterable[WorkerConfig]:
         """Start the workers and give one `WorkerConfig` for each.
 
@@ -107,6 +111,36 @@ class ClusterManager:
     def unreachable(self, config: WorkerConfig, error: BaseException) -> BaseException:
         """What is said when distpool cannot connect to a worker whose address is known; the default adds nothing."""
         return error
+
+    def sized(self, n: int) -> ClusterManager | None:
+        """A manager that starts `n` workers where this one does: how executors replace workers that died, and `scale`.
+
+        The default, `None`: this manager starts what it starts. Then a lost worker is not replaced; when the last one
+        is gone and calls are left, the whole launch is repeated.
+
+        Example: `return type(self)(n, self.queue)`
+        """
+        return None
+
+    def parts(self) -> Iterable[tuple[ClusterManager, int | None]]:
+        """This manager as one manager for each host, with the number of workers that each starts (None: not known).
+
+        Executors launch them side by side; a worker that died is replaced on its host, by the host's `sized`, and on
+        another one if that host does not answer. The default: one part, this manager itself.
+        """
+        return [(self, None)]
+
+    @classmethod
+    def from_url(cls, rest: str) -> ClusterManager:
+        """The manager for `hosts="scheme://rest"`. The default takes nothing, or a number of workers.
+
+        ValueError: that is not what this manager takes. Example: `SlurmManager.from_url("8")`
+        """
+        if not rest:
+            return cls()
+        if not rest.isascii() or not rest.isdigit() or not int(rest):
+            raise ValueError(f"{cls.__name__} takes a number of workers behind '://', not {rest!r}")
+        return cls(int(rest))  # type: ignore[call-arg]
 
     def default_addprocs_params(self) -> dict[str, Any]:
         """The keywords that `addprocs` takes for this manager, with their defaults."""

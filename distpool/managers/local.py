@@ -93,6 +93,14 @@ class LocalManager(ClusterManager):
     def manage(self, pid: int, config: WorkerConfig, op: str) -> None:
         """Nothing to do: the worker interrupts itself, and the launcher cleans up after it."""
 
+    def sized(self, n: int) -> LocalManager:
+        """The same with `n` workers."""
+        return type(self)(n, self.restrict)
+
+    def parts(self) -> list[tuple[ClusterManager, int | None]]:
+        """This machine."""
+        return [(self, self.n)]
+
     def default_addprocs_params(self) -> dict[str, Any]:
         """The keywords of `addprocs(n)`."""
         return {**super().default_addprocs_params(), "restrict": True}

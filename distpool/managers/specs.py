@@ -2,7 +2,12 @@
 
 "[user@]host[:port] [bind_addr[:port]]"     IPv6 addresses in brackets, also around the bind address; a bind port in
                                             brackets, `[8000]`, is a hint: that one or one of the next
-machine file: "[count*|auto*]spec" per line, "#" comments
+machine file: "[count*|auto*]spec" per line, "#" comments; also the host files of MPI and of batch systems
+
+    host slots=4 [max_slots=8]    Open MPI         host 4 queue processors    SGE (PE_HOSTFILE)
+    host (once for each slot)     PBS_NODEFILE     host:4                     MPICH, only if it is asked for
+
+MPICH's form is the same text as a host with an SSH port, which is what it means here: 4*host says the other thing.
 """
 
 from __future__ import annotations
@@ -69,10 +74,14 @@ def _port(text: str, spec: str) -> int:
     return int(text)
 
 
-def load_machine_file(path: str | os.PathLike[str]) -> list[str | tuple[str, int | str]]:
+def load_machine_file(path: str | os.PathLike[str], *, mpich: bool = False) -> list[str | tuple[str, int | str]]:
     """The machines of a file: specs, or `(spec, count)` with an int or `"auto"`, as `addprocs` takes them.
 
-    OSError: it cannot be read. ValueError: a line is not `[count*|auto*]spec`.
+    Lines are `[count*|auto*]spec`; those of MPI host files (`host slots=4`) and of batch systems (`host 4 queue ...`,
+    a host once for each slot) are understood as well. `host:4` is a host and the port of its SSH server; with `mpich`
+    it is a host and a number of workers.
+
+    OSError: it cannot be read. ValueError: a line is none of that.
 
     Example: a line `4*node7` becomes `("node7", 4)`.
     """
@@ -83,24 +92,57 @@ def load_machine_file(path: str | os.PathLike[str]) -> list[str | tuple[str, int
             if not text:
                 continue
             try:
-                machines.append(_machine(text))
+                machines.append(_mpich(text) if mpich else machine_of(text))
             except ValueError as error:
                 raise ValueError(f"{os.fspath(path)}, line {number}: {error}") from None
     return machines
 
 
-def _machine(text: str) -> str | tuple[str, int | str]:
+def machine_of(text: str) -> str | tuple[str, int | str]:
+    """One line of a machine file. ValueError: it is none."""
     count, star, spec = text.partition("*")
     if not star:
+        spec, *more = text.split()
+        if more and _SLOTS.fullmatch(more[0]):
+            return _with_slots(spec, more)
+        if more and more[0].isascii() and more[0].isdigit():  # not a bind address, which has dots or colons
+            split_spec(spec)
+            return spec, _count(more[0])
         split_spec(text)
         return text
     count, spec = count.strip(), spec.strip()
     split_spec(spec)
-    if count == "auto":
-        return spec, count
-    if not count.isascii() or not count.isdigit() or int(count) == 0:
-        raise ValueError(f"{count!r} is not a number of workers")
-    return spec, int(count)
+    return (spec, count) if count == "auto" else (spec, _count(count))
 
 
-__all__ = ["Spec", "load_machine_file", "parse_machine", "split_spec"]
+_SLOTS = re.compile(r"(slots|max[_-]slots|cpu|count)=(\S*)")
+
+
+def _with_slots(spec: str, words: list[str]) -> str | tuple[str, int | str]:
+    """`host slots=4 max_slots=8`: what MPI would start there, and no more than what it may."""
+    split_spec(spec)
+    found: dict[str, int] = {}
+    for word in words:
+        match = _SLOTS.fullmatch(word)
+        if match is None:
+            raise ValueError(f"not slots=N or max_slots=N: {word!r}")
+        found["most" if match[1].startswith("max") else "slots"] = _count(match[2])
+    most = found.get("most")
+    slots = found.get("slots", 1)
+    return spec, slots if most is None else min(slots, most)
+
+
+def _mpich(text: str) -> str | tuple[str, int | str]:
+    """`host[:count]`, and whatever MPICH wants to know besides."""
+    host, colon, count = text.split()[0].partition(":")
+    split_spec(host)
+    return (host, _count(count)) if colon else host
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise ValueError(f"{text!r} is not a number of workers")
+    return int(text)
+
+
+__all__ = ["Spec", "load_machine_file", "machine_of", "parse_machine", "split_spec"]
