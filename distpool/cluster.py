@@ -22,7 +22,6 @@ from distpool import exits
 from distpool.adding import Adding, close_launcher
 from distpool.hosts import check_options, manager_for
 from distpool.managers.base import ClusterManager
-from distpool.managers.local import LocalManager
 from distpool.members import myrole
 from distpool.node import group as groups
 from distpool.node import node as nodes
@@ -78,11 +77,8 @@ def _plan(machines: Any, options: dict[str, Any]) -> Adding:
     timeout = params.get("timeout")
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0):
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
+    manager.check(params)
     node = nodes.current()
-    if isinstance(manager, LocalManager):
-        manager.spec({**params, "cookie": node.cookie})  # bad `env`, `exename`, ...
-    elif type(manager).__module__ in _BUILT_IN:
-        manager.check(params)  # type: ignore[attr-defined]
     group = groups.of(node)
     group.claim_topology(params.get("topology", "all_to_all"), params.get("lazy", True))
     exits.register_cluster(node, end_workers)

@@ -66,16 +66,10 @@ def manager_for(machines: Any, options: dict[str, Any]) -> ClusterManager:
 
 
 def ssh_manager(machines: list[Any]) -> ClusterManager:
-    """The manager for these machines; it needs paramiko, so it is loaded only here."""
-    name = "distpool.managers.ssh"
-    try:
-        found = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise ValueError("machines can be reached only through distpool.managers.ssh, which is not installed") from None
-    manager: ClusterManager = found.SSHManager(machines)
-    return manager
+    """The manager for these machines, which is loaded only where somebody wants it."""
+    from distpool.managers.ssh import SSHManager
+
+    return SSHManager(machines)
 
 
 def plan_for(hosts: Any, max_workers: int | None, options: dict[str, Any]) -> Plan:
@@ -92,6 +86,7 @@ def plan_for(hosts: Any, max_workers: int | None, options: dict[str, Any]) -> Pl
     else:
         manager = manager_of(hosts)
     check_options(manager, options)
+    manager.check({**manager.default_addprocs_params(), **options})
     places = [Place(part, count) for part, count in manager.parts()]
     if type(manager) is LocalManager:
         check_count(manager.n)

@@ -85,11 +85,12 @@ class Launch:
         # A manager with a deadline of its own for each host may bring nothing for longer than one of them.
         patience = getattr(manager, "launch_seconds", None)
         self._patience = (self.seconds if patience is None else max(self.seconds, patience(self.params))) + _SLACK
-        self._stalled = node.loop.call_later(self._patience, self._give_up)
+        self._stalled: Any = None  # the timer that gives it up
         self._handles: dict[int, PopenHandle] = {}
 
     def start(self) -> None:
         """Begin. Any thread."""
+        self._stalled = self.node.loop.call_later(self._patience, self._give_up)
         self.node.deliver(self._launch)
 
     def _launch(self) -> None:
@@ -116,7 +117,8 @@ class Launch:
         """Nobody waits for it any more: what still comes is ended. Leader."""
         self._given_up = True
         self._over = True
-        self._stalled.cancel()
+        if self._stalled is not None:
+            self._stalled.cancel()
 
     def _finish(self, error: BaseException | None) -> None:
         if not self._over:

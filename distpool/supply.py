@@ -14,6 +14,7 @@ worker belongs to.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import time
@@ -125,7 +126,7 @@ class Order:
         self._coming: set[int] = set()  # pids that have been begun and have not joined
         self._starting = 0  # workers that start others of their host
         self._launched = False
-        self._launch = Launch(supply.node, manager, supply.params, self._prepare, self._on_launched)
+        self.launch = Launch(supply.node, manager, supply.params, self._prepare, self._on_launched)
         place.orders.add(self)
 
     @property
@@ -137,11 +138,11 @@ class Order:
 
     def start(self) -> None:
         """Any thread."""
-        self._launch.start()
+        self.launch.start()
 
     def abandon(self) -> None:
         """Nobody wants its workers any more."""
-        self._launch.abandon()
+        self.launch.abandon()
 
     def _prepare(self, member: Member) -> None:
         self._begun += 1
@@ -157,7 +158,7 @@ class Order:
         self.joined += 1
         self.place.note_success()
         self._starting += 1
-        if not (more and self._launch.more(member, self._others_begun)):
+        if not (more and self.launch.more(member, self._others_begun)):
             self._starting -= 1
         self._coming.discard(member.pid)
         self._check()
@@ -178,6 +179,7 @@ class Order:
         self._launched = True
         if error is not None:
             self.errors.append(error)
+        self._supply.start_next()
         self._check()
 
     def _check(self) -> None:
@@ -208,6 +210,7 @@ class Supply:
         self.scaled = False  # the user has said how many there shall be
         self.paused = 0  # workers that will be ordered when a place has rested
         self._settled = settled
+        self._waiting: collections.deque[Order] = collections.deque()  # first orders that have not started
         self._timer: Any = None
 
     @property
@@ -228,8 +231,17 @@ class Supply:
     def start(self) -> None:
         """Begin everywhere. Any thread, once."""
         first = [Order(self, place, place.manager, place.count, True) for place in self.places if place.count != 0]
-        for order in first:
+        # Side by side, but not hundreds of logins in one moment: they may go through one gateway.
+        defaults = first[0].launch.params if first else {}
+        most = defaults.get("max_parallel") or len(first)
+        self._waiting.extend(first[most:])
+        for order in first[:most]:
             order.start()
+
+    def start_next(self) -> None:
+        """A launch has ended: one that waits for its turn may begin."""
+        if self._waiting:
+            self._waiting.popleft().start()
 
     def order(self, missing: int, later: Callable[[], object]) -> None:
         """Ask for so many more, as far as there is anybody to ask. `later` is called when a place has rested."""
@@ -328,6 +340,7 @@ class Supply:
         if self._timer is not None:
             self._timer.cancel()
             self._timer, self.paused = None, 0
+        self._waiting.clear()
         for place in self.places:
             if not place.local:
                 for order in list(place.orders):

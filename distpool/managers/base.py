@@ -82,6 +82,10 @@ class ClusterManager:
     """Whether executors hand on keywords that `default_addprocs_params` does not list (a scheduler's own options, say)
     instead of refusing them. `addprocs` always does, for managers that are not built in."""
 
+    def check(self, params: dict[str, Any]) -> None:
+        """Called before anything is launched, with the keywords over their defaults, in the thread of the caller, who
+        gets what it raises (ValueError, TypeError). The default accepts everything."""
+
     def launch(self, params: dict[str, Any]) -> Iterable[WorkerConfig]:
         """Start the workers and give one `WorkerConfig` for each.
 

@@ -47,6 +47,10 @@ class LocalManager(ClusterManager):
     def __repr__(self) -> str:
         return "LocalManager()"
 
+    def check(self, params: dict[str, Any]) -> None:
+        """ValueError, TypeError: bad `env`, `exename`, ..."""
+        self.spec({"cookie": "", **params})
+
     def launch(self, params: dict[str, Any]) -> Iterator[WorkerConfig]:
         """Start the workers; each config's `process` is the launcher's handle (`add_exit_callback`, `output`, `kill`).
 

@@ -22,7 +22,7 @@ from distpool.errors import CompositeException, DistpoolError
 from distpool.managers.base import ClusterManager, WorkerConfig
 from distpool.managers.local import here, memory_bytes, pairs
 from distpool.managers.login_protocol import LOGIN_ARGUMENTS, LoginSettings
-from distpool.managers.specs import Spec, split_spec
+from distpool.managers.specs import Spec, machine_of, split_spec
 from distpool.managers.ssh_client import Connection
 from distpool.managers.ssh_command import SHELLS, command_line, words
 from distpool.managers.ssh_login import HostLogin, RemoteProcess
@@ -46,6 +46,24 @@ class SSHManager(ClusterManager):
 
     def __repr__(self) -> str:
         return f"SSHManager(machines={ {_name(spec): count for spec, count in self.machines.items()} })"
+
+    @classmethod
+    def from_url(cls, rest: str) -> ClusterManager:
+        """`hosts="ssh://4*node1,me@node2:2222"`: lines of a machine file with commas between them."""
+        return cls(machine_of(text.strip()) for text in rest.split(","))
+
+    def parts(self) -> list[tuple[ClusterManager, int | None]]:
+        """One manager for each host."""
+        return [(self._only(spec, count), None if count == "auto" else count) for spec, count in self.machines.items()]
+
+    def sized(self, n: int) -> ClusterManager | None:
+        """`n` workers on the host of this manager; `None` if it has several."""
+        return self._only(next(iter(self.machines)), n) if len(self.machines) == 1 else None
+
+    def _only(self, spec: Spec, count: Any) -> SSHManager:
+        manager = type(self)(())
+        manager.machines = {spec: count}
+        return manager
 
     def default_addprocs_params(self) -> dict[str, Any]:
         """The keywords of `addprocs([machine, ...])`."""
