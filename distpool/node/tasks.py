@@ -418,8 +418,8 @@ class TaskRunner:
                 _raise_in(thread, KeyboardInterrupt)
 
     def leave(self) -> None:
-        """Leader: this process is to end. Executors' calls that have not begun will not run; remote calls that have come
-        do, also those on other threads, until `hurry`."""
+        """Leader: this process is to end. Executors' calls that have not begun will not run; remote calls that have
+        come do, also those on other threads, until `hurry`."""
         with self._lock:
             self._inbox.clear()
         self.patient = True
