@@ -72,6 +72,11 @@ class RemoteException(DistpoolError):
     Example: `except RemoteException as error: print(error.pid, error.captured.ex)`
     """
 
+    @staticmethod
+    def own_pid() -> int:
+        """The pid of this process; replaced by the module that knows it. What failed here needs no "On worker"."""
+        return 1
+
     def __init__(self, pid: int, captured: CapturedException | BaseException) -> None:
         if isinstance(captured, BaseException):
             captured = CapturedException(captured)
@@ -87,7 +92,7 @@ class RemoteException(DistpoolError):
     def __str__(self) -> str:
         captured = self.captured
         detail = captured.traceback.rstrip() or f"{type(captured.ex).__name__}: {captured.ex}"
-        return f"On worker {self.pid}:\n{detail}" if self.pid else detail
+        return f"On worker {self.pid}:\n{detail}" if self.pid not in (0, self.own_pid()) else detail
 
 
 class SerializationError(DistpoolError, pickle.PicklingError):

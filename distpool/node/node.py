@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from distpool.errors import DistpoolError
+from distpool.errors import DistpoolError, RemoteException
 from distpool.node.peers import Peers
 from distpool.node.threads import SerialQueue, ThreadCache
 from distpool.transport.ioloop import IoLoop
@@ -184,6 +184,13 @@ def workers_of(node: Node) -> list[int]:
     else:
         pids = node.peers.ask_workers()
     return pids or [1]
+
+
+def _own_pid() -> int:
+    return 1 if _node is None else _node.pid
+
+
+RemoteException.own_pid = staticmethod(_own_pid)  # type: ignore[method-assign]
 
 
 def versions() -> list[str]:

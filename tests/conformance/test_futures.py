@@ -170,6 +170,7 @@ def test_C025_C026_errors_are_thrown_again_and_again(w: list[int]) -> None:
                 fetch(f)
             assert info.value.pid == pid
             assert isinstance(info.value.captured.ex, RuntimeError)
+            assert str(info.value).startswith("On worker") == (pid != 1)
         with pytest.raises(RemoteException):
             wait(f)
         with pytest.raises(RemoteException):
