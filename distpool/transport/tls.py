@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from distpool.transport.ioloop import IoLoop
 
 _AT_ONCE = 1 << 20  # bytes that one `recv_into` gathers: a TLS record holds 16 KiB, a turn of the I/O loop costs more
+_SLICE = 1 << 16  # bytes of one write: four records
 _TURN = 0.001  # seconds that the leader waits for a thread which is writing
 
 
@@ -220,16 +221,17 @@ class TlsStream:
         return have
 
     def send(self, data: Any, /) -> int:
-        """Write what the kernel takes; BlockingIOError. To be repeated with the same data, or more behind it."""
+        """Write what the kernel takes; BlockingIOError. To be repeated with the same data, from where it stopped."""
         if not self._busy.acquire(blocking=False):
             raise BlockingIOError
         try:
-            # Each call writes one record of at most 16 KiB: more of them, while there is room, save turns of the loop.
+            # A write that does not fit as a whole counts as not done, although records of it are on their way, and has
+            # to be repeated with the same bytes. Hence slices: who calls again with the same data repeats the same one.
             view = memoryview(data)
             sent, size = 0, len(view)
             while sent < size and sent < _AT_ONCE:
                 try:
-                    sent += self._sock.send(view[sent:])
+                    sent += self._sock.send(view[sent : sent + _SLICE])
                 except self._not_now:
                     break
         finally:
