@@ -41,7 +41,7 @@ def worker_timeout() -> float:
 
 def silent_seconds() -> float:
     """Seconds after which another host that acknowledges nothing is taken for lost (`DISTPOOL_SILENT_SECONDS`, default
-    20; it is noticed within one and a half times that)."""
+    20; it is noticed at most a quarter later)."""
     return _seconds("DISTPOOL_SILENT_SECONDS", 20.0)
 
 

@@ -168,7 +168,7 @@ class Launch:
     def _bring_up(self, member: Member, worker: WorkerConfig) -> None:
         process = worker.process
         if isinstance(process, LaunchedProcess):
-            member.address = ("tls", *process.address[1:]) if member.has_identity else process.address
+            member.address = _listener(member, process.address)
             if process.output >= 0:
                 member.read_output(process.output, process.early_output)
             if type(self.manager).connect is ClusterManager.connect:
@@ -203,6 +203,9 @@ class Launch:
             return
 
         def attach() -> None:
+            if worker.host is not None and worker.port is not None and worker.connect_at is None:
+                # Other workers go there directly, if they can.
+                member.address = _listener(member, ("tcp", str(worker.host), worker.port))
             member.address = member.address or ("manager", connect_at.hex())
             self._read_output(member, worker, None)
             member.connect(adopted.stream, adopted)
@@ -214,8 +217,11 @@ class Launch:
         if member.has_identity:
             from distpool.transport import tls
 
-            adopted.stream.setblocking(True)
-            adopted.stream = tls.connect(adopted.stream, self.node.identity, self.seconds)
+            try:
+                adopted.stream = tls.connect(adopted.stream, self.node.own_identity(), self.seconds)
+            except OSError:
+                adopted.end()
+                raise
         return adopted
 
     def _failed(self, member: Member, worker: WorkerConfig, error: BaseException) -> None:
@@ -248,8 +254,8 @@ class Launch:
 
     def _dial(self, member: Member, worker: WorkerConfig) -> None:
         host, port = str(worker.host), worker.port
-        family = "tls" if member.has_identity else "tcp"
-        member.address = ("unix", host[len("unix:") :]) if host.startswith("unix:") else (family, host, port)
+        is_unix = host.startswith("unix:")
+        member.address = ("unix", host[len("unix:") :]) if is_unix else _listener(member, ("tcp", host, port))
         if not isinstance(self.manager, LocalManager):
             member.site = worker.bind_addr or host
 
@@ -343,6 +349,11 @@ def _waiting(node: Node) -> dict[int, Callable[[messages.Launched | None], None]
         node.handlers[Kind.LAUNCHED] = on_launched
         group.gone_watchers.append(on_gone)
     return waiting
+
+
+def _listener(member: Member, address: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The address of its listener, and how one speaks there."""
+    return ("tls", *address[1:]) if member.has_identity and address[0] == "tcp" else address
 
 
 def _words(value: Any) -> list[str]:

@@ -88,6 +88,8 @@ class SSHManager(ClusterManager):
                 raise ValueError(f"{name}= is not supported by this version of distpool")
         if params["tunnel"] not in (False, True, "auto"):
             raise ValueError(f"tunnel must be False, True or 'auto', not {params['tunnel']!r}")
+        if params["encrypt"] not in (None, False, True):
+            raise ValueError(f"encrypt must be None, False or True, not {params['encrypt']!r}")
         if params["shell"] not in SHELLS:
             raise ValueError(f"shell must be one of {', '.join(SHELLS)}, not {params['shell']!r}")
         parallel = params["max_parallel"]

@@ -33,7 +33,7 @@ from distpool.node.threads import SerialQueue
 from distpool.transport.journal import Journal
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
-from distpool.transport.silence import is_private
+from distpool.transport.silence import is_private, is_silence
 from distpool.transport.stream import Adopted, Stream
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
@@ -349,6 +349,11 @@ class Member:
             self._failure = reason
         if self._failure is None and not self._registered:
             self._failure = self.lost_early()
+        if is_silence(reason) and not self._exited and not getattr(self.process, "is_here", True):
+            # No news of its process will come from there; should the host come back, the signal still ends it.
+            self.reason = self.reason or f"its host does not answer: {reason}"
+            self.process.kill()
+            self._exited = True
         self._wait_for_exit()
         self._check_gone()
 

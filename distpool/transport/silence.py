@@ -9,7 +9,7 @@ Two cases. *Nothing is under way*: keepalive probes, wholly the kernel's. *Bytes
 no probes and goes on trying for a quarter of an hour. TCP_USER_TIMEOUT would end that, but it also ends connections
 whose peer acknowledges everything and only has no room to receive, which is just what a stopped worker with a full
 buffer does (tried: a SIGSTOP of half a minute while 100 MB were being sent killed the worker). So `Watch` asks the
-kernel four times per period when the last acknowledgement came, and for what it still waits.
+kernel now and then when the last acknowledgement came, and for what it still waits.
 
 Where the system does not tell (TCP_INFO of Linux), its own limit for retransmissions is set if there is one (macOS).
 """
@@ -17,6 +17,7 @@ Where the system does not tell (TCP_INFO of Linux), its own limit for retransmis
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import struct
 import sys
@@ -29,6 +30,7 @@ from distpool.transport.ioloop import IoLoop, Timer
 _CONNDROP = 0x80  # TCP_RXT_CONNDROPTIME of macOS: seconds of retransmission before the connection is dropped
 _KEEPALIVE_OF_MACOS = 0x10  # TCP_KEEPALIVE: what others call TCP_KEEPIDLE
 _PROBES = 5
+_NO_ANSWER = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, getattr(errno, "EHOSTDOWN", errno.EHOSTUNREACH))
 # struct tcp_info, Linux: ... backoff at 4; unacked at 24; last_ack_recv (ms) at 56. Fields are never moved.
 _INFO = struct.Struct("=8B 16x I 28x I")
 
@@ -45,6 +47,11 @@ def leaves_host(stream: Any) -> bool:
     except OSError:  # closed already
         return False
     return not is_loopback(host)
+
+
+def is_silence(error: BaseException | None) -> bool:
+    """Whether a connection ended with this because the other host does not answer (and not because it said no)."""
+    return isinstance(error, OSError) and (isinstance(error, TimeoutError) or error.errno in _NO_ANSWER)
 
 
 def is_private(stream: Any) -> bool:
@@ -103,7 +110,7 @@ class Watch:
             self._wait()
 
     def _wait(self) -> None:
-        self._timer = self._loop.call_later(self._seconds / 4, self._look)
+        self._timer = self._loop.call_later(self._seconds / 8, self._look)
 
     def _look(self) -> None:
         waits, age = self._state()
@@ -133,4 +140,4 @@ class Watch:
             self._timer.cancel()
 
 
-__all__ = ["Watch", "is_loopback", "is_private", "is_tcp", "leaves_host", "tune"]
+__all__ = ["Watch", "is_loopback", "is_private", "is_silence", "is_tcp", "leaves_host", "tune"]

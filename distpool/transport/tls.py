@@ -250,7 +250,8 @@ class TlsStream:
 
 
 def connect(sock: socket.socket, identity: Identity, timeout: float) -> TlsStream:
-    """TLS as the dialling side, within `timeout` seconds; `sock` is connected, and ours from now on.
+    """TLS as the dialling side, within `timeout` seconds; `sock` is connected (TCP, or what
+    carries a manager's own streams), and ours from now on.
 
     AuthenticationError: whoever listens there is no member. OSError: the connection broke, or time is up.
     """

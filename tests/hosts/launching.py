@@ -74,7 +74,7 @@ class Tunnelled(OnHosts):
         super().__init__(rig, names, encrypt=False, loopback=True)
 
     def launch(self, params: dict[str, Any]) -> Iterator[WorkerConfig]:
-        for name, worker in zip(self.names, super().launch(params)):
+        for name, worker in zip(self.names, super().launch(params), strict=True):
             worker.userdata = self.rig[name]
             found = parse_header(worker.io.readline().decode())
             assert found is not None

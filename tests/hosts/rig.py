@@ -1,6 +1,6 @@
 """Several hosts on one Linux machine, for tests: each has its own address, host name, processes, /tmp and sshd.
 
-    Rig(4)  ->  network namespace "lan" with a bridge;  for each host a network namespace on that bridge (10.199.0.11 on),
+    Rig(4)  ->  network namespace "lan" with a bridge;  for each host a network namespace there (10.199.0.11 ...),
                 and in it a process 1 with mount, UTS, IPC and PID namespaces of its own, which runs sshd
     rig.driver  one more network namespace (10.199.0.10), sshd-less, with this machine's files: test programs run there
 
