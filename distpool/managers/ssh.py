@@ -100,8 +100,6 @@ class SSHManager(ClusterManager):
         if params["ssh"] is not None and not words(params["ssh"], "ssh"):
             raise ValueError("ssh must be None (the client in this process) or name a program")
         sshflags(params["sshflags"])
-        if params["encrypt"] not in (None, False, True):
-            raise ValueError(f"encrypt must be None, False or True, not {params['encrypt']!r}")
         command_line(params["shell"], params["exename"], params["exeflags"], pairs(params["env"]))
         memory_bytes(params["memory_limit"])
 
