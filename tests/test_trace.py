@@ -128,6 +128,7 @@ def test_how_calls_ended(tmp_path: Path) -> None:
         assert list(ex.map(abs, [-1])) == [1]
         with pytest.raises(TypeError):
             list(ex.map(abs, [1, "x", 3]))
+        ex.submit(nap, 0.1).result()  # a worker that dies takes the times of its last milliseconds along
         assert isinstance(ex.options(label="deadly").submit(os._exit, 3).exception(), distpool.ProcessExitedException)
         assert ex.options(label="after").submit(nap, 0.01).result()
     found = {event["name"]: event for event in calls(path)}
