@@ -1,6 +1,8 @@
-"""The command line: `python -m distpool worker | top` (layer 11).
+"""The command line: `python -m distpool run | worker | hosts | top` (layer 11).
 
+    run     distpool.runner: adds workers, then runs the user's program as `__main__`
     worker  distpool.standalone: cookie (option or stdin) -> header line on stdout -> serve
+    hosts   distpool.hostcheck: logs in to each host, prints what is there, or why not
     top     distpool.top: asks the endpoint of a running program, prints a table
 
 Runs on the main thread of a process of its own; `main` is also the entry point of the `distpool` script.
@@ -9,8 +11,12 @@ Runs on the main thread of a process of its own; `main` is also the entry point 
 from __future__ import annotations
 
 import argparse
+import ast
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m distpool", description="Run functions on many processes.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_run(commands)
     worker = commands.add_parser(
         "worker",
         help="be a worker: what managers start",
@@ -52,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         help="be what an SSH login starts: take an order from the standard input, start workers, live as long as it",
     )
     worker.set_defaults(run=_worker)
+    _add_hosts(commands)
     top = commands.add_parser(
         "top",
         help="live table of a program's workers",
@@ -62,6 +70,89 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="seconds between looks (default 1)")
     top.set_defaults(run=_top)
     return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser(
+        "run",
+        help="add workers, then run a program",
+        usage="python -m distpool run [-p N | --machine-file F | --hosts A,B] [-o NAME=VALUE] "
+        "(SCRIPT | -m MODULE | -c CODE) [ARGUMENT ...]",
+        description="Add workers, then run a Python program that uses them, as python itself would run it. Without -p, "
+        "--machine-file and --hosts it starts alone.",
+    )
+    where = run.add_mutually_exclusive_group()
+    where.add_argument("-p", "--procs", type=_count, metavar="N", help="workers on this machine; 'auto': one per CPU")
+    where.add_argument("--machine-file", type=_file, metavar="F", help="file with lines [COUNT*]HOST, reached by SSH")
+    where.add_argument("--hosts", type=_machines, metavar="A,B", help="[COUNT*]HOST,..., reached by SSH")
+    _add_option(run)
+    run.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="run this module")
+    run.add_argument("-c", dest="code", nargs=argparse.REMAINDER, metavar="CODE", help="run this text")
+    run.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT", help="a file, and its arguments")
+    run.set_defaults(run=_run, usage_error=run.error)
+
+
+def _add_hosts(commands: Any) -> None:
+    hosts = commands.add_parser(
+        "hosts",
+        help="log in to each host and report what is there",
+        description="Log in to each host of a machine file and report its Python, cores, memory, round trip and "
+        "bandwidth, or the error. The exit status is 1 if a host cannot be used.",
+    )
+    hosts.add_argument("file", type=_file, metavar="FILE", help="machine file: lines [COUNT*]HOST")
+    hosts.add_argument(
+        "--timeout", type=_seconds, default=30.0, metavar="S", help="seconds for each host's login (default 30)"
+    )
+    _add_option(hosts)
+    hosts.set_defaults(run=_hosts)
+
+
+def _add_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o",
+        "--option",
+        action="append",
+        default=[],
+        type=_option,
+        metavar="NAME=VALUE",
+        help="keyword of addprocs, such as -o tunnel=True or -o exename=/opt/python/bin/python3 (may be repeated)",
+    )
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """A keyword and its value, which is a Python literal, or else plain text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"not NAME=VALUE: {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _count(text: str) -> int:
+    if text == "auto":
+        from distpool.hosts import usable_cpus
+
+        return usable_cpus()
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"not a number of workers: {text!r}")
+    return int(text)
+
+
+def _file(text: str) -> Path:
+    if not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"no such file: {text!r}")
+    return Path(text)
+
+
+def _machines(text: str) -> list[Any]:
+    from distpool.managers.specs import machine_of
+
+    try:
+        return [machine_of(part.strip()) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def bind_address(text: str) -> tuple[str, int]:
@@ -101,6 +192,36 @@ def _top_address(text: str) -> str | tuple[str, int]:
 def _complain(text: object) -> int:
     print(f"distpool: {text}", file=sys.stderr, flush=True)
     return 1
+
+
+# -- run, hosts --------------------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    from distpool import runner
+
+    given = {"module": options.module, "code": options.code, "script": options.script or None}
+    found = [(kind, words) for kind, words in given.items() if words is not None]
+    if len(found) != 1 or not found[0][1]:
+        options.usage_error("a script, -m MODULE or -c CODE is needed")
+    ((kind, (target, *arguments)),) = found
+    machines = next((x for x in (options.procs, options.machine_file, options.hosts) if x is not None), None)
+    return runner.run(runner.Program(kind, target, arguments), machines, dict(options.option))
+
+
+def _hosts(options: argparse.Namespace) -> int:
+    from distpool import hostcheck
+    from distpool.managers.specs import load_machine_file
+
+    try:
+        machines = load_machine_file(options.file)
+    except (OSError, ValueError) as error:
+        return _complain(error)
+    if not machines:
+        return _complain(f"{options.file}: no machine in this file")
+    reports = hostcheck.check_hosts(machines, dict(options.option), options.timeout)
+    print(hostcheck.table(reports))
+    return 1 if any(report.error for report in reports) else 0
 
 
 # -- worker ------------------------------------------------------------------------------------------------------

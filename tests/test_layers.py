@@ -58,9 +58,9 @@ LAYERS: dict[int, tuple[str, ...]] = {
     10: (
         *("executor", "submitter", "mapresults", "nested"),
         *("pool", "pool_maps", "pool_runs", "pool_results", "pool_callbacks", "pool_input"),
-        *("monitor", "top", "tracing", "traceplot"),
+        *("monitor", "top", "tracing", "traceplot", "hostcheck"),
     ),
-    11: ("startup", "zygote", "worker", "standalone", "siblings", "login", "cli", "__main__", "__init__"),
+    11: ("startup", "zygote", "worker", "standalone", "siblings", "login", "runner", "cli", "__main__", "__init__"),
 }
 """Layer -> its modules, lowest first. A new module is added here, in the layer of the job that it does."""
 
@@ -221,6 +221,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("worker", "siblings"),
         ("worker", "startup"),
         ("cli", "login"),
+        ("cli", "runner"),
         ("cli", "standalone"),
         ("__main__", "cli"),
     }
