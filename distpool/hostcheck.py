@@ -48,13 +48,11 @@ def look() -> dict[str, Any]:
     """What a worker says of its host."""
     import psutil
 
-    from distpool import __version__
-
     memory = psutil.virtual_memory()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "python": f"{platform.python_version()} {sys.executable}",
-        "distpool": __version__,
+        "distpool": str(vars(sys.modules["distpool"])["__version__"]),
         "cores": usable or 1,
         "memory": memory.total,
         "free": memory.available,
