@@ -35,7 +35,6 @@ _TEXTS = (  # what ssh prints, and what it means; the first one found counts
      "host was set up anew, remove the old key as ssh says below"),
     ("host key verification failed", "the host key of {host} is not known. Log in once by hand, compare the "
      "fingerprint and accept it: {login}"),
-    ("no such file or directory", "{program} needs a file that is not there"),
     ("bad configuration option", "the ssh configuration is wrong"),
     ("bad owner or permissions", "the ssh configuration has the wrong owner or permissions"),
     ("could not resolve hostname", "no such host: {host}"),
@@ -43,6 +42,7 @@ _TEXTS = (  # what ssh prints, and what it means; the first one found counts
      "(IdentityFile and IdentitiesOnly in ~/.ssh/config)"),
     ("permission denied", "{host} refuses the login: it takes none of the keys. Install one there (ssh-copy-id), or "
      "name one: IdentityFile in ~/.ssh/config, or sshflags=['-i', FILE]; check it with: {login}"),
+    ("no such file or directory", "{program} needs a file that is not there"),
     ("connection refused", "connection refused by {host}: no sshd listens there"),
     ("timed out", "no answer from {host}: is the host up, and does a firewall let SSH through?"),
     ("no route to host", "there is no way to {host}: no route to host"),
@@ -169,7 +169,7 @@ class BinaryConnection:
         for text, meaning in _TEXTS:
             if text in low:
                 return meaning.format(host=spec.host, program=self._program[0], login=login)
-        return f"{self._program[0]} failed"
+        return f"{self._program[0]} failed" if errors.strip() else ""
 
     def close(self) -> None:
         """The end of the login."""

@@ -322,7 +322,7 @@ def explain(status: int | None, said: str, settings: LoginSettings) -> str:
         return "no Python is found there: name its path with exename="
     if status == 126 or "permission denied" in low:
         return "the Python there may not be executed: name another one with exename="
-    if status is None:
+    if status is None or status == 255:  # what ssh programs say of commands that a signal ended
         return "the login ended before a worker had started (the connection was lost, or a signal ended it)"
     return f"the login ended with exit code {status} before a worker had started"
 

@@ -159,6 +159,8 @@ def _start(target: Target, sock: Any, deadline: float) -> paramiko.Transport:
         options.key_types = [*wanted, *(name for name in options.key_types if name not in wanted)]
     try:
         transport.start_client(timeout=left)
+        if not transport.initial_kex_done:  # what `start_client` does when its time is over: it returns
+            raise TimeoutError("timed out")
     except Exception as error:
         transport.close()
         if target.proxy_command is not None:

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+PYTHON = sys.executable
+
 ADDRESSES = ("127.0.0.1", "127.0.0.2", "127.0.0.3") if sys.platform == "linux" else ("127.0.0.1",)
 """Each is a host of its own to a client."""
 
@@ -134,4 +136,4 @@ def wait_for_port(port: int, seconds: float = 10.0) -> None:
 def options(server: Server, ssh: Any, **more: Any) -> dict[str, Any]:
     """Keywords of `addprocs` for this server and client."""
     flags = [*server.flags, *more.pop("sshflags", [])]
-    return {"ssh": ssh, "sshflags": flags, "exename": sys.executable, **more}
+    return {"ssh": ssh, "sshflags": flags, "exename": PYTHON, **more}
