@@ -180,7 +180,9 @@ class Crew:
             place.note_death(idle=not (slot.done or slot.failed or slot.inflight))
         self.supply.gone(member)
         if slot is None:
-            pass  # it never came up: its order deals with that
+            # It never came up: its order deals with that. But where one death breaks all, a kill is a kill.
+            if not self._replace and not self._dismissed and (member.exitcode or 0) < 0:
+                self._break(lambda: self._exit_error(member, False))
         elif self._dismissed or slot.retiring or (slot.exhausted and not slot.inflight):
             self.scheduler.lost(slot, lambda ran: self._exit_error(member, ran))
             self._refill()

@@ -394,6 +394,19 @@ def test_initializer_runs_in_replacements(make: Callable[..., ClusterExecutor]) 
     assert executor.submit(_get_level).result(PATIENCE) == 7
 
 
+def test_break_also_by_a_death_before_the_worker_has_come_up(make: Callable[..., ClusterExecutor]) -> None:
+    for _ in range(5):
+        executor = make(3, on_worker_exit="break")
+        future = executor.submit(time.sleep, 3)
+        processes = executor._processes
+        assert processes
+        next(iter(processes.values())).terminate()
+        with pytest.raises(BrokenProcessPool):
+            future.result(PATIENCE)
+        with pytest.raises(BrokenProcessPool):
+            executor.submit(pow, 2, 8)
+
+
 def test_a_failing_initializer_breaks_the_executor(make: Callable[..., ClusterExecutor]) -> None:
     executor = make(2, initializer=fail, initargs=(KeyError("no setup"),))
     futures = [executor.submit(square, n) for n in range(5)]
