@@ -84,10 +84,10 @@ class PoolCarrier:
 
     def wait_until(self, until: Callable[[], bool], deadline: float | None) -> object:
         changed = self._changed
-        with self._node.given_away(), self._node.loop.following():
+        with self._node.given_away(), self._node.loop.following(changed.set) as inside:
             while True:
                 changed.clear()  # before looking: what ends from here on is noticed
-                if until():
+                if until() or (inside is not None and inside.struck):
                     return None
                 timeout = None if deadline is None else deadline - time.monotonic()
                 if timeout is not None and timeout <= 0:

@@ -128,7 +128,7 @@ class WorkerPool:
         """As `take`, without waiting: the future of a pid, whose callbacks run on library threads."""
         queue = self._queue()
         if queue is None:
-            return self._channel._request("take", b"", [], None)
+            return self._channel._ask("take")
         node = _node()
         taken: Future[Any] = Future()
         taken._call = _Waiting(gc.of(node))

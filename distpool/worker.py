@@ -6,7 +6,7 @@
       task thread: TaskRunner.run() until SHUTDOWN or until the master is gone
 
 A worker that loses its master ends at once, also while a call runs: nobody is left to take the result. SIGINT is ours:
-it raises KeyboardInterrupt only while user code runs on the main thread (`TaskRunner.interruptible`).
+it raises KeyboardInterrupt only while user code runs on the main thread (`node.interrupts`).
 
 Whoever connects and does not prove within seconds that he knows the cookie is cut off (`transport.door`).
 """
@@ -98,9 +98,8 @@ class Worker:
         return code
 
     def _on_sigint(self, signum: int, frame: Any) -> None:
-        if self.runner is not None and self.runner.interruptible:
-            self.runner.interruptible = False
-            raise KeyboardInterrupt
+        if self.runner is not None:
+            self.runner.interrupts.on_signal(signum, frame)
 
     def _give_up(self, timeout: float) -> None:
         if not self._joined.is_set():
@@ -113,14 +112,9 @@ class Worker:
         """KeyboardInterrupt in every call that runs here."""
         if self.runner is None:
             return
-        self.runner.interrupt_others()
         for hook in self.node.on_interrupt:
             hook()
-        if self.runner.interruptible:
-            if hasattr(signal, "pthread_kill"):  # to the main thread itself, so that its system call ends
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-            else:
-                signal.raise_signal(signal.SIGINT)
+        self.runner.interrupts.strike()
 
     def _on_shutdown(self, link: Link, frame: Frame) -> None:
         assert self.runner is not None
@@ -212,6 +206,7 @@ class Worker:
         node.peers.add(1, link)
         self.runner = runner = TaskRunner(link, journal, self._segments, node.threads.run)
         node.runner = runner
+        self.loop.guard = runner.interrupts
         runner.results.memory_limit, runner.results.pid = self.memory_limit, join.pid
         runner.results.lend = lambda seen: node.references().lend(seen, 1)
         self.observer = Observer(node, link, runner)

@@ -17,13 +17,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from distpool import config
+from distpool.node.interrupts import Interrupts
 from distpool.node.results import SCALARS, ResultWriter
 from distpool.transport.journal import Journal
 from distpool.transport.link import Link
@@ -87,12 +87,10 @@ class TaskRunner:
         self.journal = journal
         self.segments = segments
         self.results = ResultWriter(link, journal, segments)
-        self.interruptible = False  # the main thread is inside user code: SIGINT may raise there
+        self.interrupts = Interrupts()
         self.leaving = False  # SHUTDOWN came, or the master is gone
         self.patient = False  # ... but remote calls on other threads are still given time to end
         self.running: dict[int, Any] = {}  # thread id -> item that runs there
-        self._exposed: set[int] = set()  # other threads than main that run user code; _exposing
-        self._exposing = threading.Lock()  # protects _exposed: an interrupt must not strike behind the user's code
         self.calls: dict[int, str] = {}  # thread id -> name of the remote call that runs there
         self._offered: collections.deque[Any] = collections.deque()  # remote calls for the main thread; _lock
         self._beside = 0  # remote calls that were given to other threads and have not ended; _lock
@@ -273,11 +271,9 @@ class TaskRunner:
         self.link.send(Kind.BLOCKED, messages.Blocked(1).pack())
         if more:
             self._spawn(self._help)
-        was, self.interruptible = self.interruptible, False
         try:
             yield
         finally:
-            self.interruptible = was
             with self._lock:
                 self._blocked -= 1
             self.link.send(Kind.BLOCKED, messages.Blocked(-1).pack())
@@ -332,7 +328,7 @@ class TaskRunner:
         thread = threading.get_ident()
         self.calls[thread] = name
         try:
-            work(self._call)
+            work(self.interrupts.call)
         finally:
             self.calls.pop(thread, None)
 
@@ -373,49 +369,9 @@ class TaskRunner:
     def _run_one(self, item: _Item, function: Callable[..., Any]) -> None:
         args, kwargs = codec.decode_args(item.payload, item.buffers)
         item.payload, item.buffers, item.loaded = b"", [], True
-        value = self._call(function, args, kwargs)
+        value = self.interrupts.call(function, args, kwargs)
         del args, kwargs
         self.results.succeed(item.sequence, value)
-
-    def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The user's code. Only here, and only on the main thread, may SIGINT raise."""
-        if threading.current_thread() is not threading.main_thread():
-            return self._call_beside(function, args, kwargs)
-        self.interruptible = True
-        try:
-            return function(*args, **kwargs)
-        finally:
-            self.interruptible = False
-
-    def _call_beside(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The same on another thread, where `interrupt_others` may raise at any bytecode."""
-        thread = threading.get_ident()
-        with self._exposing:
-            self._exposed.add(thread)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            self._cover(thread)
-
-    def _cover(self, thread: int) -> None:
-        """From the return on, nothing can strike this thread: what comes meanwhile is the call's own outcome."""
-        late: KeyboardInterrupt | None = None
-        while True:
-            try:
-                with self._exposing:
-                    self._exposed.discard(thread)
-                    _raise_in(thread, None)
-                break
-            except KeyboardInterrupt as error:
-                late = error
-        if late is not None:
-            raise late
-
-    def interrupt_others(self) -> None:
-        """KeyboardInterrupt in the calls that run on other threads than the main one, at their next bytecode."""
-        with self._exposing:
-            for thread in self._exposed:
-                _raise_in(thread, KeyboardInterrupt)
 
     def leave(self) -> None:
         """Leader: this process is to end. Executors' calls that have not begun will not run; remote calls that have
@@ -437,7 +393,9 @@ class TaskRunner:
         item.payload, item.buffers, item.loaded = b"", [], True
         if item.flags in (CHUNK, CHUNK_OF_SCALARS):
             each = itertools.starmap if item.flags == CHUNK else map
-            value = self._call(list, (each(function, arguments),), {})  # in C: chunks are there for tiny calls
+            value = self.interrupts.call(
+                list, (each(function, arguments),), {}
+            )  # in C: chunks are there for tiny calls
             self.results.succeed(item.sequence, value)
             return begin
         self._run_span(item, function, arguments, begin)
@@ -446,7 +404,7 @@ class TaskRunner:
     def _run_span(self, item: _Item, function: Callable[..., Any], arguments: list[Any], begin: float) -> None:
         """Element by element. The loop is written out: at a million elements per second every call counts."""
         single = item.flags == SPAN_OF_SCALARS
-        results, clock, lock = self.results, time.perf_counter, self._lock
+        results, clock, lock, interrupts = self.results, time.perf_counter, self._lock, self.interrupts
         on_main = threading.current_thread() is threading.main_thread()
         index = 0
         while True:
@@ -459,13 +417,13 @@ class TaskRunner:
             try:
                 args = (arguments[index],) if single else arguments[index]
                 if on_main:
-                    self.interruptible = True
+                    interrupts.main = True
                     value = function(*args)
-                    self.interruptible = False
+                    interrupts.main = False
                 else:
-                    value = self._call_beside(function, args, {})
+                    value = interrupts.call_beside(function, args, {})
             except BaseException as error:
-                self.interruptible = False
+                interrupts.main = False
                 results.fail(sequence, error)
                 del error
             else:
@@ -486,13 +444,3 @@ class TaskRunner:
     def flush(self) -> None:
         """Send the results that wait."""
         self.results.flush()
-
-
-def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
-    """Raise an exception in another thread (None: take it back, if it has not been raised)."""
-    if kind is None and "ctypes" not in sys.modules:
-        return  # never used here
-    import ctypes
-
-    what = ctypes.py_object(kind) if kind is not None else None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), what)

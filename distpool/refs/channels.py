@@ -63,7 +63,7 @@ class RemoteChannel:
         data, buffers = codec.encode(make, handle.where, seen)
         self._refs.lend(seen, handle.where)
         try:
-            self._request("make", data, stable(buffers), None).result()
+            self._perform("make", data, stable(buffers), None, 0)
         except BaseException:
             handle.held = 0  # the owner has no entry of it
             raise
@@ -167,13 +167,26 @@ class RemoteChannel:
         value = arguments[0] if op == "put" and len(arguments) == 1 else arguments
         data, buffers = codec.encode(value, handle.where, seen) if arguments else (b"", [])
         self._refs.lend(seen, handle.where)
-        reply = self._request(op, data, stable(buffers), timeout, len(arguments))
-        return reply.result(None if timeout is None else timeout + _OWNER_GRACE)
+        return self._perform(op, data, stable(buffers), timeout, len(arguments))
 
-    def _request(self, op: str, data: bytes, buffers: list[Any], timeout: float | None, count: int = 0) -> _RemoteReply:
-        handle, node = self._live(), self._refs.node
+    def _perform(self, op: str, data: bytes, buffers: list[Any], timeout: float | None, count: int) -> Any:
+        """Ask the owner and wait for the answer. Whatever ends that early, an interrupt too, loses no item."""
         reply = _RemoteReply(self, op)
-        reply._call = _Waiting(self._refs)
+        try:
+            self._request(reply, data, buffers, timeout, count)
+            return reply.result(None if timeout is None else timeout + _OWNER_GRACE)
+        except BaseException:
+            reply.abandon()
+            raise
+
+    def _ask(self, op: str) -> Future[Any]:
+        """As `_perform`, without waiting: the future of the answer."""
+        reply = _RemoteReply(self, op)
+        self._request(reply, b"", [], None, 0)
+        return reply
+
+    def _request(self, reply: _RemoteReply, data: bytes, buffers: list[Any], timeout: float | None, count: int) -> None:
+        handle, node = self._live(), self._refs.node
         where = handle.where
         dead = node.peers.dead.get(where)
         if dead is not None:
@@ -184,11 +197,10 @@ class RemoteChannel:
                 node.deliver(reply._run_callbacks)
 
         reply.number = node.peers.requests.new(where, answer, lambda error: answer(RAISED_HERE, error, ()))
-        message = messages.ChannelOp(reply.number, op, *handle.rrid, timeout, count)
+        message = messages.ChannelOp(reply.number, reply.op, *handle.rrid, timeout, count)
         node.peers.send(where, Kind.CHANNEL, message.pack(), data, buffers)
         if where in node.peers.dead:
             node.peers.requests.fail(where, node.peers.dead[where])
-        return reply
 
     def _owner_lost(self, make_error: Callable[[], BaseException]) -> None:
         """Requests that wait have failed already; later ones will."""
@@ -207,26 +219,26 @@ class _RemoteReply(ChannelReply):
     number = 0
 
     def __init__(self, channel: RemoteChannel, op: str) -> None:
+        self.op = op
         self._channel = channel
-        self._op = op
+        self._call = _Waiting(channel._refs)
 
-    def result(self, timeout: float | None = None) -> Any:
-        try:
-            return super().result(timeout)
-        except BaseException:
-            raw = self._raw
-            if not self.done():
-                self._give_up()
-            elif self._op == "take" and raw is not None and raw.status == VALUE:
-                _give_back(self._channel, self)  # interrupted just when it had come
-            raise
+    def abandon(self) -> None:
+        """Whoever asked has got an error instead of the answer."""
+        raw = self._raw
+        if not self.number:
+            return  # not asked yet
+        if not self.done():
+            self._give_up()
+        elif self.op == "take" and raw is not None and raw.status == VALUE:
+            _give_back(self._channel, self)  # interrupted just when it had come
 
     def _give_up(self) -> None:
         """Ask the owner to forget the request; an item that is on its way goes back."""
         node = self._channel._refs.node
         where = self._channel.where
         node.peers.send(where, Kind.CANCEL_REQUEST, messages.CancelRequest(self.number).pack())
-        if self._op == "take":
+        if self.op == "take":
             channel = self._channel
             self.add_done_callback(lambda late: _give_back(channel, late))
 
@@ -234,7 +246,7 @@ class _RemoteReply(ChannelReply):
 def _give_back(channel: RemoteChannel, late: Future[Any]) -> None:
     raw = late._raw
     if raw is not None and raw.status == VALUE:
-        channel._request("restore", raw.data, list(raw.buffers), None, 1)
+        channel._request(_RemoteReply(channel, "restore"), raw.data, list(raw.buffers), None, 1)
 
 
 def _channel_of_one() -> Channel:

@@ -18,6 +18,7 @@ whoever never asks never pays.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import os
 import threading
@@ -157,7 +158,7 @@ class Future(concurrent.futures.Future[T]):
                 self._wake_waiters(self._condition)
         if "_sleepers" in found:
             for sleeper in list(found["_sleepers"]):
-                sleeper.release()
+                _release(sleeper)
         call, self._call = self._call, None
         if call is not None:
             loop = call.loop
@@ -391,21 +392,24 @@ class Future(concurrent.futures.Future[T]):
         deadline = None if timeout is None else time.monotonic() + timeout
         call = self._call
         if call is None or call.loop is None:
-            return self._sleep(deadline)
+            node = nodes.existing()
+            return self._sleep(deadline, None if node is None else node.loop)
         with call.waiting():
             if call.loop.lead(self.done, deadline):
                 return self.done()
-            with call.loop.following():
-                return self._sleep(deadline)
+            return self._sleep(deadline, call.loop)
 
-    def _sleep(self, deadline: float | None) -> bool:
+    def _sleep(self, deadline: float | None, loop: IoLoop | None) -> bool:
         sleeper = threading.Lock()
         sleeper.acquire()
         sleepers = self._sleepers
         sleepers.append(sleeper)
-        if self._state not in _DONE:
-            sleeper.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic()))
-        sleepers.remove(sleeper)
+        try:
+            with contextlib.nullcontext() if loop is None else loop.following(lambda: _release(sleeper)):
+                if self._state not in _DONE:
+                    sleeper.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic()))
+        finally:
+            sleepers.remove(sleeper)
         return self._state in _DONE
 
     def _decode(self) -> None:
@@ -422,6 +426,14 @@ class Future(concurrent.futures.Future[T]):
 
     def __reduce__(self) -> Any:
         return _dead_handle, ()
+
+
+def _release(sleeper: threading.Lock) -> None:
+    """Wake who sleeps on it; an interrupt may have done so already."""
+    try:
+        sleeper.release()
+    except RuntimeError:
+        pass
 
 
 def _dead_handle() -> Any:

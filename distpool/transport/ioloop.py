@@ -32,7 +32,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from distpool import config
 
@@ -94,6 +94,13 @@ class _Interrupts:
             raise KeyboardInterrupt
 
 
+class Guard(Protocol):
+    """Keeps interrupts of the user's calls out of the library: see `node.interrupts`, which is it in workers."""
+
+    def enter(self, wake: Callable[[], object] | None) -> Any: ...
+    def leave(self, inside: Any) -> None: ...
+
+
 class IoLoop:
     """Selector, timers and the leader's lock. Every public method may be called from any thread."""
 
@@ -115,6 +122,7 @@ class IoLoop:
         self._leader_id = 0
         self._stopped = False
         self._interrupts = _Interrupts()
+        self.guard: Guard | None = None  # workers: keeps interrupts of calls out of the library
         self.owns_interrupts = False  # workers: their own SIGINT handler never raises inside the library
         # Called by the I/O thread before each poll; returns how long the poll may take (workers: flush of results).
         self.on_tick: Callable[[], float | None] | None = None
@@ -231,8 +239,19 @@ class IoLoop:
         """Run the loop in this thread until `until()` holds or `deadline` (monotonic seconds) has passed.
 
         False: this thread may not lead now (another claimant does, or it is the main thread and Ctrl-C belongs to the
-        user): the caller has to wait by other means, and the I/O thread will run the handlers.
+        user): the caller has to wait by other means, and the I/O thread will run the handlers. KeyboardInterrupt: it
+        runs a call of the user's that was interrupted.
         """
+        guard = self.guard
+        inside = guard.enter(self.wake) if guard is not None else None
+        if guard is None or inside is None:
+            return self._lead_if_free(until, deadline)
+        try:
+            return self._lead_if_free(lambda: inside.struck or until(), deadline)
+        finally:
+            guard.leave(inside)
+
+    def _lead_if_free(self, until: Callable[[], bool], deadline: float | None) -> bool:
         main = threading.current_thread() is threading.main_thread()
         interrupts = self._interrupts if main and not self.owns_interrupts else None
         # From here on Ctrl-C may only strike inside the poll: between `acquire` and `try` it would leave the lock held.
@@ -376,14 +395,22 @@ class IoLoop:
         self._hurry.set()
 
     @contextlib.contextmanager
-    def following(self) -> Any:
-        """While this thread waits for handlers without leading, leaders that leave wake the I/O thread at once."""
+    def following(self, wake: Callable[[], object] | None = None) -> Any:
+        """While this thread waits for handlers without leading, leaders that leave wake the I/O thread at once.
+
+        `wake()` ends the wait, for calls that are interrupted: KeyboardInterrupt on leaving the context. Gives an
+        object whose `struck` says so, or None.
+        """
+        guard = self.guard
+        inside = guard.enter(wake) if guard is not None and wake is not None else None
         self._followers += 1
         self._hurry.set()
         try:
-            yield
+            yield inside
         finally:
             self._followers -= 1
+            if guard is not None and inside is not None:
+                guard.leave(inside)
 
     def enter_critical(self) -> bool:
         """Defer Ctrl-C in the main thread until `leave_critical`. False: impossible here, let the leader do it."""

@@ -101,9 +101,18 @@ class Link:
         """
         if self._closed:
             return False
-        self._queue.append(parts)
-        self._pump()
-        return not self._closed
+        guard = self.loop.guard
+        inside = guard.enter(None) if guard is not None else None
+        if guard is None or inside is None:
+            self._queue.append(parts)
+            self._pump()
+            return not self._closed
+        try:
+            self._queue.append(parts)
+            self._pump()
+            return not self._closed
+        finally:
+            guard.leave(inside)
 
     def _pump(self) -> None:
         queue, lock = self._queue, self._write_lock

@@ -126,3 +126,56 @@ def test_the_manager_is_told_and_calls_beside_the_main_thread_end(pids: list[int
     assert ends_with_interrupt(future)
     assert manager.ops(pid) == ["register", "interrupt"]
     rmprocs(pid)
+
+
+def waiting_calls(w: list[int]) -> dict[str, Any]:
+    """Calls that say that they begin, then wait in the library for what does not come."""
+    nowhere = distpool.RemoteChannel()
+    full = distpool.RemoteChannel(None, w[2])
+    full.put("full")
+    never = distpool.Future(w[1])
+    return {
+        "take": lambda started, index: (started.put(index), nowhere.take()),
+        "take of its own": lambda started, index: (started.put(index), distpool.Channel(1).take()),
+        "put": lambda started, index: (started.put(index), full.put(index)),
+        "fetch": lambda started, index: (started.put(index), distpool.fetch(never)),
+        "wait": lambda started, index: (started.put(index), distpool.wait(never)),
+        "call": lambda started, index: (started.put(index), distpool.remotecall_fetch(nowhere.take, w[1])),
+        "map": lambda started, index: (started.put(index), distpool.pmap(lambda _: nowhere.take(), [1, 2])),
+    }
+
+
+@pytest.mark.parametrize("how", ["take", "take of its own", "put", "fetch", "wait", "call", "map"])
+def test_C262_waits_of_the_library_end_at_once_on_every_thread(w: list[int], how: str) -> None:
+    """One of the calls runs on the worker's main thread, the others beside it."""
+    started = distpool.RemoteChannel(lambda: distpool.Channel(10))
+    call = waiting_calls(w)[how]
+    futures = [remotecall(call, w[0], started, index) for index in range(4)]
+    assert sorted(started.take(timeout=20) for _ in futures) == [0, 1, 2, 3]
+    with pytest.raises(TimeoutError):
+        futures[0].wait(timeout=0.2)  # the last of them needs a moment from its put to its wait
+    begin = time.monotonic()
+    interrupt(w[0])
+    assert all(ends_with_interrupt(future) for future in futures)
+    assert time.monotonic() - begin < 2
+    interrupt()  # what `call` and `map` left running elsewhere
+    assert [remotecall_fetch(distpool.myid, pid) for pid in w] == w
+
+
+def test_C263_an_interrupted_take_swallows_nothing(w: list[int]) -> None:
+    items = distpool.RemoteChannel(lambda: distpool.Channel(10), w[2])
+    started = distpool.RemoteChannel(lambda: distpool.Channel(10))
+
+    def taker() -> Any:
+        started.put(None)
+        return items.take()
+
+    for number in range(10):
+        futures = [remotecall(taker, pid) for pid in (w[0], w[0], w[1])]
+        for _ in futures:
+            started.take(timeout=20)
+        interrupt(w[0], w[1])
+        for future in futures:
+            assert ends_with_interrupt(future, 10)
+        items.put(number)
+        assert items.take(timeout=10) == number
