@@ -155,6 +155,8 @@ def _expand(path: str, host: str, home: str, required: bool = False, depth: int 
         if found is None or keyword not in ("include", "host", "match"):
             yield line
         elif keyword != "include":
+            if keyword == "match" and {"final", "all"} <= set(found[2].lower().split()):
+                line = "Match final"  # Fedora's system file has `Match final all`, which paramiko takes for an error
             block = line
             # A file that is included in a `Match` block is taken in any case: its own blocks decide.
             applies = keyword == "match" or _matches(found[2], host)
