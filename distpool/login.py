@@ -215,6 +215,7 @@ class Agent:
     # -- the loop ----------------------------------------------------------------------------------------------
 
     def _serve(self) -> NoReturn:
+        self._obey()  # they may have come together with the first line
         while self._workers or self._outbox:
             poll = select.poll()
             poll.register(self._orders, select.POLLIN)
@@ -276,6 +277,10 @@ class Agent:
         if not data:
             self._stop()
         self._received += data
+        self._obey()
+
+    def _obey(self) -> None:
+        """Whatever orders are complete."""
         while (end := self._received.find(b"\n")) >= 0:
             order = json.loads(bytes(self._received[:end]) or b"{}")
             del self._received[: end + 1]
