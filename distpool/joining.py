@@ -26,6 +26,7 @@ from distpool.managers.handles import PopenHandle, open_output
 from distpool.managers.launch import Launcher
 from distpool.managers.local import LocalManager
 from distpool.managers.process import LaunchedProcess
+from distpool.managers.resources import wishes
 from distpool.node import group as groups
 from distpool.node.group import Member, State
 from distpool.node.node import Node
@@ -77,6 +78,9 @@ class Launch:
         self.params["identity"] = node.own_identity
         timeout = self.params.get("timeout")
         self.seconds = config.worker_timeout() if timeout is None else float(timeout)
+        self._wishes = wishes(self.params)
+        # How many workers a host has in the end, where that is not what its `WorkerConfig` says.
+        self.per_host = manager.n if isinstance(manager, LocalManager) else None
         self.prepare = prepare
         self._finished = finished
         self._count = 0
@@ -156,7 +160,17 @@ class Launch:
         member.lost_early = partial(manager.unreachable, worker, closed)
         member.has_identity = bool((worker.environ or {}).get("tls"))
         member.site = "" if isinstance(manager, LocalManager) else worker.bind_addr or worker.host or ""
+        if self._wishes:
+            member.resources = partial(self._resources, member, worker)
+            if isinstance(manager, LocalManager) or worker.host is not None:  # numbers in the order of the pids
+                self.node.group.number(member)
         member.host = (worker.environ or {}).get("machine") or member.host  # until it says how it calls itself
+
+    def _resources(self, member: Member, worker: WorkerConfig) -> dict[str, Any]:
+        """For a worker that joins: now it is known on which host it is, if it was not before."""
+        of = self.per_host or (worker.environ or {}).get("count") or worker.count
+        number = member.number if member.number is not None else self.node.group.number(member)
+        return self._wishes.message(number, of)
 
     def _handle(self, worker: WorkerConfig) -> Any:
         process = worker.process

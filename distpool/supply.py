@@ -127,6 +127,7 @@ class Order:
         self._starting = 0  # workers that start others of their host
         self._launched = False
         self.launch = Launch(supply.node, manager, supply.params, self._prepare, self._on_launched)
+        self.launch.per_host = None if place.count is None else place.share
         place.orders.add(self)
 
     @property

@@ -194,6 +194,7 @@ class Worker:
         node.topology, node.lazy = join.topology, join.lazy
         node.master_link = link
         node.set_authkey(bytes.fromhex(join.authkey))
+        problem = self._take_resources(join.resources) if join.resources is not None else ""
         shares = False
         journal = Journal.private()
         if join.journal:
@@ -227,9 +228,22 @@ class Worker:
             }
         )
         Siblings(node, link, self._bound_to())
-        answer = messages.Joined(nodes.versions(), os.getpid(), platform.node(), shares)
+        answer = messages.Joined(nodes.versions(), os.getpid(), platform.node(), shares, problem)
         link.send(Kind.JOINED, answer.pack())
         self._joined.set()
+
+    def _take_resources(self, message: dict[str, Any]) -> str:
+        """Restrict this process to its share of the host; returns what is wrong with it."""
+        from distpool.managers import resources
+
+        try:
+            resources.apply(message)
+            if message["memory"] and not self.memory_limit:  # else whoever started us has seen to it
+                self.memory_limit = int(message["memory"])
+                limit_memory(self.memory_limit)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return ""
 
     def _bound_to(self) -> str:
         """The address of our listener if it is one that others may bind to as well."""

@@ -8,7 +8,6 @@ Runs on the launch thread of `addprocs`.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 from distpool import config
 from distpool.managers.base import ClusterManager, WorkerConfig
 from distpool.managers.launch import LaunchSpec
+from distpool.managers.resources import wishes
 
 BLAS_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -70,10 +70,7 @@ class LocalManager(ClusterManager):
 
     def spec(self, params: Mapping[str, Any]) -> LaunchSpec:
         """The order for the launcher. ValueError, TypeError: bad `env`, `exename` or `exeflags`."""
-        for name in ("affinity", "gpus"):
-            if params.get(name) is not None:  # accepted and ignored would be worse
-                raise ValueError(f"{name}= is not supported by this version of distpool")
-        limit = memory_bytes(params.get("memory_limit"))
+        limit = wishes(params).memory
         argv, foreign = command(params.get("exename"), params.get("exeflags") or ())
         wanted = pairs(params.get("env"))
         directory = params.get("dir")
@@ -130,23 +127,6 @@ def command(exename: Any, exeflags: Any) -> tuple[list[str], bool]:
     if own:
         flags = [*getattr(subprocess, "_args_from_interpreter_flags", list)(), *flags]
     return [*argv, *flags], not own
-
-
-def memory_bytes(limit: Any) -> int | None:
-    """`memory_limit=` in bytes: an int, or text such as "300MiB", "2 GiB", "1.5GB". ValueError, TypeError."""
-    if limit is None:
-        return None
-    if isinstance(limit, str):
-        found = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]?)(i?)B?\s*", limit)
-        if found is None:
-            raise ValueError(f"memory_limit must be bytes or text such as '2GiB', not {limit!r}")
-        base = 1024 if found[3] else 1000
-        limit = int(float(found[1]) * base ** " kMGT".index(found[2].replace("K", "k") or " "))
-    if isinstance(limit, bool) or not isinstance(limit, int):
-        raise TypeError(f"memory_limit must be an int or a str, not {type(limit).__name__}")
-    if limit <= 0:
-        raise ValueError("memory_limit must be greater than 0")
-    return limit
 
 
 def pairs(env: Any) -> dict[str, str]:

@@ -20,8 +20,9 @@ from typing import Any
 from distpool import config
 from distpool.errors import CompositeException, DistpoolError
 from distpool.managers.base import ClusterManager, WorkerConfig
-from distpool.managers.local import here, memory_bytes, pairs
+from distpool.managers.local import here, pairs
 from distpool.managers.login_protocol import LOGIN_ARGUMENTS, LoginSettings
+from distpool.managers.resources import wishes
 from distpool.managers.specs import Spec, machine_of, split_spec
 from distpool.managers.ssh_client import Connection
 from distpool.managers.ssh_command import SHELLS, command_line, words
@@ -83,9 +84,6 @@ class SSHManager(ClusterManager):
 
     def check(self, params: dict[str, Any]) -> None:
         """ValueError, TypeError: keywords that no host could be started with. Nothing is started."""
-        for name in ("affinity", "gpus"):
-            if params.get(name) is not None:  # accepted and ignored would be worse
-                raise ValueError(f"{name}= is not supported by this version of distpool")
         if params["tunnel"] not in (False, True, "auto"):
             raise ValueError(f"tunnel must be False, True or 'auto', not {params['tunnel']!r}")
         if params["encrypt"] not in (None, False, True):
@@ -101,7 +99,7 @@ class SSHManager(ClusterManager):
             raise ValueError("ssh must be None (the client in this process) or name a program")
         sshflags(params["sshflags"])
         command_line(params["shell"], params["exename"], params["exeflags"], pairs(params["env"]))
-        memory_bytes(params["memory_limit"])
+        wishes(params)
 
     def launch_seconds(self, params: dict[str, Any]) -> float:
         """How long a launch may bring nothing: every round of `max_parallel` logins has its own deadline."""
@@ -164,7 +162,7 @@ class SSHManager(ClusterManager):
                 bind_addr=spec.bind_addr or login.address,
                 sshflags=params["sshflags"],
                 max_parallel=params["max_parallel"],
-                environ={"machine": spec.host, "tls": process.encrypted},
+                environ={"machine": spec.host, "tls": process.encrypted, "count": count},
                 enable_threaded_blas=params["enable_threaded_blas"],
             )
 
@@ -264,7 +262,7 @@ def login_settings(spec: Spec, count: Any, params: dict[str, Any]) -> LoginSetti
         strict_cwd=directory is not None,
         env=environment(params),
         enable_threaded_blas=bool(params["enable_threaded_blas"]),
-        memory_limit=memory_bytes(params["memory_limit"]),
+        memory_limit=wishes(params).memory,
         tls=params["identity"]().settings() if encrypt else None,
         always_tls=params["encrypt"] is True,
         site=spec.host,

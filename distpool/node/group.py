@@ -10,6 +10,7 @@ order in which they came: the default pool.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -77,6 +78,13 @@ class Group:
         self.members[member.pid] = member
         self.last_pid = member.pid
         return member
+
+    def number(self, member: Member) -> int:
+        """Give the member the lowest number that no other one of its host has (leader)."""
+        others = [other for other in self.members.values() if other.site == member.site and other is not member]
+        taken = {other.number for other in others if other.state is not State.LEAVING}
+        member.number = next(number for number in itertools.count() if number not in taken)
+        return member.number
 
     def listed(self) -> list[int]:
         """Pids of the workers that have joined and have not been asked to leave, sorted."""

@@ -102,6 +102,8 @@ class Member:
         self.meter: Any = None  # what `stats()` saw last
         self.on_joined: Callable[[Member], None] = lambda member: None
         self.on_frame: Callable[[Member, Frame], None] = lambda member, frame: None
+        self.number: int | None = None  # which of its host's workers with `resources` it is
+        self.resources: Callable[[], dict[str, Any] | None] = lambda: None  # what it may use; asked when it joins
         # What is said when the connection ends before it has joined, and nobody says why.
         self.lost_early: Callable[[], BaseException | None] = lambda: None
         self.on_gone: Callable[[Member, BaseException | None], None] = lambda member, reason: None
@@ -223,6 +225,7 @@ class Member:
             self.group.topology,
             "",
             self.group.lazy,
+            self.resources(),
         )
         link.send(Kind.JOIN, join.pack())
 
@@ -244,6 +247,10 @@ class Member:
             self.kill(str(self._failure))
             return
         self.ospid, self.host = joined.ospid, joined.host
+        if joined.problem:
+            self._failure = ValueError(joined.problem)
+            self.kill(joined.problem)
+            return
         link.shares_memory = joined.shares_memory
         if self.journal is not None:
             if joined.shares_memory:

@@ -75,6 +75,7 @@ class Join(Message):
     topology: str = "all_to_all"
     name: str = ""
     lazy: bool = True
+    resources: dict[str, Any] | None = None  # `managers.resources`: what it may use of its host
 
 
 @dataclasses.dataclass(slots=True)
@@ -86,6 +87,7 @@ class Joined(Message):
     ospid: int
     host: str
     shares_memory: bool  # whether the journal, and so any segment, could be mapped
+    problem: str = ""  # why it cannot be what it shall be
 
 
 @dataclasses.dataclass(slots=True)
