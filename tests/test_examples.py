@@ -105,6 +105,41 @@ def test_folder_processing_on_the_library() -> None:
     assert "broken.py: No such file" in done.stdout
 
 
+def test_job_queue() -> None:
+    done = run(ROOT / "examples" / "job_queue.py", "--jobs", "12", "--workers", "2")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    shares = [int(share) for share in re.findall(r"(\d+) by worker", done.stdout)]
+    assert len(shares) == 2 and sum(shares) == 12
+    assert "longest way to 1: 267 steps, from 10971" in done.stdout and "checked:" in done.stdout
+
+
+def test_word_count(tmp_path: Path) -> None:
+    for index in range(7):
+        (tmp_path / f"{index}.txt").write_text("apple banana apple x1\n" * (index + 1))
+    done = run(ROOT / "examples" / "word_count.py", tmp_path, "--pattern", "*.txt", "--workers", "3")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "7 files, 84 words, 2 different ones" in done.stdout
+    assert "apple 56, banana 28" in done.stdout and "checked:" in done.stdout
+    done = run(ROOT / "examples" / "word_count.py", "--workers", "2")
+    assert done.returncode == 0 and number(r"([\d,]+) words", done.stdout) > 10_000, done.stderr
+
+
+def test_parameter_server() -> None:
+    done = run(ROOT / "examples" / "parameter_server.py", "--workers", "2")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert number(r"y = ([\d.]+) x", done.stdout) == pytest.approx(2.5, abs=0.05)
+    assert number(r"x ([-+\d.]+) after", done.stdout) == pytest.approx(-1.0, abs=0.05)
+    assert "after 400 gradients" in done.stdout and "checked:" in done.stdout
+
+
+@pytest.mark.parametrize("workers", ["1", "2", "3"])
+def test_heat_equation(workers: str) -> None:
+    done = run(ROOT / "examples" / "heat_equation.py", "--cells", "90", "--steps", "100", "--workers", workers)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert number(r"hottest cell ([\d.]+)", done.stdout) == pytest.approx(59.7718, abs=1e-4)
+    assert "checked:" in done.stdout
+
+
 @pytest.mark.parametrize("name", ["unix_socket", "broker"])
 def test_transports(name: str) -> None:
     """tests/conformance runs its cases over them (fixture `w`); here they run as programs, and stay short."""
