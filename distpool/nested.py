@@ -4,7 +4,9 @@
 
 An executor that travels in a message becomes an `ExecutorHandle`; one that comes home becomes the executor itself.
 Values and exceptions pass through the owner without being decoded. A task that waits for such a future gives its slot
-away (`TaskRunner.slot_given_away`), so recursion finishes on any number of workers.
+away (`TaskRunner.slot_given_away`), so recursion finishes on any number of workers: in `result` and its like, in
+`concurrent.futures.wait` and `as_completed`, in `await`. A task that sleeps on an event of its own until a callback
+sets it cannot be told from one that is busy, and keeps its slot.
 
 On the worker, frames are handled by the leader and callbacks run on library threads. On the owner, SUBMIT is handled
 by the leader (it decodes nothing); errors made there are serialised on a library thread.

@@ -103,6 +103,7 @@ class TaskRunner:
         self._functions: dict[int, _Received] = {}
         self._started = 0  # highest sequence number started
         self._blocked = 0  # tasks that wait for other calls; protected by _lock
+        self._waits: dict[int, int] = {}  # thread id -> its waits that have given its slot away; each its own thread's
         self._helpers = 0  # helper threads that consume the inbox; protected by _lock
         self._initializer: _Received | None = None
         self.find_function: Callable[[_Item], Any] = self.function_of  # a trace puts its own here
@@ -262,7 +263,25 @@ class TaskRunner:
 
     @contextlib.contextmanager
     def slot_given_away(self) -> Iterator[None]:
-        """While the calling task waits for another call: the master may send one more, a helper runs it."""
+        """While the calling task waits for another call: the master may send one more, a helper runs it.
+
+        Once for each thread: of several waits at a time (`await` in coroutines) the first gives, the last takes back.
+        """
+        thread = threading.get_ident()
+        waits = self._waits[thread] = self._waits.get(thread, 0) + 1
+        try:
+            if waits == 1:
+                self._give_slot()
+            yield
+        finally:
+            self._waits[thread] -= 1
+            if not self._waits[thread]:
+                del self._waits[thread]
+                with self._lock:
+                    self._blocked -= 1
+                self.link.send(Kind.BLOCKED, messages.Blocked(-1).pack())
+
+    def _give_slot(self) -> None:
         with self._lock:
             self._blocked += 1
             more = bool(self._inbox) and self._helpers < self._blocked
@@ -271,12 +290,6 @@ class TaskRunner:
         self.link.send(Kind.BLOCKED, messages.Blocked(1).pack())
         if more:
             self._spawn(self._help)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._blocked -= 1
-            self.link.send(Kind.BLOCKED, messages.Blocked(-1).pack())
 
     def _initialize(self) -> None:
         waiting, self._initializer = self._initializer, None

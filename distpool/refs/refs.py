@@ -131,7 +131,11 @@ class Future(concurrent.futures.Future[T]):
             condition = threading.Condition()
             with _settling:
                 return self.__dict__.setdefault(name, condition)
-        if name in ("_waiters", "_done_callbacks", "_sleepers"):
+        if name == "_waiters":
+            node = nodes.existing()
+            in_task = node is not None and node.runner is not None
+            return self.__dict__.setdefault(name, _Waiters() if in_task else [])
+        if name in ("_done_callbacks", "_sleepers"):
             return self.__dict__.setdefault(name, [])
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -280,7 +284,9 @@ class Future(concurrent.futures.Future[T]):
     def __await__(self) -> Generator[Any, None, T]:
         import asyncio  # not before somebody awaits: it is a heavy import
 
-        return asyncio.wrap_future(self).__await__()
+        node = nodes.existing()
+        with contextlib.nullcontext() if node is None or self.done() else node.given_away():
+            return (yield from asyncio.wrap_future(self).__await__())
 
     def __repr__(self) -> str:
         raw = self._raw
@@ -426,6 +432,31 @@ class Future(concurrent.futures.Future[T]):
 
     def __reduce__(self) -> Any:
         return _dead_handle, ()
+
+
+class _Waiters(list[Any]):
+    """In workers: the waiters of `concurrent.futures.wait` and `as_completed`, which know nothing of slots.
+
+    They sleep on an event of their own (`_base._Waiter.event`) after they have registered here, so that is where a task
+    gives its slot away. They register under the conditions of all their futures: nobody looks at the event meanwhile.
+    """
+
+    def append(self, waiter: Any) -> None:
+        event = getattr(waiter, "event", None)
+        if type(event) is threading.Event and not event.is_set():
+            waiter.event = _GivingEvent()
+        super().append(waiter)
+
+
+class _GivingEvent(threading.Event):
+    """Whoever waits for it in a task has given the slot away."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        node = nodes.existing()
+        if node is None or self.is_set():
+            return super().wait(timeout)
+        with node.given_away(), node.loop.following(self.set):
+            return super().wait(timeout)
 
 
 def _release(sleeper: threading.Lock) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import multiprocessing
 import threading
 import time
@@ -45,6 +47,65 @@ def test_recursion_on_one_worker(make_runner: Callable[..., Runner]) -> None:
     runner = make_runner(1)
     with at_most(10, "fib(9)"):
         assert runner.submit(fib, runner.executor, 9).value(10 * NOISE) == 34
+
+
+def fib_by_wait(executor: Any, number: int) -> int:
+    if number < 2:
+        return number
+    calls = [executor.submit(fib_by_wait, executor, number - step) for step in (1, 2)]
+    done, rest = concurrent.futures.wait(calls)
+    assert not rest
+    return sum(call.result() for call in done)
+
+
+def fib_by_first(executor: Any, number: int) -> int:
+    rest: Any = [executor.submit(fib_by_first, executor, number - step) for step in (1, 2)] if number > 1 else []
+    total = 0 if rest else number
+    while rest:
+        done, rest = concurrent.futures.wait(rest, return_when=concurrent.futures.FIRST_COMPLETED)
+        total += sum(call.result() for call in done)
+    return total
+
+
+def fib_as_completed(executor: Any, number: int) -> int:
+    if number < 2:
+        return number
+    calls = [executor.submit(fib_as_completed, executor, number - step) for step in (1, 2)]
+    return sum(call.result() for call in concurrent.futures.as_completed(calls))
+
+
+def fib_by_await(executor: Any, number: int) -> int:
+    async def both() -> int:
+        calls = [executor.submit(fib_by_await, executor, number - step) for step in (1, 2)]
+
+        async def one(call: Any) -> int:
+            return int(await call)
+
+        return sum(await asyncio.gather(*map(one, calls)))
+
+    return number if number < 2 else asyncio.run(both())
+
+
+@pytest.mark.parametrize("function", [fib_by_wait, fib_by_first, fib_as_completed, fib_by_await])
+def test_tasks_that_wait_in_ways_of_the_standard_library(runner: Runner, function: Callable[[Any, int], int]) -> None:
+    """All workers wait for what they have submitted themselves: each has given its slot away."""
+    with at_most(10, "fib(8)"):
+        calls = [runner.submit(function, runner.executor, 8) for _ in range(2)]
+        assert [call.value(10 * NOISE) for call in calls] == [21, 21]
+    assert_squares([runner.submit(helpers.square, number) for number in range(50)])
+
+
+def test_a_wait_that_times_out_takes_the_slot_back(runner: Runner, gate: Gate) -> None:
+    executor, address = runner.executor, gate.address
+
+    def act() -> tuple[int, int]:
+        call = executor.submit(helpers.hold, address, "inner")
+        done, rest = concurrent.futures.wait([call], timeout=0.2)
+        return len(done), len(rest)
+
+    assert runner.submit(act).value() == (0, 1)
+    gate.arrival(2 * NOISE).release()
+    assert_squares([runner.submit(helpers.square, number) for number in range(50)])
 
 
 def test_captured_executor(runner: Runner) -> None:
