@@ -137,6 +137,11 @@ class Member:
         return bool(self.process.is_worker or (joined and self.process.ospid == self.ospid))
 
     @property
+    def is_worker_here(self) -> bool:
+        """Whether that process is the worker, and runs on this machine."""
+        return self.is_worker and bool(getattr(self.process, "is_here", True))
+
+    @property
     def listed(self) -> bool:
         """Whether it counts as one of `workers()`."""
         return self.state is State.READY and not self.removed
@@ -356,10 +361,11 @@ class Member:
             self._failure = reason
         if self._failure is None and not self._registered:
             self._failure = self.lost_early()
-        if is_silence(reason) and not self._exited and not getattr(self.process, "is_here", True):
-            # No news of its process will come from there; should the host come back, the signal still ends it.
+        if is_silence(reason) and not self._exited and not self.is_worker_here:
             self.reason = self.reason or f"its host does not answer: {reason}"
-            self.process.kill()
+            # No news of its process will come from there; should the host come back, the signal still ends it.
+            if self.is_worker:
+                self.process.kill()
             self._exited = True
         self._wait_for_exit()
         self._check_gone()

@@ -200,7 +200,8 @@ class Peers:
     def _not_reached(self, pid: int, text: str, told: messages.Address) -> None:
         """We cannot dial it: perhaps it can dial us, if it has not tried already."""
         if told.detail:
-            both = f"{text}, and {told.detail}"
+            head = f"process {self._node.pid} and process {pid} cannot be connected"
+            both = f"{head}: {text}, and {told.detail}. Calls through process 1 go on."
             self._give_up(pid, lambda: ConnectionError(both), for_good=False)
         elif self._node.master_link is not None:
             self._node.master_link.send(Kind.WHERE, messages.Where(pid, text).pack())

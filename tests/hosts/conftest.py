@@ -24,7 +24,8 @@ def rig(whole_rig: Rig) -> Iterator[Rig]:
     yield whole_rig
     whole_rig.unfilter()
     for host in whole_rig.hosts:
+        whole_rig.mend(host)
         whole_rig.heal(host)
         whole_rig.rate(host, None)
-        if not host.pid:
+        if not host.is_up:
             whole_rig.boot(host)

@@ -6,7 +6,7 @@
 
 The addresses exist inside these namespaces only; nothing outside is listened on, and the machine's own network is not
 touched. Programs that need the hosts run in `driver`, as `python -m hosts.inside` (see `Rig.call`). Faults: `cut`,
-`heal`, `crash`, `freeze`, and with `nft` or `tc`: `partition`, `drop`, `refuse`, `rate`, `delay`.
+`heal`, `crash`, `partition`, `drop`, `refuse`, `black_hole`, `rate`, `slow`.
 
 Everything goes with `close()`. If the process that made a rig is killed, the next `Rig` on this machine cleans up
 behind it: names and the directory below /run hold its process id and start time.
@@ -134,6 +134,11 @@ class Host:
         return sh(*self.command(*command), **options)
 
     @property
+    def is_up(self) -> bool:
+        """Whether its process 1 lives."""
+        return self.pid > 0 and not is_gone(self.pid)
+
+    @property
     def port(self) -> str:
         """The name of its end of the cable at the bridge."""
         return f"p-{self.name}"
@@ -186,7 +191,7 @@ class Rig:
 
     def _build(self) -> None:
         self.base.mkdir(parents=True)
-        (self.base / "owner").write_text(json.dumps([os.getpid(), psutil.Process().create_time()]))
+        (self.base / "owner").write_text(json.dumps(psutil.Process().create_time()))
         sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "rig", "-f", self.base / "key")
         shutil.copy(self.base / "key.pub", self.base / "authorized_keys")
         self.ssh_config.write_text(_SSH_CONFIG.format(base=self.base))
@@ -220,12 +225,20 @@ class Rig:
         if name != "driver":
             (etc / "hostname").write_text(f"{name}\n")
         sh("ip", "netns", "add", namespace)
+        self._cable(namespace, port)
+        self._address(namespace, address)
+        sh("ip", "-n", namespace, "link", "set", "lo", "up")
+
+    def _cable(self, namespace: str, port: str) -> None:
         add = ("ip", "-n", self.lan, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", namespace)
         sh(*add)
         sh("ip", "-n", self.lan, "link", "set", port, "master", "bridge", "up")
+
+    def _address(self, namespace: str, address: str, mac: str = "") -> None:
+        if mac:  # the neighbours know it by that one
+            sh("ip", "-n", namespace, "link", "set", "eth0", "address", mac)
         sh("ip", "-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
         sh("ip", "-n", namespace, "link", "set", "eth0", "up")
-        sh("ip", "-n", namespace, "link", "set", "lo", "up")
 
     def _boot(self, host: Host) -> Callable[[], None]:
         """Start the host's process 1; the function that is returned waits for it."""
@@ -303,7 +316,7 @@ class Rig:
         if host.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(host.pid, signal.SIGKILL)
-            until(lambda: not psutil.pid_exists(host.pid) or is_zombie(host.pid), f"the end of {host.name}")
+            until(lambda: is_gone(host.pid), f"the end of {host.name}")
             host.pid = 0
 
     def partition(self, one: Host, other: Host) -> None:
@@ -348,6 +361,42 @@ class Rig:
                 shape = ("tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "200ms")
                 sh(*tc, "replace", "dev", device, "root", *shape)
 
+    def slow(self, host: Host, milliseconds: float, mbit: float) -> None:
+        """A long, thin cable: each way takes so long and carries so much. Until `mend`, or the caller's end."""
+        mac = json.loads(sh("ip", "-n", host.namespace, "-j", "link", "show", "eth0").stdout)[0]["address"]
+        ends = (f"{PREFIX}{os.getpid()}a"[-15:], f"{PREFIX}{os.getpid()}b"[-15:])
+        relay = Path(__file__).with_name("relay.py")
+        process = subprocess.Popen(
+            [sys.executable, str(relay), *ends, str(milliseconds), str(mbit)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # not ours: whoever reads that waits for the last who has it
+            text=True,
+        )
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        self.relays = [*getattr(self, "relays", []), process]
+        sh("ip", "-n", host.namespace, "link", "del", "eth0")  # its other end goes with it
+        sh("ip", "link", "set", ends[0], "netns", host.namespace, "name", "eth0")
+        sh("ip", "link", "set", ends[1], "netns", self.lan, "name", host.port)
+        sh("ip", "-n", self.lan, "link", "set", host.port, "master", "bridge", "up")
+        self._address(host.namespace, host.address, mac)
+
+    def mend(self, host: Host) -> None:
+        """Its usual cable, where `slow` has put another one."""
+        for process in getattr(self, "relays", []):
+            process.kill()
+            process.wait(PATIENCE)
+        self.relays = []
+        until(lambda: self._is_veth(host) is not False, "the end of the slow cable")
+        if self._is_veth(host) is None:
+            self._cable(host.namespace, host.port)
+            self._address(host.namespace, host.address)
+
+    def _is_veth(self, host: Host) -> bool | None:
+        """None: it has no cable at all."""
+        shown = sh("ip", "-n", host.namespace, "-d", "link", "show", "eth0", check=False)
+        return "veth" in shown.stdout if shown.returncode == 0 else None
+
     # -- the end -----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -366,7 +415,8 @@ def kept() -> list[str]:
     return sorted(place for place in found if place.startswith("/tmp/"))
 
 
-def is_zombie(pid: int) -> bool:
+def is_gone(pid: int) -> bool:
+    """Whether the process has ended, also if nobody has asked for its exit status."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -385,13 +435,18 @@ def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) ->
 def clean_up() -> None:
     """Remove the rigs of processes that are gone."""
     for directory in BASE.glob("*") if BASE.exists() else ():
+        if not directory.name.isdigit():
+            continue
+        owner = int(directory.name)
         try:
-            pid, begun = json.loads((directory / "owner").read_text())
-            alive = psutil.Process(pid).create_time() == begun
-        except (OSError, ValueError, psutil.Error):
+            begun = json.loads((directory / "owner").read_text())
+            alive = psutil.Process(owner).create_time() == begun
+        except (OSError, ValueError):  # it is being made, or was not finished
+            alive = psutil.pid_exists(owner)
+        except psutil.Error:
             alive = False
-        if not alive and directory.name.isdigit():
-            remove(int(directory.name))
+        if not alive:
+            remove(owner)
 
 
 def remove(owner: int) -> None:
