@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from distpool.node.node import Node
 
 _TRY_AGAIN = 1.0  # seconds after a failure during which calls fail at once, with the same error
+_DOUBT = 2.0  # seconds that a link has to show that it lives, when the other side wants a new one
 _Parts = tuple[Kind, bytes, Any, list[Any]]
 
 
@@ -61,6 +62,7 @@ class Peers:
         self._waiting: dict[int, list[_Parts]] = {}  # leader
         # pids that a link is being made to, and who wants to hear of a failure; leader
         self._dialling: dict[int, list[Callable[[str], object]]] = {}
+        self._doubted: dict[int, Callable[[], None]] = {}  # pid -> makes a new link if the one we have is dead; leader
         self._problems: dict[int, Callable[[], BaseException]] = {}  # pid -> why no link can be made; leader
         self._ready: dict[int, _Ready] = {}  # pid -> set when `ensure` may look again
         #: `f(pid, connect_at) -> streams`: user code, on a library thread; set where a transport has a manager.
@@ -213,8 +215,29 @@ class Peers:
         def failed(text: str) -> None:
             link.send(Kind.UNDIALLED, messages.Undialled(message.pid, text, message.detail).pack())
 
-        if message.pid not in self._links:
+        def make() -> None:
             self._dial(message.pid, message.address, message.shares_memory, failed)
+
+        old = self._links.get(message.pid)
+        if old is None:
+            make()
+        else:
+            self._doubt(message.pid, old, make)
+
+    def _doubt(self, pid: int, link: Link, make: Callable[[], None]) -> None:
+        """The other side wants a link although we have one. Either it is so young that it has not heard of it, or it
+        has lost it and we have not noticed: then nothing will come from there any more."""
+        self._doubted[pid] = make
+        before = link.bytes_in
+
+        def look() -> None:
+            if self._doubted.get(pid) is make and self._links.get(pid) is link:
+                del self._doubted[pid]
+                if link.bytes_in == before:
+                    link.close(TimeoutError("the other side has lost it"))
+                    make()
+
+        self._node.loop.call_later(_DOUBT, look)
 
     def on_identity(self, link: Link, frame: Frame) -> None:
         """Worker: the cluster's certificate and key, for the encrypted link that is needed next."""
@@ -279,7 +302,7 @@ class Peers:
                 adopted.end()
             if link.segments is None:  # it had not come up
                 self._not_dialled(pid, f"process {pid} closed the connection: {reason or 'it may be ending'}")
-            self._closed(pid, link)
+            self._closed(pid, link, reason)
 
         link = Link(node.loop, stream, handshake, ready, self.on_frame, closed)
         link.peer = pid
@@ -320,17 +343,21 @@ class Peers:
         """A link between workers has ended; False if it was none."""
         if link.peer is None or self._links.get(link.peer) is not link:
             return False
-        self._closed(link.peer, link)
+        self._closed(link.peer, link, reason)
         return True
 
-    def _closed(self, pid: int, link: Link) -> None:
+    def _closed(self, pid: int, link: Link, reason: BaseException | None = None) -> None:
         """The peer is dying, or the connection is broken: pid 1 will say which; until then a new link may be tried."""
         self._node.links.discard(link)
         if link.segments is not None:
             link.segments.close()
         if self._links.get(pid) is link:
             del self._links[pid]
-            self.requests.fail(pid, lambda: ProcessExitedException(pid, None, True, "", "its connection was lost"))
+            text = f"its connection to process {self._node.pid} was lost" + (f": {reason}" if reason else "")
+            self.requests.fail(pid, lambda: ProcessExitedException(pid, None, True, "", text))
+            make = self._doubted.pop(pid, None)
+            if make is not None:
+                make()
 
     # -- pid 1 (leader) ----------------------------------------------------------------------------------------
 

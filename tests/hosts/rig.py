@@ -234,9 +234,9 @@ class Rig:
         sh(*add)
         sh("ip", "-n", self.lan, "link", "set", port, "master", "bridge", "up")
 
-    def _address(self, namespace: str, address: str, mac: str = "") -> None:
-        if mac:  # the neighbours know it by that one
-            sh("ip", "-n", namespace, "link", "set", "eth0", "address", mac)
+    def _address(self, namespace: str, address: str) -> None:
+        mac = f"02:00:00:00:00:{int(address.rpartition('.')[2]):02x}"  # whatever the cable: the neighbours know it
+        sh("ip", "-n", namespace, "link", "set", "eth0", "address", mac)
         sh("ip", "-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
         sh("ip", "-n", namespace, "link", "set", "eth0", "up")
 
@@ -363,7 +363,6 @@ class Rig:
 
     def slow(self, host: Host, milliseconds: float, mbit: float) -> None:
         """A long, thin cable: each way takes so long and carries so much. Until `mend`, or the caller's end."""
-        mac = json.loads(sh("ip", "-n", host.namespace, "-j", "link", "show", "eth0").stdout)[0]["address"]
         ends = (f"{PREFIX}{os.getpid()}a"[-15:], f"{PREFIX}{os.getpid()}b"[-15:])
         relay = Path(__file__).with_name("relay.py")
         process = subprocess.Popen(
@@ -379,7 +378,7 @@ class Rig:
         sh("ip", "link", "set", ends[0], "netns", host.namespace, "name", "eth0")
         sh("ip", "link", "set", ends[1], "netns", self.lan, "name", host.port)
         sh("ip", "-n", self.lan, "link", "set", host.port, "master", "bridge", "up")
-        self._address(host.namespace, host.address, mac)
+        self._address(host.namespace, host.address)
 
     def mend(self, host: Host) -> None:
         """Its usual cable, where `slow` has put another one."""
