@@ -45,7 +45,7 @@ def workers_of(rig: Rig, name: str) -> int:
     return rig[name].run("ps", "-ef").stdout.count("from distpool.standalone import serve")
 
 
-# ----------------------------------------------------------------------------------------------------- hosts that vanish
+# ------------------------------------------------------------------------------------------------ hosts that vanish
 
 
 @encrypted
@@ -175,7 +175,7 @@ def a_host_that_comes_back_late(rig: Rig) -> None:
     assert again != one and remotecall_fetch(platform.node, again) == "h1"
 
 
-# ------------------------------------------------------------------------------------------------ hosts that are not lost
+# ------------------------------------------------------------------------------------------- hosts that are not lost
 
 
 @encrypted
