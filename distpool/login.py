@@ -39,6 +39,7 @@ if sys.platform != "win32":
 
 _CHUNK = 65536
 _HIGH_WATER = 1 << 20  # bytes that the master has not taken yet: from then on workers' output waits
+_SIGN_OF_LIFE = 60  # seconds after which we say something: so the kernel notices that the master's host has vanished
 _PORTS = 1000  # ports that are tried after one that is only a hint
 
 
@@ -226,7 +227,10 @@ class Agent:
             if len(self._outbox) < _HIGH_WATER:
                 for output in self._outputs:
                     poll.register(output, select.POLLIN)
-            for descriptor, _ in poll.poll():
+            ready = poll.poll(_SIGN_OF_LIFE * 1000)
+            if not ready:
+                self._say()
+            for descriptor, _ in ready:
                 if descriptor == self._wake_read:
                     self._reap()
                 elif descriptor == self._orders:

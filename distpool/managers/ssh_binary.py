@@ -24,6 +24,7 @@ import time
 import weakref
 from typing import Any
 
+from distpool import config
 from distpool.managers.specs import Spec
 from distpool.managers.ssh_client import LoginError
 
@@ -85,7 +86,9 @@ class BinaryConnection:
         with self._lock:
             first = self._master is None
             left = max(1, int(deadline - time.monotonic()))
-            options = ["BatchMode=yes", f"ConnectTimeout={left}", "ServerAliveInterval=10", "ServerAliveCountMax=3"]
+            alive = max(1, int(config.silent_seconds() / 3))
+            options = ["BatchMode=yes", f"ConnectTimeout={left}"]
+            options += [f"ServerAliveInterval={alive}", "ServerAliveCountMax=2"]
             argv = [*self._program, "-T", "-a", "-x"]
             if self._directory:
                 argv += ["-M"] if first else []

@@ -1,7 +1,7 @@
 """The SSH client in this process: paramiko (layer 8).
 
-    connect(target, config, deadline) -- socket, through jump hosts or a ProxyCommand if the configuration has them
-                                      -- host key against known_hosts, then keys and agent -> ParamikoConnection
+    connect  -- socket, through jump hosts or a ProxyCommand if the configuration has them
+             -- host key against known_hosts, then keys and agent -> ParamikoConnection
 
 paramiko's transport has a thread of its own; its channels block and cannot be polled, so links that run through the
 login are pumped (`transport.pump`). `paramiko.SSHClient` is not used: it looks at one known_hosts file only, tries each
@@ -23,9 +23,11 @@ from typing import Any
 
 import paramiko
 
+from distpool import config
 from distpool.managers.specs import split_spec
 from distpool.managers.ssh_client import LoginError
 from distpool.managers.ssh_config import Config, Target
+from distpool.transport import silence
 
 log = logging.getLogger("distpool.ssh")
 
@@ -34,11 +36,11 @@ _JUMPS = 8  # jump hosts behind each other: more are a circle in the configurati
 _LOG_CHANNEL = "distpool.ssh.paramiko"  # below our NullHandler: paramiko's own would print on stderr
 
 
-def connect(target: Target, config: Config, deadline: float, jumps: int = 0) -> ParamikoConnection:
+def connect(target: Target, configuration: Config, deadline: float, jumps: int = 0) -> ParamikoConnection:
     """Log in. LoginError: what is wrong, and what to do; bounded by `deadline` (monotonic seconds)."""
     opened: list[Any] = []  # what has to be closed with the connection, last first
     try:
-        sock = _reach(target, config, deadline, opened, jumps)
+        sock = _reach(target, configuration, deadline, opened, jumps)
         opened.append(sock)
         transport = _start(target, sock, deadline)
         opened.append(transport)
@@ -55,10 +57,10 @@ def connect(target: Target, config: Config, deadline: float, jumps: int = 0) -> 
 # -- the way there -----------------------------------------------------------------------------------------------
 
 
-def _reach(target: Target, config: Config, deadline: float, opened: list[Any], jumps: int) -> Any:
+def _reach(target: Target, configuration: Config, deadline: float, opened: list[Any], jumps: int) -> Any:
     """A socket, or what behaves like one, that leads to the server's port."""
     if target.proxy_jump is not None:
-        return _jump(target, config, deadline, opened, jumps)
+        return _jump(target, configuration, deadline, opened, jumps)
     if target.proxy_command is not None:
         return _proxy(target, opened)
     left = deadline - time.monotonic()
@@ -82,27 +84,25 @@ def _reach(target: Target, config: Config, deadline: float, opened: list[Any], j
 
 
 def _watch_line(sock: socket.socket) -> None:
-    """The kernel notices in half a minute that a host has vanished without a word; paramiko's keepalive never does."""
-    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)]
-    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000)):
-        if hasattr(socket, name):
-            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
-    for level, option, value in options:
+    """Let the kernel notice when the host has vanished without a word, as it does for links; paramiko's keepalive never
+    does. It answers for this process even while somebody holds the GIL."""
+    silence.tune(sock)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
         with contextlib.suppress(OSError):
-            sock.setsockopt(level, option, value)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(config.silent_seconds() * 1000))
 
 
-def _jump(target: Target, config: Config, deadline: float, opened: list[Any], jumps: int) -> Any:
+def _jump(target: Target, configuration: Config, deadline: float, opened: list[Any], jumps: int) -> Any:
     """Through the jump hosts: a login at each, and a channel from the last to the target."""
     if jumps >= _JUMPS:
         raise LoginError(f"more than {_JUMPS} jump hosts behind each other: ProxyJump goes in a circle")
     hops = [hop.strip().removeprefix("ssh://") for hop in str(target.proxy_jump).split(",")]
     before, last = hops[:-1], hops[-1]
     try:
-        hop = config.target(split_spec(last))
+        hop = configuration.target(split_spec(last))
         if before:
             hop.proxy_jump = ",".join(before)
-        bastion = connect(hop, config, deadline, jumps + 1)
+        bastion = connect(hop, configuration, deadline, jumps + 1)
     except ValueError as error:
         raise LoginError(f"ProxyJump {target.proxy_jump}: {error}") from error
     except LoginError as error:

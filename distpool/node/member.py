@@ -213,7 +213,7 @@ class Member:
 
     def _too_late(self, timeout: float) -> None:
         if self.state in (State.LAUNCHED, State.CONNECTING):
-            self.kill(f"it did not join within {timeout:g} seconds")
+            self.kill("" if self._failure is not None else f"it did not join within {timeout:g} seconds")
 
     def _on_ready(self, link: Link) -> None:
         with contextlib.suppress(OSError):

@@ -58,6 +58,9 @@ def may_hold_identity(member: Member) -> bool:
 def choose(asker: Member, target: Member) -> tuple[Member | None, str]:
     """Who shall dial: the higher pid if both can. `(None, why)`: neither can."""
     first, second = (asker, target) if asker.pid > target.pid else (target, asker)
+    if second.tunnelled and not first.tunnelled:
+        # Pid 1 could not dial it, so others may not be able to either; and black holes cost them many seconds.
+        first, second = second, first
     why = obstacle(first, second)
     if not why:
         return first, ""
