@@ -29,7 +29,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
-from distpool import standalone, startup, zygote
+from distpool import config, standalone, startup, zygote
 from distpool.managers.local import BLAS_VARIABLES, routable_address
 from distpool.managers.login_protocol import MARK, MAX_LINE, LoginSettings, pack_event
 from distpool.transport.silence import is_loopback
@@ -39,7 +39,6 @@ if sys.platform != "win32":
 
 _CHUNK = 65536
 _HIGH_WATER = 1 << 20  # bytes that the master has not taken yet: from then on workers' output waits
-_SIGN_OF_LIFE = 60  # seconds after which we say something: so the kernel notices that the master's host has vanished
 _PORTS = 1000  # ports that are tried after one that is only a hint
 
 
@@ -114,6 +113,7 @@ class Agent:
         self._events = events
         self._received = bytearray(rest)
         self._outbox = bytearray()
+        self._silence = silent_seconds(settings)
         self._workers: dict[int, _Worker] = {}  # process id -> worker
         self._outputs: dict[int, _Worker] = {}  # descriptor -> worker
         self._wake_read, self._wake_write = os.pipe()
@@ -227,9 +227,9 @@ class Agent:
             if len(self._outbox) < _HIGH_WATER:
                 for output in self._outputs:
                     poll.register(output, select.POLLIN)
-            ready = poll.poll(_SIGN_OF_LIFE * 1000)
+            ready = poll.poll(self._silence * 1000)
             if not ready:
-                self._say()
+                self._say()  # anything: so the kernel notices that the master's host has vanished
             for descriptor, _ in ready:
                 if descriptor == self._wake_read:
                     self._reap()
@@ -332,6 +332,13 @@ def worker_settings(settings: LoginSettings) -> dict[str, Any]:
         "timeout": settings.timeout,
         "entry": startup.ENTRY,
     }
+
+
+def silent_seconds(settings: LoginSettings) -> float:
+    """What `config.silent_seconds` says to the workers."""
+    with contextlib.suppress(ValueError):
+        return max(0.1, float(settings.env.get("DISTPOOL_SILENT_SECONDS", "")))
+    return config.silent_seconds()
 
 
 def usable_cpus() -> int:

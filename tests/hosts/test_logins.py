@@ -100,7 +100,7 @@ def hosts_that_are_not_there(rig: Rig, client: str | None) -> None:
 @pytest.mark.parametrize("tunnel", [True, False])
 def test_a_host_vanishes_behind_its_login(rig: Rig, client: str | None, tunnel: bool) -> None:
     env = {"DISTPOOL_SILENT_SECONDS": "3"}
-    rig.call("hosts.test_logins:a_host_vanishes_behind_its_login", client, tunnel, env=env)
+    rig.call("hosts.test_logins:a_host_vanishes_behind_its_login", client, tunnel, env=env, seconds=50)
 
 
 def a_host_vanishes_behind_its_login(rig: Rig, client: str | None, tunnel: bool) -> None:
@@ -115,6 +115,8 @@ def a_host_vanishes_behind_its_login(rig: Rig, client: str | None, tunnel: bool)
     begin = time.monotonic()
     rmprocs(distpool.workers())
     assert time.monotonic() - begin < 10, "the lost login holds nothing up"
+    rig.heal(rig["h1"])
+    until(lambda: "-m distpool" not in rig["h1"].run("ps", "-ef").stdout, "the end of what was started there")
 
 
 @clients
