@@ -22,7 +22,7 @@ from distpool.node.group import Member, State
 from distpool.node.node import Node
 from distpool.scheduling import Scheduler
 from distpool.slots import Slot
-from distpool.supply import Order, Place, Supply
+from distpool.supply import Order, Place, Supply, launch_errors
 from distpool.wire import messages
 from distpool.wire.failures import failure_info
 from distpool.wire.frames import Frame, Kind
@@ -49,6 +49,7 @@ class Crew:
     ) -> None:
         self.node = node
         self.supply = Supply(node, places, params, self._prepare, self._on_settled)
+        self.supply.refill = self._refill
         self._cap = cap
         self.size = 1  # workers that it has when all are there
         self._resize()
@@ -91,7 +92,7 @@ class Crew:
         """An order is over, and has brought whom it has brought."""
         self._changed.set()
         if not self._dismissed:
-            for error in order.errors:
+            for error in [each for found in order.errors for each in launch_errors(found)]:
                 log.warning("%s", error)
             self._resize()
             if self._replace:
@@ -134,7 +135,7 @@ class Crew:
 
     def _on_joined(self, member: Member) -> None:
         slot = self._slots[member.pid] = Slot(member, self._max_tasks)
-        surplus = self._cap is not None and len(self._staying()) > max(self.size, self._cap)
+        surplus = len(self._staying()) > self.size  # more than were asked for, or late, when others were asked already
         self.supply.joined(member, not self._dismissed and not surplus)
         if self._dismissed:
             member.say_goodbye(_PATIENCE)
@@ -242,7 +243,7 @@ class Crew:
         if not self._dismissed and self.broken is None:
             missing = self.size - self._launching - sum(not self._leaving(pid) for pid in self.members)
             if missing > 0:
-                self.supply.order(missing, self._refill)
+                self.supply.order(missing)
             self._check_hopeless()
 
     def _leaving(self, pid: int) -> bool:

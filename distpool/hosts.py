@@ -86,7 +86,8 @@ def plan_for(hosts: Any, max_workers: int | None, options: dict[str, Any]) -> Pl
     else:
         manager = manager_of(hosts)
     check_options(manager, options)
-    manager.check({**manager.default_addprocs_params(), **options})
+    if options or type(manager) is not LocalManager:  # without any there is nothing to check, and nothing to pay for
+        manager.check({**manager.default_addprocs_params(), **options})
     places = [Place(part, count) for part, count in manager.parts()]
     if type(manager) is LocalManager:
         check_count(manager.n)

@@ -4,6 +4,7 @@
 
     Crew.start --> an Order for each Place --> Launch --> prepare(member) -> joined -> others of its host (`more`)
     Crew._refill --> Supply.order(missing) --> the place that lacks most, or, while it rests, another one
+    an Order that brings nobody for seconds: another place is asked as well
     an Order that brought nobody: its place rests, and is given up after some failures in a row -> errors()
 
 A host that went away with its workers is asked once more; if it does not answer, the others get its workers. Places
@@ -36,6 +37,7 @@ _STUBBORN_ATTEMPTS = (
 )
 _HOST_ATTEMPTS = 2  # launches elsewhere that may fail in a row, when workers of it have worked before; else one
 _HOST_PAUSE = 0.5  # seconds between those
+_OVERDUE = 5.0  # seconds that a host may take to replace its workers before another one is asked: it may be gone
 _GIVEN_UP = 60.0  # seconds after which a place that was given up may be tried again
 _IDLE_DEATHS = 30  # workers that may die one after the other without having run anything
 
@@ -71,7 +73,9 @@ class Place:
     @property
     def may_start(self) -> bool:
         """Whether it may be asked now; one that has failed is asked for one thing at a time."""
-        return self.pause() == 0 and not (self._failures and self.orders)
+        if self.orders and (self._failures or any(order.overdue for order in self.orders)):
+            return False
+        return self.pause() == 0
 
     def note_failure(self, errors: list[BaseException]) -> None:
         """An order brought nobody."""
@@ -121,6 +125,7 @@ class Order:
         self.first = first
         self.errors: list[BaseException] = []
         self.joined = 0
+        self.overdue = False  # nobody counts on it any more; whom it brings nevertheless is welcome, or surplus
         self._supply = supply
         self._begun = 0
         self._coming: set[int] = set()  # pids that have been begun and have not joined
@@ -133,13 +138,21 @@ class Order:
     @property
     def outstanding(self) -> int:
         """Workers that may still be begun."""
-        if self._launched and not self._starting:
+        if self.overdue or (self._launched and not self._starting):
             return 0
         return max(0, self.wanted - self._begun) if self.wanted is not None else int(not self._begun)
 
     def start(self) -> None:
         """Any thread."""
         self.launch.start()
+        if not self.first and not self.place.local and len(self._supply.places) > 1:
+            self._supply.node.loop.call_later(_OVERDUE, self._look)
+
+    def _look(self) -> None:
+        """Has it brought somebody? A host without power lets those who knock wait for long."""
+        if self in self.place.orders and not self._begun:
+            self.overdue = True
+            self._supply.refill()
 
     def abandon(self) -> None:
         """Nobody wants its workers any more."""
@@ -210,6 +223,7 @@ class Supply:
         self.orders_of: dict[int, Order] = {}  # pid -> who brought it
         self.scaled = False  # the user has said how many there shall be
         self.paused = 0  # workers that will be ordered when a place has rested
+        self.refill: Callable[[], object] = lambda: None  # look again how many are missing
         self._settled = settled
         self._waiting: collections.deque[Order] = collections.deque()  # first orders that have not started
         self._timer: Any = None
@@ -244,8 +258,8 @@ class Supply:
         if self._waiting:
             self._waiting.popleft().start()
 
-    def order(self, missing: int, later: Callable[[], object]) -> None:
-        """Ask for so many more, as far as there is anybody to ask. `later` is called when a place has rested."""
+    def order(self, missing: int) -> None:
+        """Ask for so many more, as far as there is anybody to ask; `refill` is called when a place has rested."""
         while missing > 0:
             place = self._next_place()
             if place is None:
@@ -256,7 +270,7 @@ class Supply:
                 pause for place in self.places if place.share and (pause := place.pause()) is not None and pause > 0
             ]
             if waits:
-                self._rest(min(waits), missing, later)
+                self._rest(min(waits), missing)
 
     def _order(self, place: Place, missing: int) -> int:
         """Returns how many will come, as far as is known."""
@@ -287,12 +301,12 @@ class Supply:
             place.note_failure([error])
             return False
 
-    def _rest(self, seconds: float, missing: int, later: Callable[[], object]) -> None:
+    def _rest(self, seconds: float, missing: int) -> None:
         self.paused = missing
 
         def rested() -> None:
             self._timer, self.paused = None, 0
-            later()
+            self.refill()
 
         self._timer = self.node.loop.call_later(seconds, rested)
 

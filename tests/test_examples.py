@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ssh.sshd import ADDRESSES, Server, missing
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -154,6 +156,27 @@ def test_transports_are_short_and_explained() -> None:
     for path in (ROOT / "examples" / "transports").glob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) < 150 and text.startswith('"""'), path
+
+
+@pytest.fixture
+def ssh_server(tmp_path: Path) -> Iterator[Server]:
+    if missing():
+        pytest.skip(missing())
+    server = Server(tmp_path / "sshd")
+    yield server
+    server.stop()
+
+
+def test_many_hosts(ssh_server: Server) -> None:
+    """Two logins to this machine (four where loopback has so many addresses), one of which is lost half-way."""
+    hosts = [f"host{number}" for number in range(1, len(ADDRESSES) + 1)]
+    config = ["--ssh-config", ssh_server.config, "--python", sys.executable]
+    done = run(ROOT / "examples" / "many_hosts.py", *config, *(hosts if len(hosts) > 1 else hosts * 2))
+    assert done.returncode == 0, done.stderr
+    assert "664,579 primes below 10,000,000" in done.stdout
+    assert "the machine of worker" in done.stdout
+    assert sum(map(int, re.findall(r"\d+: (\d+)", done.stdout.splitlines()[-1]))) == 40, "each piece counted once"
+    assert re.fullmatch(r"(Worker \d+ terminated\.\n)*", done.stderr), done.stderr
 
 
 def blocks() -> list[str]:
