@@ -39,6 +39,7 @@ class KeptFuture(Future[Any]):
     value with it.
     """
 
+    _watched = True  # it has a `_settle` of its own
     _kept: RemoteFuture | None = None
 
     def __init__(self, pid: int | None = None) -> None:

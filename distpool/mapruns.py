@@ -22,13 +22,11 @@ from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import CALL, CHUNK, CHUNK_OF_SCALARS, ONE, SPAN, SPAN_OF_SCALARS
-from distpool.work import release_all, with_references
+from distpool.work import SCALARS, release_all, with_references
 
 if TYPE_CHECKING:
     from distpool.scheduling import Scheduler
-    from distpool.slots import Slot
 
-SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
 _BLOCK = 4096  # scalar elements that are kept together
 _SHORT = 0.002  # seconds: longer calls never travel together in one record
 
@@ -391,33 +389,10 @@ class MapRun:
             self.scheduler.withdraw(self)
 
 
-def settle_values(slot: Slot, sequence: int, elements: int, data: bytes) -> Any:
-    """A pickled list of consecutive scalars, of one span or of several; returns the timing of the last one."""
-    timing = None
-    values: Any = data
-    end = sequence + elements
-    while sequence < end:
-        found = slot.find_many(sequence, end - sequence)
-        if found is None:
-            break
-        span, index, count = found
-        if count < end - sequence or values is not data:
-            if values is data:
-                values = loads(data)  # exact scalars: no user code
-            part, values = values[:count], values[count:]
-            span.settle_many(index, count, part)
-        else:
-            span.settle_many(index, count, data)
-        slot.done += count
-        timing = span.timing
-        sequence += count
-    return timing
-
-
 def _all_scalars(arguments: list[Any], single: bool) -> bool:
     if single:
         return SCALARS.issuperset(map(type, arguments))
     return all(SCALARS.issuperset(map(type, argument)) for argument in arguments)
 
 
-__all__ = ["SCALARS", "Element", "MapRun", "Span", "Timing", "settle_values"]
+__all__ = ["SCALARS", "Element", "MapRun", "Span", "Timing"]

@@ -28,7 +28,7 @@ from distpool.mapresults import check_map, map_by_futures, unordered_futures
 from distpool.node import node as nodes
 from distpool.node.node import Node
 from distpool.policy import make_policy
-from distpool.refs.refs import RAISED_HERE, Future, Outcome
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.wire import codec, messages
 from distpool.wire.failures import encode_exception
 from distpool.wire.frames import Frame, Kind
@@ -50,6 +50,8 @@ _CANCEL_PATIENCE = 5.0  # seconds to wait for the owner's answer
 class _Forward(Future[Any]):
     """The owner's future of a forwarded call: when it settles, the outcome goes to the worker as it is."""
 
+    _watched = True  # it has a `_settle` of its own
+
     def __init__(self, slot: Slot, request: int) -> None:
         self._slot = slot
         self._request = request
@@ -58,6 +60,8 @@ class _Forward(Future[Any]):
         super()._settle(raw)
         if raw.status == RAISED_HERE:
             nodes.current().deliver(lambda: self._send(messages.ERROR, encode_exception(raw.data), ()))
+        elif raw.status == LOCAL_VALUE:  # a scalar, which came with others
+            self._send(messages.VALUE, *codec.encode(raw.data))
         else:
             self._send(raw.status, raw.data, raw.buffers)
         return False

@@ -144,6 +144,8 @@ class AsyncResult(stdlib.ApplyResult):  # type: ignore[type-arg]
 class _Watched(Future[Any]):
     """Tells the pool of its end, on the leader: `add_done_callback` would cost one more thread hand-over."""
 
+    _watched = True  # it has a `_finish` of its own
+
     def __init__(self, watcher: Callable[[], object]) -> None:
         super().__init__()
         self._watcher = watcher
@@ -174,12 +176,14 @@ class ApplyResult(AsyncResult):
 
     def _collect(self) -> Any:
         raw = self._future._raw
-        if raw is None:
+        if raw is not None:
+            return open_entry(raw)
+        if self._future.cancelled():
             raise PoolTerminated("the call was cancelled")
-        return open_entry(raw)
+        return self._future._result
 
     def _release(self) -> None:
-        self._future._raw = None
+        self._future._raw = self._future._result = None
         self._future.__dict__.pop("_watcher", None)  # it refers to us
 
 

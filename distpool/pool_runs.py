@@ -25,6 +25,8 @@ from distpool.work import Call, Policy
 class _Place(Future[Any]):
     """Where a call leaves its outcome: an index of a map."""
 
+    _watched = True  # it has a `_settle` of its own
+
     def __init__(self, run: MapRun, index: int) -> None:
         super().__init__()
         self._place = run, index

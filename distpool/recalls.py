@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distpool.slots import Slot
 from distpool.transport.ioloop import IoLoop
@@ -77,3 +77,16 @@ class Recalls:
             events = [self._waiting.pop(key) for key in list(self._waiting) if key[0] == slot.pid]
         for event in itertools.chain.from_iterable(events):
             event.set()
+
+
+def withdraw(run: Any, slots: list[Slot]) -> None:
+    """Nobody wants the rest of this map: recall what workers have not started. Leader."""
+    for slot in slots:
+        sent = list(slot.inflight.values())
+        if slot.member.link is not None and any(getattr(entry, "run", None) is run for entry in sent):
+            # By number, because only that also cuts a span that runs; what belongs to others is sent again.
+            slot.recalling = True
+            slot.recall(messages.Recall(slot.load, []))
+
+
+__all__ = ["Recalls", "withdraw"]

@@ -25,11 +25,12 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 from distpool.errors import DistpoolError
-from distpool.mapruns import MapRun, settle_values
+from distpool.mapruns import MapRun
 from distpool.node.node import Node, existing
-from distpool.recalls import Recalls
+from distpool.recalls import Recalls, withdraw
 from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.retries import Retries
+from distpool.settling import settle_values
 from distpool.slots import Slot, any_room
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
@@ -82,11 +83,10 @@ class Scheduler:
 
     def enqueue(self, entry: Any) -> None:
         """Add a Call, or a MapRun that has new elements."""
-        if type(entry) is MapRun and entry.queued:
-            pass
-        else:
-            if type(entry) is MapRun:
-                entry.queued = True
+        if type(entry) is not MapRun:
+            self._queue.append(entry)
+        elif not entry.queued:
+            entry.queued = True
             self._queue.append(entry)
         if self.failure is not None:
             self.loop.call_soon(self._fail_queue)
@@ -113,13 +113,16 @@ class Scheduler:
         """True if the call will not run: it waited here, or its worker gave it back."""
         self.check_process()
         try:
-            if call.slot is None:
+            events: list[threading.Event] = []
+            while not events:
                 with self._lock:
                     if call.slot is None:
                         call.cancelled = True
                         call.release()
                         return True
-            events = self._recalls.ask([call])
+                events = self._recalls.ask([call])
+                if call.slot is not None:  # else it came back this very moment, for another thread's cancel
+                    break
             self._look_again()
             return bool(events and self._recalls.wait([call], events))
         finally:
@@ -197,7 +200,14 @@ class Scheduler:
     def _fill(self, slot: Slot, count: int) -> bool:
         """Send up to `count` calls from the head of the queue as one frame."""
         queue, entries = self._queue, []
-        while count > 0 and self._clean_head():
+        while count > 0 and queue:
+            head = queue[0]
+            if type(head) is Call and head.policy is None and not head.cancelled:  # as a rule
+                entries.append(queue.popleft())
+                count -= 1
+                continue
+            if not self._clean_head():
+                break
             head = queue[0]
             if type(head) is MapRun:
                 taken = head.take(count)
@@ -208,8 +218,6 @@ class Scheduler:
                 if not entries and slot.load == 0:
                     entries.append(queue.popleft())
                 break
-            entries.append(queue.popleft())
-            count -= 1
         if entries:
             slot.send(self, entries)
         return bool(entries)
@@ -251,8 +259,9 @@ class Scheduler:
         done = 0
         for sequence, elements, status, payload, parts in messages.result_records(body):
             if status == messages.VALUES:
-                timing = settle_values(slot, sequence, elements, bytes(payload)) or timing
-                done += elements
+                last, count = settle_values(slot, sequence, elements, bytes(payload), self._deliver)
+                timing = last or timing
+                done += count
                 continue
             found = slot.find(sequence)
             if found is None:
@@ -285,7 +294,10 @@ class Scheduler:
     def _settle(self, entry: Any, index: int, outcome: Any) -> None:
         future = entry.settle(index, outcome)
         if future is not None:
-            self.node.deliver(future._run_callbacks)
+            self._deliver(future)
+
+    def _deliver(self, future: Any) -> None:
+        self.node.deliver(future._run_callbacks)
 
     def _after_results(self, slot: Slot) -> None:
         self._has_room = True
@@ -353,27 +365,15 @@ class Scheduler:
 
     def withdraw(self, run: MapRun) -> None:
         """Nobody wants the rest of this map: recall what workers have not started. Safe in a finalizer."""
-        self.loop.call_soon(lambda: self._withdraw(run))
-
-    def _withdraw(self, run: MapRun) -> None:
-        for slot in list(self.slots.values()):
-            sent = list(slot.inflight.values())
-            if slot.member.link is not None and any(getattr(entry, "run", None) is run for entry in sent):
-                # By number, because only that also cuts a span that runs; what belongs to others is sent again.
-                slot.recalling = True
-                slot.member.link.send(Kind.RECALL, messages.Recall(slot.load, []).pack())
-                if slot.member.journal is not None:
-                    slot.member.journal.raise_attention()
+        self.loop.call_soon(lambda: withdraw(run, list(self.slots.values())))
 
     def _on_recalled(self, slot: Slot, message: messages.Recalled) -> None:
         got_any = bool(message.ranges)
         with self._lock:
             for first, count in message.ranges:
-                found = slot.take_back(first, count)
-                if found is not None:
-                    entry, index = found
-                    slot.load -= count
-                    entry.put_back(index, count, self._queue)
+                for entry, index, taken in slot.take_back(first, count):
+                    slot.load -= taken
+                    entry.put_back(index, taken, self._queue)
         self._recalls.answered(slot, message.asked)
         self._consider_retiring(slot)
         if not message.asked:

@@ -20,7 +20,7 @@ from distpool.transport.shm import Lease, map_private
 from distpool.wire import messages
 from distpool.wire.frames import Kind
 from distpool.wire.functions import EncodedFunction
-from distpool.work import Parts
+from distpool.work import Call, Parts, plain_record
 
 if TYPE_CHECKING:
     from distpool.scheduling import Scheduler
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _MAX_WINDOW = 1024
 _MAX_FUNCTIONS = 256  # functions by value that a worker keeps
 _MAX_FUNCTION_BYTES = 256 << 20
+_SHORT = 0.002  # seconds: longer calls never travel together in one record
 _LONG = 0.05  # seconds: for calls that take this long, sending ahead saves nothing
 
 
@@ -93,33 +94,47 @@ class Slot:
         """Send these entries as one frame."""
         link = self.member.link
         assert link is not None
-        first = self._next
+        first = sequence = self._next
         if not self.load:
             self.since = time.monotonic()
         if self.member.tracer is not None:
             self.member.tracer.sent(self.pid, first, entries)
-        records = []
+        records: list[bytes] = []
         buffers: list[Any] = []
+        plain: list[Call] = []  # the last entries, if they can travel in one record
+        inflight, known = self.inflight, self._functions
         for entry in entries:
             function = entry.function
-            if function.number not in self._functions:
+            if function.number not in known:
                 self._send_function(function)
-            self.inflight[self._next] = entry
-            policy = entry.policy
-            if hasattr(entry, "slot"):
-                entry.sequence = self._next
+            inflight[sequence] = entry
+            if type(entry) is Call:
+                entry.sequence = sequence
                 entry.slot = self
-                if policy is not None and policy.timeout is not None:
-                    self._start_clock(scheduler, policy.timeout, function.name)
-            self._next += entry.elements
-            self.load += entry.elements
-            if self._remaining is not None:
-                self._remaining -= entry.elements
+                if entry.arguments is not None:
+                    if plain and not (plain[0].function is function and 0.0 <= function.mean <= _SHORT):
+                        records.append(plain_record(plain))
+                        plain = []
+                    plain.append(entry)
+                    sequence += 1
+                    continue
+                if entry.policy is not None and entry.policy.timeout is not None:
+                    self._start_clock(scheduler, entry.policy.timeout, function.name)
+            if plain:
+                records.append(plain_record(plain))
+                plain = []
+            sequence += entry.elements
             records.append(entry.record)
-            if type(entry.buffers) is Parts:
-                self.lend(entry.buffers.references, 1)
             if entry.buffers:
                 buffers.extend(self._lend(buffer) for buffer in entry.buffers)
+            if type(entry.buffers) is Parts:
+                self.lend(entry.buffers.references, 1)
+        if plain:
+            records.append(plain_record(plain))
+        self._next = sequence
+        self.load += sequence - first
+        if self._remaining is not None:
+            self._remaining -= sequence - first
         link.send(Kind.CALLS, messages.CALLS.pack(first, len(records)), b"".join(records), buffers)
 
     def pinned_turn(self, scheduler: Scheduler) -> None:
@@ -240,24 +255,30 @@ class Slot:
             self.inflight.pop(start, None)
         return span, sequence - start, count
 
-    def take_back(self, sequence: int, count: int) -> tuple[Any, int] | None:
-        """The entry whose `count` elements from this sequence number on were recalled, and the first one's index."""
-        entry = self.inflight.get(sequence)
-        if entry is not None and entry.elements == 1:
-            del self.inflight[sequence]
+    def take_back(self, sequence: int, count: int) -> list[tuple[Any, int, int]]:
+        """The `count` calls from this sequence number on were recalled: `(entry, first element, elements)`, last first,
+        so that who puts them at the head of a queue keeps their order.
+        """
+        taken: list[tuple[Any, int, int]] = []
+        for number in range(sequence + count - 1, sequence - 1, -1):
+            entry = self.inflight.get(number)
+            if entry is None:
+                continue
+            if entry.elements > 1:
+                break
+            del self.inflight[number]
             if type(entry.buffers) is Parts:
                 self.lend(entry.buffers.references, -1)
             if entry.policy is not None and entry.policy.timeout is not None:
                 self.stop_clock()  # it has not begun, so nothing may be killed for it
-            return entry, 0
-        found = self._span_of(sequence)
-        if found is None:
-            return None
-        start, span = found
-        span.stop = sequence - start
-        if span.done >= span.stop:
-            self.inflight.pop(start, None)
-        return span, sequence - start
+            taken.append((entry, 0, 1))
+        if not taken and (found := self._span_of(sequence)) is not None:
+            start, span = found
+            span.stop = sequence - start
+            if span.done >= span.stop:
+                self.inflight.pop(start, None)
+            taken.append((span, sequence - start, count))
+        return taken
 
     def _span_of(self, sequence: int, least: int = 2) -> tuple[int, Any] | None:
         for start, entry in self.inflight.items():

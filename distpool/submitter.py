@@ -23,7 +23,7 @@ from distpool.refs.refs import RAISED_HERE, Future, Outcome
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import CALL, ONE, ONE_FRESH, UNSENDABLE, VALUE
-from distpool.work import Call, Policy, with_references
+from distpool.work import Call, Policy, is_plain, with_references
 
 _new_future: Any = object.__new__  # `Future()` would cost a Python call more
 #: Elements that lazy maps take ahead, per worker.
@@ -75,6 +75,10 @@ class Submitter(concurrent.futures.Executor):
             future = _new_future(self._future_class)
         try:
             function = crew.node.encoder.encode(fn)
+            if not kwargs and self._policy is None and function.reusable and is_plain(args):
+                future._call = call = Call(scheduler, function, b"", [], future, None, args)
+                scheduler.enqueue(call)
+                return future
             seen: list[Any] = []
             data, buffers = codec.encode_args(args, kwargs, None, seen)
         except SerializationError as error:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from distpool.refs.refs import RAISED_HERE, Future, Outcome, open_outcome
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome, open_outcome, set_values
 from distpool.transport.ioloop import IoLoop
 from distpool.wire import codec
 from distpool.wire.failures import encode_exception
@@ -630,3 +630,43 @@ def test_random_operations_end(loop: IoLoop, quick_switches: None) -> None:
     total = sum(range(len(futures)))
     results = in_threads(settle_all, poke, poke, lambda: sum(f.result() for f in as_completed(futures, PATIENCE)))
     assert results == [None, total, total, total]
+
+
+def test_many_values_at_once() -> None:
+    futures: list[Future[Any]] = [Future() for _ in range(5)]
+    told: list[Any] = []
+    futures[1].add_done_callback(told.append)
+    futures[2].cancel()
+    assert futures[3]._condition is not None  # somebody waits as the standard library does
+    assert set_values(futures, [0, 1, 2, 3, None]) == [1, 2, 3]
+    assert [future.done() for future in futures] == [True, False, True, False, True]
+    assert futures[0].result(0) == 0 and futures[4].result(0) is None and futures[4].exception(0) is None
+    assert futures[2].cancelled() and not told
+
+
+def test_whoever_comes_while_many_values_are_set_is_woken() -> None:
+    """Sleepers, callbacks and waiters that register in any moment hear of the end, once."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for number in range(150):
+            futures: list[Future[Any]] = [Future() for _ in range(40)]
+            told: list[Any] = []
+            ended: list[bool] = []
+
+            def wait(futures: Any = futures, told: Any = told, ended: Any = ended, number: int = number) -> None:
+                chosen = futures[number % 40]
+                chosen.add_done_callback(told.append)
+                first = futures[number % 3].result(PATIENCE)  # sleeps without a Condition
+                done, _ = concurrent.futures.wait(futures[20:], PATIENCE)
+                ended.append(first == number % 3 and len(done) == 20 and chosen.result(PATIENCE) == number % 40)
+
+            thread = threading.Thread(target=wait)
+            thread.start()
+            for index in set_values(futures, list(range(40))):
+                if futures[index]._settle(Outcome(LOCAL_VALUE, index, (), 2)):
+                    futures[index]._run_callbacks()
+            thread.join(PATIENCE)
+            assert ended == [True] and told == [futures[number % 40]]
+    finally:
+        sys.setswitchinterval(before)

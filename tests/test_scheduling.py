@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError, wait
 from typing import Any
 
 import pytest
-from fakes import PATIENCE, FakeWorker, Office, fresh, result
+from fakes import PATIENCE, FakeWorker, Office, fresh, result, together
 
 from distpool import config
 from distpool.lazymap import open_entry
@@ -20,9 +20,10 @@ from distpool.wire.frames import Kind
 from distpool.work import Policy
 
 
-@pytest.fixture
-def office() -> Iterator[Office]:
+@pytest.fixture(params=[False, True], ids=["records", "plain"])
+def office(request: pytest.FixtureRequest) -> Iterator[Office]:
     made = Office()
+    made.plain = request.param
     yield made
     made.close()
 
@@ -583,6 +584,6 @@ def test_random_lives(office: Office, seed: int) -> None:
 
 
 def flush(office: Office, worker: FakeWorker, done: list[tuple[int, Any]]) -> None:
-    body = b"".join(result(*pair) for pair in done)
+    body = together(done) if office.plain else b"".join(result(*pair) for pair in done)
     done.clear()
     office.frame(worker, Kind.RESULTS, messages.RESULTS.pack(len(worker.journal.data), 0.0, 0), body)

@@ -370,6 +370,50 @@ def test_many_tasks_that_wait(runner: Bench) -> None:
     assert len(runner.collect(20)) == 20 and last
 
 
+def test_what_stands_behind_a_waiting_element_of_its_own_record_runs(runner: Bench) -> None:
+    """Calls that came in one record may wait for each other, as those that came in several."""
+    current = runner.runner
+    others = threading.Event()
+
+    def wait_for_the_last(number: int) -> int:
+        if number == 2:
+            others.set()
+        else:
+            with current.slot_given_away():
+                assert others.wait(PATIENCE)
+        return number
+
+    _local["chain"] = wait_for_the_last
+    payload = codec.encode([("chain", number) for number in range(3)])[0]
+    first = runner.send(runner.record(call_local, payload, messages.SPAN, 3), runner.one(note, 5))
+    assert runner.collect(4) == {first: 0, first + 1: 1, first + 2: 2, first + 3: 25}
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_calls_are_taken_out_of_the_middle_of_a_record(runner: Bench, running: bool) -> None:
+    before = 0 if running else 1
+    records = [runner.span(hold, [0, 1, 2, 3, 4, 5])]
+    first = runner.send(*([] if running else [runner.one(hold, 9)]), *records) + before
+    assert entered.wait(PATIENCE)
+    asked = [first, first + 2, first + 4, first + 99] if not running else [first, first + 2, first + 4, first - 7]
+    runner.recall(sequences=asked)
+    frame = runner.master.next_frame()
+    message = messages.Recalled.unpack(frame.control)
+    given = {start + offset for start, count in message.ranges for offset in range(count)}
+    assert given == ({first + 2, first + 4} if running else {first, first + 2, first + 4}), (
+        "what runs is not given back"
+    )
+    runner.recall(sequences=asked)
+    assert messages.Recalled.unpack(runner.master.next_frame().control).ranges == [], "only once"
+    runner.recall(count=2)
+    ranges = messages.Recalled.unpack(runner.master.next_frame().control).ranges
+    assert ranges == [[first + 5, 1]], "what was taken before is not given back again"
+    gate.set()
+    here = set(range(6)) - {5} - {sequence - first for sequence in given}
+    assert {s: v for s, v in runner.collect(len(here) + before).items() if s >= first} == {first + n: n for n in here}
+    assert sorted(ran) == sorted([*here, *([] if running else [9])])
+
+
 _local: dict[str, Any] = {}
 
 

@@ -9,7 +9,8 @@ import pytest
 from fakes import Office
 
 from distpool.policy import make_policy
-from distpool.work import Call, Policy, release_all
+from distpool.wire import codec, messages
+from distpool.work import Call, Policy, is_plain, plain_record, release_all
 
 
 @pytest.mark.parametrize(
@@ -107,3 +108,33 @@ def test_views_of_the_user_are_not_released() -> None:
     view, buffer = memoryview(b"abc"), Buffer()
     release_all([view, buffer, b"bytes"])
     assert bytes(view) == b"abc" and buffer.released == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, plain",
+    [
+        ((), True),
+        ((1, 2.5, "text", b"bytes", True, None), True),
+        (("x" * 1024,), True),
+        (("x" * 1025,), False),
+        ((b"x" * 1025,), False),
+        (([],), False),
+        ((Policy,), False),
+        ((type("Int", (int,), {})(1),), False),
+    ],
+)
+def test_plain_arguments(arguments: tuple[Any, ...], plain: bool) -> None:
+    assert is_plain(arguments) is plain
+
+
+def test_plain_calls_share_a_record() -> None:
+    office = Office()
+    function = office.node.encoder.encode(office.default)
+    calls = [Call(office.scheduler, function, b"", [], None, None, (number, "x")) for number in range(3)]
+    one, many = plain_record(calls[:1]), plain_record(calls)
+    ((sequence, number, elements, flags, payload, _),) = messages.call_records(one, 5, 1)
+    assert (sequence, number, elements, flags) == (5, function.number, 1, messages.ONE)
+    assert codec.decode_args(payload) == ((0, "x"), {})
+    ((_, _, elements, flags, payload, _),) = messages.call_records(many, 5, 1)
+    assert (elements, flags) == (3, messages.SPAN) and codec.decode(payload) == [(0, "x"), (1, "x"), (2, "x")]
+    office.close()

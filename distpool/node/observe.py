@@ -105,7 +105,7 @@ class Timeline:
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             nonlocal count
-            sequence, element = (first + count, 0) if spans else (first, count)
+            sequence, element = (first + item.index, 0) if spans else (first, count)
             count += 1
             thread = threading.get_ident()
             lane = self._lanes.setdefault(thread, len(self._lanes))

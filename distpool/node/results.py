@@ -3,7 +3,7 @@
     task threads: succeed / fail / scalar -> journal (shared with the master)  --flush--> RESULTS
 
 A finished result is in the journal before the next call starts, so that the master finds it there whatever kills this
-process. Consecutive scalars of a span are also kept as a list: what is sent is then one pickle of the list instead of
+process. Scalars of consecutive calls are also kept as a list: what is sent is then one pickle of the list instead of
 their records, which costs the master a tenth. A result too large for the journal is sent at once, and waited for.
 
 `_lock` protects appends to the journal and the list; `_flushing` makes one flush at a time, so that RESULTS frames are
@@ -29,6 +29,7 @@ from distpool.wire.messages import ERROR, RESULT, UNSENDABLE, VALUE, VALUES
 
 SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
 _JOURNALED = config.JOURNAL_SIZE // 4  # larger results are sent at once
+_pack = RESULT.pack
 _BACKLOG = 4 << 20  # a worker does not produce results faster than the master reads them
 
 
@@ -48,7 +49,10 @@ class ResultWriter:
         self._sent = 0  # absolute journal offset that has been sent
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
-        self._values: list[Any] = []  # the newest unsent records, if they are consecutive scalars of a span
+        self._append = journal.append
+        #: Larger scalars are results like any other; so are all of them where nobody else sees the journal.
+        self._smallest_large = _JOURNALED if journal.shared else -1
+        self._values: list[Any] = []  # the newest unsent records, if they are scalars of consecutive calls
         self._first = 0  # sequence number of the first of them
 
     @property
@@ -59,36 +63,37 @@ class ResultWriter:
     def succeed(self, sequence: int, value: Any) -> None:
         """The call returned `value`."""
         try:
-            if type(value) in SCALARS:
-                data, buffers = dumps(value, 5), None
-            else:
-                seen: list[Any] = []
-                data, buffers = codec.encode(value, self.link.peer, seen)
-                if seen:
-                    self.lend(seen)
+            seen: list[Any] = []
+            data, buffers = codec.encode(value, self.link.peer, seen)
+            if seen:
+                self.lend(seen)
         except BaseException as error:
             self._record(sequence, UNSENDABLE, encode_exception(error), None)
             return
         self._record(sequence, VALUE, data, buffers)
 
     def scalar(self, sequence: int, value: Any) -> None:
-        """An element of a span returned an exact scalar."""
+        """The call returned an exact scalar."""
         data = dumps(value, 5)
-        if len(data) > _JOURNALED or not self.journal.shared:
+        if len(data) > self._smallest_large:
             self._record(sequence, VALUE, data, None)
             return
-        record = RESULT.pack(sequence, 1, len(data), 0, VALUE) + data
+        record = _pack(sequence, 1, len(data), 0, VALUE) + data
+        lock = self._lock
         while True:
-            with self._lock:
+            lock.acquire()
+            try:
                 values = self._values
                 if values:
-                    if sequence == self._first + len(values) and self.journal.append(record):
+                    if sequence == self._first + len(values) and self._append(record):
                         values.append(value)
                         return
-                elif self.journal.written == self._sent and self.journal.append(record):
+                elif self.journal.written == self._sent and self._append(record):
                     self._first = sequence
                     values.append(value)
                     return
+            finally:
+                lock.release()
             self.flush()
 
     def fail(self, sequence: int, error: BaseException, status: int = ERROR) -> None:
@@ -129,8 +134,8 @@ class ResultWriter:
             with self._lock:
                 values, self._values = self._values, []
                 end = self.journal.written
-                data = b"" if len(values) > 1 else self.journal.pending()
-            if len(values) > 1:
+                data = b"" if values else self.journal.pending()
+            if values:
                 payload = dumps(values, 5)
                 data = RESULT.pack(self._first, len(values), len(payload), 0, VALUES) + payload
             elif not data:

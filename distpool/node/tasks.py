@@ -25,6 +25,7 @@ from typing import Any
 from distpool import config
 from distpool.node.interrupts import Interrupts
 from distpool.node.results import SCALARS, ResultWriter
+from distpool.node.spans import SPANS, Item, run_span
 from distpool.transport.journal import Journal
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
@@ -38,32 +39,8 @@ from distpool.wire.messages import (
     ERROR,
     ONE,
     ONE_FRESH,
-    SPAN_OF_SCALARS,
     UNLOADABLE,
 )
-
-_SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
-_JOURNALED = config.JOURNAL_SIZE // 4  # larger results are sent at once
-_BACKLOG = 4 << 20  # a worker does not produce results faster than the master reads them
-
-
-class _Item:
-    """A received record that waits or runs."""
-
-    __slots__ = ("buffers", "elements", "flags", "index", "loaded", "number", "payload", "sequence", "stop")
-
-    def __init__(
-        self, sequence: int, number: int, elements: int, flags: int, payload: bytes, buffers: list[Any]
-    ) -> None:
-        self.sequence = sequence
-        self.number = number
-        self.elements = elements
-        self.flags = flags
-        self.payload = payload
-        self.buffers = buffers
-        self.loaded = False  # function and arguments have been rebuilt
-        self.index = 0  # spans: the element that runs, published by the runner
-        self.stop = elements  # spans: elements from here on were recalled
 
 
 class _Received:
@@ -92,21 +69,21 @@ class TaskRunner:
         self.patient = False  # ... but remote calls on other threads are still given time to end
         self.running: dict[int, Any] = {}  # thread id -> item that runs there
         self.calls: dict[int, str] = {}  # thread id -> name of the remote call that runs there
-        self._offered: collections.deque[Any] = collections.deque()  # remote calls for the main thread; _lock
-        self._beside = 0  # remote calls that were given to other threads and have not ended; _lock
-        self._idle = False  # the main thread waits for work; _lock
+        self._offered: collections.deque[Any] = collections.deque()  # remote calls for the main thread; `lock`
+        self._beside = 0  # remote calls that were given to other threads and have not ended; `lock`
+        self._idle = False  # the main thread waits for work; `lock`
         self._sleeping = False  # it does so without leading, on `_work`
         self._work = threading.Event()
         self._spawn = spawn
-        self._lock = threading.Lock()  # protects _inbox, the started mark, and appends to the journal
-        self._inbox: collections.deque[_Item] = collections.deque()
+        self.lock = threading.Lock()  # protects _inbox, the started mark, and what of running spans is recalled
+        self._inbox: collections.deque[Item] = collections.deque()
         self._functions: dict[int, _Received] = {}
-        self._started = 0  # highest sequence number started
-        self._blocked = 0  # tasks that wait for other calls; protected by _lock
+        self.started = 0  # highest sequence number started
+        self._blocked = 0  # tasks that wait for other calls; protected by `lock`
         self._waits: dict[int, int] = {}  # thread id -> its waits that have given its slot away; each its own thread's
-        self._helpers = 0  # helper threads that consume the inbox; protected by _lock
+        self.helpers = 0  # helper threads that consume the inbox; protected by `lock`
         self._initializer: _Received | None = None
-        self.find_function: Callable[[_Item], Any] = self.function_of  # a trace puts its own here
+        self.find_function: Callable[[Item], Any] = self.function_of  # a trace puts its own here
 
     # -- frames (leader) ---------------------------------------------------------------------------------------
 
@@ -116,14 +93,14 @@ class TaskRunner:
         items = []
         body = frame.body if isinstance(frame.body, bytes) else bytes(frame.body)
         for sequence, number, elements, flags, payload, parts in messages.call_records(body, first, count):
-            items.append(_Item(sequence, number, elements, flags, payload, buffers[:parts]))
+            items.append(Item(sequence, number, elements, flags, payload, buffers[:parts]))
             if parts:
                 del buffers[:parts]
-        with self._lock:
+        with self.lock:
             self._inbox.extend(items)
             self._brought()
-            helpers = min(self._blocked - self._helpers, len(self._inbox)) if self._blocked else 0
-            self._helpers += max(0, helpers)
+            helpers = min(self._blocked - self.helpers, len(self._inbox)) if self._blocked else 0
+            self.helpers += max(0, helpers)
         for _ in range(helpers):
             self._spawn(self._help)
 
@@ -144,38 +121,51 @@ class TaskRunner:
     def on_recall(self, frame: Frame) -> None:
         message = messages.Recall.unpack(frame.control)
         wanted = set(message.sequences)
-        with self._lock:
+        with self.lock:
             taken = self._take_listed(wanted) if wanted else self._take_tail(message.count)
         self.link.send(Kind.RECALLED, messages.Recalled(taken, message.sequences).pack())
 
     def _take_listed(self, wanted: set[int]) -> list[list[int]]:
-        taken = [item for item in self._inbox if item.sequence in wanted]
-        for item in taken:
-            self._inbox.remove(item)
-        return [[item.sequence, item.stop] for item in taken]
+        taken: list[list[int]] = []
+        for item in list(self._inbox):
+            if item.flags in SPANS:
+                taken.extend(self._take_elements(item, wanted, running=False))
+            elif item.sequence in wanted:
+                self._inbox.remove(item)
+                taken.append([item.sequence, item.stop])
+        for item in list(self.running.values()):
+            if item.flags in SPANS:
+                taken.extend(self._take_elements(item, wanted, running=True))
+        return taken
+
+    @staticmethod
+    def _take_elements(item: Item, wanted: set[int], running: bool) -> Iterator[list[int]]:
+        for sequence in sorted(wanted.intersection(range(item.sequence, item.sequence + item.stop))):
+            if item.drop(sequence - item.sequence, running):
+                yield [sequence, 1]
 
     def _take_tail(self, count: int) -> list[list[int]]:
         taken: list[list[int]] = []
         while count > 0 and self._inbox:
             item = self._inbox[-1]
-            if item.elements > count and item.flags in (messages.SPAN, SPAN_OF_SCALARS):
+            if item.elements > count and item.flags in SPANS:
                 keep = item.stop - count
                 if keep > 0:
-                    taken.append([item.sequence + keep, item.stop - keep])
+                    taken.extend(item.ranges(keep, item.stop))
                     item.stop = keep
                     return taken
             self._inbox.pop()
-            taken.append([item.sequence, item.stop])
+            taken.extend(item.ranges(0, item.stop))
             count -= item.stop
         for item in list(self.running.values()):
             if count <= 0:
                 break
-            # The runner compares `index` with `stop` under the same lock: nothing after `index` has begun.
-            keep = max(item.index + 1, item.stop - count)
-            if item.elements > 1 and item.flags in (messages.SPAN, SPAN_OF_SCALARS) and keep < item.stop:
-                taken.append([item.sequence + keep, item.stop - keep])
-                count -= item.stop - keep
-                item.stop = keep
+            before = item.stop
+            if item.elements > 1 and item.flags in SPANS:
+                keep = item.cut(max(0, before - count))
+                if keep < before:
+                    taken.extend(item.ranges(keep, before))
+                    count -= before - keep
         return taken
 
     def on_shutdown(self, frame: Frame) -> None:
@@ -210,7 +200,7 @@ class TaskRunner:
                 self._idle = True
                 if not loop.lead(self._has_work):
                     self._sleep()  # another thread of this process leads: it waits for an answer of its own
-                with self._lock:
+                with self.lock:
                     self._idle = False
 
     def _sleep(self) -> None:
@@ -235,26 +225,27 @@ class TaskRunner:
     def _may_leave(self) -> bool:
         return self.leaving and not (self.patient and self._beside)
 
-    def _next(self) -> _Item | None:
-        with self._lock:
+    def _next(self) -> Item | None:
+        with self.lock:
             if not self._inbox or self._initializer is not None:
                 return None
             item = self._inbox.popleft()
-            self._mark_started(item.sequence)
+            self.mark_started(item.sequence)
             self.running[threading.get_ident()] = item
             return item
 
-    def _mark_started(self, sequence: int) -> None:
-        if sequence >= self._started:  # helpers may overtake: it is a high-water mark
-            self._started = sequence
+    def mark_started(self, sequence: int) -> None:
+        """Call number `sequence` begins; `lock` is held."""
+        if sequence >= self.started:  # helpers may overtake: it is a high-water mark
+            self.started = sequence
             self.journal.set_started(sequence)
 
     def _help(self) -> None:
         """A helper thread: runs calls while a task of this process waits."""
         while True:
-            with self._lock:
-                if self._helpers > self._blocked or not self._inbox:
-                    self._helpers -= 1
+            with self.lock:
+                if self.helpers > self._blocked or not self._inbox:
+                    self.helpers -= 1
                     return
             item = self._next()
             if item is not None:
@@ -277,15 +268,19 @@ class TaskRunner:
             self._waits[thread] -= 1
             if not self._waits[thread]:
                 del self._waits[thread]
-                with self._lock:
+                with self.lock:
                     self._blocked -= 1
                 self.link.send(Kind.BLOCKED, messages.Blocked(-1).pack())
 
     def _give_slot(self) -> None:
-        with self._lock:
+        item = self.running.get(threading.get_ident())
+        with self.lock:
+            rest = item.rest() if item is not None else None
+            if rest is not None:  # the task may wait for what stands behind it
+                self._inbox.appendleft(rest)
             self._blocked += 1
-            more = bool(self._inbox) and self._helpers < self._blocked
-            self._helpers += more
+            more = bool(self._inbox) and self.helpers < self._blocked
+            self.helpers += more
         self.flush()
         self.link.send(Kind.BLOCKED, messages.Blocked(1).pack())
         if more:
@@ -306,7 +301,7 @@ class TaskRunner:
 
     def offer(self, work: Callable[[Any], object], name: str) -> None:
         """Leader: run `work(call)` on the main thread if that is idle, else on a thread of its own, at once."""
-        with self._lock:
+        with self.lock:
             on_main = self._idle and not self._offered and not self._inbox
             if on_main:
                 self._offered.append((work, name))
@@ -320,7 +315,7 @@ class TaskRunner:
         try:
             self._run_offered(work, name)
         finally:
-            with self._lock:
+            with self.lock:
                 self._beside -= 1
             if self.leaving:
                 self._brought()
@@ -328,13 +323,13 @@ class TaskRunner:
 
     def _run_on_main(self) -> None:
         """A remote call on the main thread. Meanwhile helpers run what executors send: it may take for ever."""
-        with self._lock:
+        with self.lock:
             work, name = self._offered.popleft()
             self._blocked += 1
         try:
             self._run_offered(work, name)
         finally:
-            with self._lock:
+            with self.lock:
                 self._blocked -= 1
 
     def _run_offered(self, work: Callable[[Any], object], name: str) -> None:
@@ -347,7 +342,7 @@ class TaskRunner:
 
     # -- one item ----------------------------------------------------------------------------------------------
 
-    def _run(self, item: _Item) -> None:
+    def _run(self, item: Item) -> None:
         begin = time.perf_counter()
         try:
             function = self.find_function(item)
@@ -356,19 +351,20 @@ class TaskRunner:
             else:
                 begin = self._run_many(item, function, begin)
         except BaseException as error:  # also SystemExit and KeyboardInterrupt: they are the call's outcome
-            with self._lock:
+            with self.lock:
                 self.running.pop(threading.get_ident(), None)  # from here on no element of it can be recalled
-            for sequence in range(item.sequence + item.index, item.sequence + item.stop):
-                self.results.fail(sequence, error, ERROR if item.loaded else UNLOADABLE)
+            for first, count in item.ranges(item.index, item.stop):
+                for sequence in range(first, first + count):
+                    self.results.fail(sequence, error, ERROR if item.loaded else UNLOADABLE)
             del error
         now = time.perf_counter()
         self.running.pop(threading.get_ident(), None)
         self.results.busy += now - begin
-        self.results.ran += item.flags not in (messages.SPAN, SPAN_OF_SCALARS)  # those are counted one by one
+        self.results.ran += item.flags not in SPANS  # those are counted one by one
         if not self._inbox or now - self.results.flushed > config.FLUSH_SECONDS:
             self.flush()
 
-    def function_of(self, item: _Item) -> Any:
+    def function_of(self, item: Item) -> Any:
         """The function, decoded once, or for each call if what it captured must be as it was sent."""
         known = self._functions[item.number]
         if item.flags == ONE_FRESH:
@@ -379,17 +375,20 @@ class TaskRunner:
             function = known.function
         return function
 
-    def _run_one(self, item: _Item, function: Callable[..., Any]) -> None:
+    def _run_one(self, item: Item, function: Callable[..., Any]) -> None:
         args, kwargs = codec.decode_args(item.payload, item.buffers)
         item.payload, item.buffers, item.loaded = b"", [], True
         value = self.interrupts.call(function, args, kwargs)
         del args, kwargs
-        self.results.succeed(item.sequence, value)
+        if type(value) in SCALARS:
+            self.results.scalar(item.sequence, value)
+        else:
+            self.results.succeed(item.sequence, value)
 
     def leave(self) -> None:
         """Leader: this process is to end. Executors' calls that have not begun will not run; remote calls that have
         come do, also those on other threads, until `hurry`."""
-        with self._lock:
+        with self.lock:
             self._inbox.clear()
         self.patient = True
         self.leaving = True
@@ -400,59 +399,22 @@ class TaskRunner:
         self.patient = False
         self._brought()
 
-    def _run_many(self, item: _Item, function: Callable[..., Any], begin: float) -> float:
+    def _run_many(self, item: Item, function: Callable[..., Any], begin: float) -> float:
         """A span or a chunk; returns from when on the time is not yet accounted for."""
-        arguments = codec.decode(item.payload, item.buffers)
+        arguments = item.arguments
+        if arguments is None:
+            arguments = item.arguments = codec.decode(item.payload, item.buffers)
         item.payload, item.buffers, item.loaded = b"", [], True
         if item.flags in (CHUNK, CHUNK_OF_SCALARS):
+            item.arguments = None
             each = itertools.starmap if item.flags == CHUNK else map
-            value = self.interrupts.call(
-                list, (each(function, arguments),), {}
-            )  # in C: chunks are there for tiny calls
+            # In C: chunks are there for tiny calls.
+            value = self.interrupts.call(list, (each(function, arguments),), {})
+            del arguments
             self.results.succeed(item.sequence, value)
             return begin
-        self._run_span(item, function, arguments, begin)
+        run_span(self, item, function, begin)
         return time.perf_counter()
-
-    def _run_span(self, item: _Item, function: Callable[..., Any], arguments: list[Any], begin: float) -> None:
-        """Element by element. The loop is written out: at a million elements per second every call counts."""
-        single = item.flags == SPAN_OF_SCALARS
-        results, clock, lock, interrupts = self.results, time.perf_counter, self._lock, self.interrupts
-        on_main = threading.current_thread() is threading.main_thread()
-        index = 0
-        while True:
-            with lock:
-                if index >= item.stop:  # `stop` shrinks when the tail is recalled
-                    break
-                item.index = index
-            sequence = item.sequence + index
-            self._mark_started(sequence)
-            try:
-                args = (arguments[index],) if single else arguments[index]
-                if on_main:
-                    interrupts.main = True
-                    value = function(*args)
-                    interrupts.main = False
-                else:
-                    value = interrupts.call_beside(function, args, {})
-            except BaseException as error:
-                interrupts.main = False
-                results.fail(sequence, error)
-                del error
-            else:
-                if type(value) in SCALARS:
-                    results.scalar(sequence, value)
-                else:
-                    results.succeed(sequence, value)
-                del value
-            index += 1
-            item.index = index
-            now = clock()
-            results.ran += 1
-            results.busy += now - begin
-            begin = now
-            if now - results.flushed > config.FLUSH_SECONDS:
-                results.flush()
 
     def flush(self) -> None:
         """Send the results that wait."""

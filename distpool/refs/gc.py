@@ -80,6 +80,7 @@ class Refs:
             if handle is None:
                 rrid, me = self.new_id(), self.node.pid
                 entry = self.owner.touch(rrid, me)
+                future._watched = True
                 future._on_settled = lambda outcome: self.owner.settle(entry, outcome)
                 handle = future._handle = Handle(self, rrid, me, 1)
                 self.live[rrid] = future

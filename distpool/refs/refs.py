@@ -29,6 +29,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from distpool.node import node as nodes
+from distpool.refs.waiters import Waiters
 from distpool.wire import codec
 from distpool.wire.failures import decode_exception
 from distpool.wire.messages import ERROR, UNLOADABLE, UNSENDABLE, VALUE
@@ -72,6 +73,7 @@ class Outcome(NamedTuple):
 
 #: `Outcome.data` is an exception object of this process, or a value of it.
 RAISED_HERE, LOCAL_VALUE = -1, -2
+_VALUES = (VALUE, LOCAL_VALUE)
 
 
 class PendingCall(Protocol):
@@ -111,6 +113,9 @@ class Future(concurrent.futures.Future[T]):
     _call: PendingCall | None = None
     _cause: Callable[[str], BaseException] | None = None
 
+    #: Whether somebody has asked for more than the plain future (`__getattr__`) or wants to hear of its end. Set before
+    #: anything is registered, and read again after the state was written (see the head of this module).
+    _watched = False
     _handle: Any = None  # what makes it a remote reference: on first need (`where`, `id`, sending it)
     _on_settled: Callable[[Outcome], object] | None = None
 
@@ -130,12 +135,15 @@ class Future(concurrent.futures.Future[T]):
                 call.loop.hurry()  # somebody is about to wait without leading
             condition = threading.Condition()
             with _settling:
+                self._watched = True
                 return self.__dict__.setdefault(name, condition)
         if name == "_waiters":
+            self._watched = True
             node = nodes.existing()
             in_task = node is not None and node.runner is not None
-            return self.__dict__.setdefault(name, _Waiters() if in_task else [])
+            return self.__dict__.setdefault(name, Waiters() if in_task else [])
         if name in ("_done_callbacks", "_sleepers"):
+            self._watched = True
             return self.__dict__.setdefault(name, [])
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -147,9 +155,8 @@ class Future(concurrent.futures.Future[T]):
 
     def _finish(self, state: str, raw: Outcome | None = None, result: Any = None, error: Any = None) -> bool:
         """Enter a final state and wake whoever waits; False if another thread was first, or a cancel is too late."""
-        found = self.__dict__
         with _settling:
-            condition = found.get("_condition")
+            condition = self.__dict__.get("_condition") if self._watched else None
             if condition is None and not self._enter(state, raw, result, error):
                 return False
         if condition is not None:
@@ -157,20 +164,26 @@ class Future(concurrent.futures.Future[T]):
                 if not self._enter(state, raw, result, error):
                     return False
                 self._wake_waiters(condition)
-        elif "_condition" in found:  # made inside the region above, by a finalizer or a signal handler
+        call, self._call = self._call, None
+        if self._watched:
+            self._announce(told=condition is not None)
+        if call is not None:
+            loop = call.loop
+            if loop is not None and not loop.leads:
+                loop.wake()  # a waiter may be leading: only what comes through a socket would bring it out of its poll
+        return True
+
+    def _announce(self, told: bool) -> None:
+        """The state is final: wake who sleeps, tell who wanted to hear. `told`: waiters on the Condition know."""
+        found = self.__dict__
+        if not told and "_condition" in found:  # made while the state changed, by a finalizer or a signal handler
             with self._condition:
                 self._wake_waiters(self._condition)
         if "_sleepers" in found:
             for sleeper in list(found["_sleepers"]):
                 _release(sleeper)
-        call, self._call = self._call, None
-        if call is not None:
-            loop = call.loop
-            if loop is not None and not loop.leads:
-                loop.wake()  # a waiter may be leading: only what comes through a socket would bring it out of its poll
         if "_on_settled" in found:
             self._report()
-        return True
 
     def _enter(self, state: str, raw: Outcome | None, result: Any, error: Any) -> bool:
         if self._state in _DONE or (state is not FINISHED and self._state == RUNNING):
@@ -190,7 +203,7 @@ class Future(concurrent.futures.Future[T]):
         for waiter in self._waiters:
             if self._state != FINISHED:
                 waiter.add_cancelled(self)
-            elif self._exception is not None or (self._raw is not None and self._raw.status != VALUE):
+            elif self._exception is not None or (self._raw is not None and self._raw.status not in _VALUES):
                 waiter.add_exception(self)
             else:
                 waiter.add_result(self)
@@ -434,37 +447,35 @@ class Future(concurrent.futures.Future[T]):
         return _dead_handle, ()
 
 
-class _Waiters(list[Any]):
-    """In workers: the waiters of `concurrent.futures.wait` and `as_completed`, which know nothing of slots.
-
-    They sleep on an event of their own (`_base._Waiter.event`) after they have registered here, so that is where a task
-    gives its slot away. They register under the conditions of all their futures: nobody looks at the event meanwhile.
-    """
-
-    def append(self, waiter: Any) -> None:
-        event = getattr(waiter, "event", None)
-        if type(event) is threading.Event and not event.is_set():
-            waiter.event = _GivingEvent()
-        super().append(waiter)
-
-
-class _GivingEvent(threading.Event):
-    """Whoever waits for it in a task has given the slot away."""
-
-    def wait(self, timeout: float | None = None) -> bool:
-        node = nodes.existing()
-        if node is None or self.is_set():
-            return super().wait(timeout)
-        with node.given_away(), node.loop.following(self.set):
-            return super().wait(timeout)
-
-
 def _release(sleeper: threading.Lock) -> None:
     """Wake who sleeps on it; an interrupt may have done so already."""
     try:
         sleeper.release()
     except RuntimeError:
         pass
+
+
+def set_values(futures: list[Future[Any]], values: list[Any]) -> list[int]:
+    """Give plain futures their values, all under one lock. Leader.
+
+    Returns the indices of those that have to be settled one by one: somebody waits on their Condition, or they have a
+    `_settle` of their own, or have ended.
+    """
+    others: list[int] = []
+    late: list[Future[Any]] = []
+    with _settling:
+        for index, future in enumerate(futures):
+            if future._watched or future._state is not PENDING:
+                others.append(index)
+                continue
+            future._result = values[index]
+            future._state = FINISHED
+            future._call = None
+            if future._watched:
+                late.append(future)
+    for future in late:  # somebody came in that moment; callbacks are run by whoever added them: it saw the state
+        future._announce(told=False)
+    return others
 
 
 def _dead_handle() -> Any:

@@ -13,7 +13,8 @@ No thread of its own.  One writer at a time appends, uninterrupted (the worker's
 nobody else sees it.
 
 Layout: a header of 64-bit words, then the ring of `capacity` bytes.  Offsets count from the beginning of time; byte
-`o` lies at `o % capacity`.  `append` stores, in this order: RESERVED = end, the bytes, WRITTEN = end.
+`o` lies at `o % capacity`.  `append` stores, in this order: RESERVED >= end (if it is not yet), the
+bytes, WRITTEN = end.
 
 Why no lock and no checksum: the reader comes after the writer's death.  A kill takes effect between two instructions,
 so what has reached memory is exactly a prefix of the writer's stores in program order; and the reader learns of the
@@ -37,6 +38,7 @@ from distpool.transport import memfile
 STARTED, WRITTEN, RESERVED, SENT = range(4)
 ATTENTION = 8
 HEADER = 128
+_RESERVE = 4096  # bytes that are reserved ahead
 
 
 class Journal:
@@ -48,7 +50,10 @@ class Journal:
     Example: `journal.set_started(7); journal.append(record) or (send(journal.pending()), ...)`
     """
 
-    __slots__ = ("_capacity", "_data", "_file", "_mapping", "_tickets", "path", "shared", "size", "words")
+    __slots__ = (
+        "_capacity", "_data", "_file", "_mapping", "_reserved", "_tickets", "_written",
+        "path", "shared", "size", "words",
+    )  # fmt: skip
 
     def __init__(self, mapping: mmap.mmap, path: str, file: memfile.MemoryFile | None, shared: bool) -> None:
         self.path = path
@@ -60,6 +65,8 @@ class Journal:
         self._data = memoryview(mapping)
         self.words = self._data[:HEADER].cast("Q")
         self._tickets = itertools.count(1)
+        self._written = self.words[WRITTEN]  # writer
+        self._reserved = self.words[RESERVED]  # writer
 
     @classmethod
     def create(cls, directory: str | None = None) -> Journal:
@@ -123,23 +130,29 @@ class Journal:
 
     def append(self, record: bytes) -> bool:
         """Add a record; `False` when there is no room: send `pending()` and `mark_sent` first (or it is too large)."""
-        words = self.words
-        start = words[WRITTEN]
+        # The words are for the reader; the writer has the same numbers as attributes, which are cheaper to read.
+        start = self._written
         length = len(record)
         end = start + length
-        capacity = self._capacity
-        if end - words[SENT] > capacity:
+        if end > self._reserved and not self._reserve(end):
             return False
-        words[RESERVED] = end
-        place = HEADER + start % capacity
+        place = HEADER + start % self._capacity
         stop = place + length
         if stop <= self.size:
             self._mapping[place:stop] = record
         else:
             first = self.size - place
             self._data[place:] = record[:first]
-            self._data[HEADER : stop - capacity] = record[first:]
-        words[WRITTEN] = end
+            self._data[HEADER : stop - self._capacity] = record[first:]
+        self.words[WRITTEN] = self._written = end
+        return True
+
+    def _reserve(self, end: int) -> bool:
+        """Say that the ring will be written up to `end` and a little more, so that the next few need not."""
+        most = self.words[SENT] + self._capacity
+        if end > most:
+            return False
+        self.words[RESERVED] = self._reserved = min(end + _RESERVE, most)
         return True
 
     def pending(self) -> bytes:
