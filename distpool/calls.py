@@ -168,7 +168,9 @@ def _send(
     message = messages.Request(
         number, mode, *rrid, function.name, len(function.data), len(function.buffers), function.reusable
     )
-    node.peers.send(pid, Kind.REQUEST, message.pack(), function.data + data, [*function.buffers, *stable(buffers)])
+    if mode != "fetch":  # who waits for the answer leaves its arrays alone: fresh memory for copies is dear
+        buffers = stable(buffers)
+    node.peers.send(pid, Kind.REQUEST, message.pack(), function.data + data, [*function.buffers, *buffers])
 
 
 def _wrapped(node: Node, error: BaseException) -> RemoteException:

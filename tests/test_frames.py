@@ -204,3 +204,47 @@ def test_noise_gives_frames_or_a_protocol_error() -> None:
 
 def test_kinds_are_distinct_bytes() -> None:
     assert len({int(kind) for kind in Kind}) == len(Kind) and all(0 < kind < 256 for kind in Kind)
+
+
+def big(byte: bytes, size: int = 3 << 20) -> bytes:
+    return b"".join(bytes(part) for part in pack_frame(Kind.RESULTS, b"c", byte * size))
+
+
+def test_the_memory_of_a_big_frame_is_used_again_when_nobody_reads_it() -> None:
+    reader = FrameReader()
+    reader.unlock()
+    places = []
+    for byte in (b"a", b"b", b"c"):
+        data = big(byte)
+        assert reader.feed(data[:100]) == []
+        places.append(id(reader._big))
+        (frame,) = reader.feed(data[100:])
+        assert bytes(frame.body) == byte * (3 << 20) and reader.has_spare
+        del frame
+    assert len(set(places)) == 1
+    reader.drop_spare()
+    assert not reader.has_spare
+
+
+def test_the_memory_of_a_big_frame_is_left_to_who_reads_it() -> None:
+    reader = FrameReader()
+    reader.unlock()
+    kept = []
+    for byte in (b"a", b"b", b"c"):
+        data = big(byte)
+        reader.feed(data[:100])
+        (frame,) = reader.feed(data[100:])
+        kept.append(memoryview(frame.body)[5:10])  # a piece is enough
+    assert [bytes(piece) for piece in kept] == [b"aaaaa", b"bbbbb", b"ccccc"]
+
+
+def test_smaller_and_much_smaller_frames_in_memory_that_was_kept() -> None:
+    reader = FrameReader()
+    reader.unlock()
+    for size in (3 << 20, 2 << 20, 3 << 20, 1 << 17, 4 << 20):
+        data = big(b"z", size) + big(b"y", 7)
+        reader.feed(data[:100])
+        found = reader.feed(data[100:])
+        assert [len(frame.body) for frame in found] == [size, 7]
+        assert bytes(found[0].body) == b"z" * size
+        del found

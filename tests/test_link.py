@@ -391,3 +391,11 @@ def test_many_threads_drain() -> None:
 def test_drain_with_nothing_to_send() -> None:
     with ends() as (left, _):
         assert left.link.drain(0) is True
+
+
+def test_memory_for_big_frames_is_not_kept_for_long() -> None:
+    with ends() as (left, right):
+        left.link.send(Kind.RESULTS, b"", bytes(5 << 20))
+        right.next_frame()
+        assert right.link._reader.has_spare
+        until(lambda: not right.link._reader.has_spare, "its end")

@@ -21,12 +21,14 @@ from typing import Any
 
 from distpool import config
 from distpool.errors import AuthenticationError, ProtocolError
-from distpool.transport.ioloop import IoLoop
+from distpool.transport.ioloop import IoLoop, Timer
 from distpool.transport.silence import Watch, tune
 from distpool.transport.stream import Stream
 from distpool.wire.frames import Frame, FrameReader, Kind, pack_frame
 from distpool.wire.protocol import Handshake, Role
 
+_SPARE_SECONDS = 1.0  # memory for big frames is kept for so long without any
+_SPARE_BYTES = 1 << 20
 _GATHER = 64  # buffers per sendmsg; Linux allows 1024
 
 
@@ -58,6 +60,7 @@ class Link:
         # Bytes that the stream keeps where no poller sees them (TLS).
         self._pending: Callable[[], int] | None = None if isinstance(stream, socket.socket) else _pending_of(stream)
         self._watch: Watch | None = None
+        self._spare_timer: Timer | None = None  # looks whether memory for big frames is still worth keeping
         self._outbox: collections.deque[memoryview] = collections.deque()
         self._queue: collections.deque[list[Any]] = collections.deque()  # frames not yet begun; append is atomic
         self._write_lock = threading.Lock()  # protects _outbox, _writing and the order of bytes on the socket
@@ -258,7 +261,22 @@ class Link:
             return self._reader.feed(data) if data else None
         count = self._sock.recv_into(target)
         self.bytes_in += count
-        return self._reader.filled(count) if count else None
+        frames = self._reader.filled(count) if count else None
+        if self._reader.has_spare and self._spare_timer is None:
+            self._watch_spare()
+        return frames
+
+    def _watch_spare(self) -> None:
+        before = self.bytes_in
+        self._spare_timer = self.loop.call_later(_SPARE_SECONDS, lambda: self._look_at_spare(before))
+
+    def _look_at_spare(self, before: int) -> None:
+        """Keep the memory of big frames as long as more of them come."""
+        self._spare_timer = None
+        if self.bytes_in - before < _SPARE_BYTES:
+            self._reader.drop_spare()
+        elif not self._closed:
+            self._watch_spare()
 
     def _shake(self, frame: Frame) -> None:
         try:
@@ -298,6 +316,8 @@ class Link:
         self._closed = True
         if self._watch is not None:
             self._watch.end()
+        if self._spare_timer is not None:
+            self._spare_timer.cancel()
         self.loop.unregister(self._sock)
         # A thread that is writing this very moment may use the descriptor: `shutdown` first, the number stays ours
         # until that thread has let go of the lock (its `send` cannot block, so this is short).

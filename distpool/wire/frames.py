@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import struct
+import sys
 from typing import Any, NamedTuple
 
 from distpool import config
@@ -23,6 +24,7 @@ HEADER = struct.Struct("<BBHIQ")  # kind, flags (0), number of buffers, bytes of
 _LENGTH = struct.Struct("<Q")
 _SEGMENT = struct.Struct("<QQQ")  # segment id, size of the segment, bytes used; then the path
 _IS_SEGMENT = 1 << 63
+_SPARE = 1 << 20  # bytes of a frame whose memory is worth keeping for the next one
 _SMALL = 32 * 1024  # parts up to this size are joined into one write
 
 
@@ -149,7 +151,11 @@ class FrameReader:
         self.limit = config.MAX_BEFORE_AUTH  # raised by `unlock` once the peer has proved who it is
         self._rest = b""
         self._big: bytearray | None = None
+        self._size = 0  # of the frame that is collected there
         self._have = 0
+        # The memory of the last big frame, to be used again when nobody looks at it any more: fresh pages cost the
+        # system several times what it costs to fill them.
+        self._spare: bytearray | None = None
 
     def unlock(self) -> None:
         """The peer is authenticated: frames may now be as large as config allows."""
@@ -157,16 +163,18 @@ class FrameReader:
 
     def target(self) -> memoryview | None:
         """Where the next bytes of a big frame belong, or `None`."""
-        return None if self._big is None else memoryview(self._big)[self._have :]
+        return None if self._big is None else memoryview(self._big)[self._have : self._size]
 
     def filled(self, count: int) -> list[Frame]:
         """`count` bytes were read into `target()`."""
         assert self._big is not None
         self._have += count
-        if self._have < len(self._big):
+        if self._have < self._size:
             return []
         data, self._big = self._big, None
-        frames, rest = self._cut(memoryview(data))
+        if self._size >= _SPARE:
+            self._spare = data
+        frames, rest = self._cut(memoryview(data)[: self._size])
         if len(rest):
             self._keep(bytes(rest))  # it was as much as could be known before its buffer table had come
         return frames
@@ -174,7 +182,7 @@ class FrameReader:
     def feed(self, data: bytes) -> list[Frame]:
         """The frames that these bytes complete, in order; `ProtocolError` for what no peer of ours sends."""
         if self._big is not None:
-            room = len(self._big) - self._have
+            room = self._size - self._have
             self._big[self._have : self._have + min(room, len(data))] = data[:room]
             frames = self.filled(min(room, len(data)))
             return frames + self.feed(data[room:]) if len(data) > room else frames
@@ -191,10 +199,28 @@ class FrameReader:
         if len(rest) >= HEADER.size and not self.limit:
             total = self._total(rest, 0)
             if total > config.READ_SIZE and total > len(rest):
-                self._big = bytearray(total)
+                self._big = self._memory(total)
+                self._size = total
                 self._have = len(rest)
                 self._big[: self._have] = rest
                 self._rest = b""
+
+    def _memory(self, size: int) -> bytearray:
+        """Room for a big frame."""
+        spare, self._spare = [self._spare], None
+        # Whoever still reads the last frame, or has an array on it, holds a reference.
+        if spare[0] is not None and size <= len(spare[0]) <= 2 * size and _references(spare) == _ALONE:
+            return spare[0]
+        return bytearray(size)
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether memory is kept for the next big frame."""
+        return self._spare is not None
+
+    def drop_spare(self) -> None:
+        """Nothing big has come for a while."""
+        self._spare = None
 
     def _total(self, data: Any, offset: int) -> int:
         """Bytes of the frame at `offset`, or more than there are when its table has not come yet."""
@@ -267,3 +293,10 @@ class FrameReader:
             buffers.append(unpack_segment(piece) if length & _IS_SEGMENT else piece)
             place += size
         return Frame(kind, bytes(view[start:table]), content, buffers)
+
+
+def _references(holder: list[Any]) -> int:
+    return sys.getrefcount(holder[0])
+
+
+_ALONE = _references([bytearray(1)])  # how many that are if there is none but the holder's: it depends on the Python
