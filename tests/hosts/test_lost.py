@@ -48,6 +48,7 @@ def workers_of(rig: Rig, name: str) -> int:
 # ------------------------------------------------------------------------------------------------ hosts that vanish
 
 
+@pytest.mark.slow
 @encrypted
 @pytest.mark.parametrize("busy", ["idle", "much under way"])
 def test_the_cable_is_pulled(rig: Rig, encrypt: bool, busy: str) -> None:
@@ -129,6 +130,7 @@ def slow_square(number: int) -> int:
     return number * number
 
 
+@pytest.mark.slow
 @encrypted
 def test_two_workers_lose_each_other(rig: Rig, encrypt: bool) -> None:
     run(rig, "two_workers_lose_each_other", encrypt)
@@ -178,6 +180,7 @@ def a_host_that_comes_back_late(rig: Rig) -> None:
 # ------------------------------------------------------------------------------------------- hosts that are not lost
 
 
+@pytest.mark.slow
 @encrypted
 def test_a_short_interruption(rig: Rig, encrypt: bool) -> None:
     run(rig, "a_short_interruption", encrypt, silent=8)
@@ -199,8 +202,8 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-@encrypted
-@pytest.mark.parametrize("fault", ["10 Mbit/s and 50 ms", "one packet of 20 is lost"])
+@pytest.mark.slow
+@pytest.mark.parametrize("encrypt, fault", [(True, "10 Mbit/s and 50 ms"), (False, "one packet of 20 is lost")])
 def test_bad_networks_lose_nothing(rig: Rig, encrypt: bool, fault: str) -> None:
     if fault.startswith("10") and not os.path.exists("/dev/net/tun"):
         pytest.skip("a slow cable needs /dev/net/tun")
@@ -221,8 +224,8 @@ def bad_networks_lose_nothing(rig: Rig, encrypt: bool, fault: str) -> None:
     assert workers() == pids
 
 
-@encrypted
-@pytest.mark.parametrize("busy", ["idle", "much under way"])
+@pytest.mark.slow
+@pytest.mark.parametrize("encrypt, busy", [(False, "idle"), (True, "much under way")])
 def test_a_stopped_worker_is_not_dead(rig: Rig, encrypt: bool, busy: str) -> None:
     run(rig, "a_stopped_worker_is_not_dead", encrypt, busy, silent=2)
 
@@ -241,8 +244,8 @@ def a_stopped_worker_is_not_dead(rig: Rig, encrypt: bool, busy: str) -> None:
     assert remotecall_fetch(platform.node, one) == "h1"
 
 
-@encrypted
-@pytest.mark.parametrize("busy", ["idle", "much under way"])
+@pytest.mark.slow
+@pytest.mark.parametrize("encrypt, busy", [(True, "idle"), (False, "much under way")])
 def test_a_worker_that_holds_its_interpreter_is_not_dead(rig: Rig, encrypt: bool, busy: str) -> None:
     run(rig, "a_worker_that_holds_its_interpreter_is_not_dead", encrypt, busy, silent=2)
 
