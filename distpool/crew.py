@@ -33,6 +33,14 @@ remote_traceback: Any = _RemoteTraceback  # typeshed has its argument wrong
 _PATIENCE = 5.0  # seconds that a worker has to exit when asked
 
 
+def end(member: Member, signum: int) -> None:
+    """Send the worker this signal, where it is our process to send signals to; else end it as it can be ended."""
+    if member.process is not None and member.is_worker:
+        member.process.kill(signum)
+    else:
+        member.kill()
+
+
 class Crew:
     """The workers of these places, `cap` at most, for one scheduler."""
 
@@ -318,8 +326,7 @@ class Crew:
         """End all workers with this signal now."""
         self._dismissed = True
         for member in list(self.members.values()):
-            if member.process is not None:
-                member.process.kill(signum)
+            end(member, signum)
         self._check_finished()
 
     def _check_finished(self) -> None:

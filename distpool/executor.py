@@ -18,10 +18,11 @@ from typing import Any
 
 from distpool import exits
 from distpool.borrowing import BorrowedCrew
-from distpool.crew import Crew
+from distpool.crew import Crew, end
 from distpool.hosts import Plan, plan_for
 from distpool.nested import reduce_executor, reduce_view
 from distpool.node import node as nodes
+from distpool.node.group import State
 from distpool.policy import make_policy
 from distpool.submitter import LOOK_AHEAD, Submitter, strict_future
 from distpool.supply import can_grow
@@ -300,22 +301,37 @@ class _Process:
 
     def is_alive(self) -> bool:
         """Whether the process is still there."""
-        return not self._member.process.exited
+        process = self._member.process
+        return self._member.state is not State.GONE if process is None else not process.exited
 
     def terminate(self) -> None:
         """Send SIGTERM."""
-        self._member.process.kill(signal.SIGTERM)
+        end(self._member, signal.SIGTERM)
 
     def kill(self) -> None:
         """Send SIGKILL."""
-        self._member.process.kill()
+        self._member.kill()
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the end of the process."""
         ended = threading.Event()
-        self._member.process.add_exit_callback(lambda code: ended.set())
-        with self._member.group.node.loop.following():
+        group = self._member.group
+        if self._member.process is not None:
+            self._member.process.add_exit_callback(lambda code: ended.set())
+        else:  # there is none that we could watch: its end is the end of its connection
+            group.node.loop.call_soon(lambda: self._watch(ended))
+        with group.node.loop.following():
             ended.wait(timeout)
+
+    def _watch(self, ended: threading.Event) -> None:
+        def gone(member: Any) -> None:
+            if member is self._member:
+                ended.set()
+                self._member.group.gone_watchers.remove(gone)
+
+        self._member.group.gone_watchers.append(gone)
+        if self._member.state is State.GONE:
+            gone(self._member)
 
     @property
     def exitcode(self) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -30,6 +31,7 @@ from distpool import (
     WorkerConfig,
     supply,
 )
+from distpool.managers.base import parse_header
 from distpool.supply import spread
 
 HERE = Path(__file__).resolve().parent
@@ -194,6 +196,53 @@ def test_others_that_a_worker_starts(make: Callable[..., ClusterExecutor]) -> No
     executor = make(First())
     assert len(all_at_once(executor, 3)) == 3
     assert executor._max_workers == 3
+
+
+class Existing(ClusterManager):
+    """Workers that somebody else has started: all that is known of them is where they listen."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def launch(self, params: dict[str, Any]) -> Iterator[WorkerConfig]:
+        for _ in range(self.n):
+            process = start(WORKER, params["cookie"])
+            self.processes.append(process)
+            assert process.stdout is not None
+            found = parse_header(process.stdout.readline().decode())
+            assert found is not None
+            yield WorkerConfig(host=found[0], port=found[1])
+
+
+@pytest.fixture
+def existing() -> Iterator[Existing]:
+    manager = Existing(2)
+    yield manager
+    for process in manager.processes:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_workers_that_somebody_else_has_started(make: Callable[..., ClusterExecutor], existing: Existing) -> None:
+    executor = make(existing)
+    ospids = all_at_once(executor, 2)
+    assert ospids == {process.pid for process in existing.processes}
+    handles: Any = executor._processes
+    assert set(handles) == ospids and all(handle.is_alive() for handle in handles.values())
+    error = executor.options(timeout=0.3).submit(time.sleep, 60).exception(PATIENCE)
+    assert isinstance(error, TimeoutError), "without its connection it ends"
+    wait_for(lambda: sum(process.poll() is None for process in existing.processes) == 1, executor)
+    (alive,) = [handle for handle in handles.values() if handle.is_alive()]
+    alive.terminate()
+    alive.join(PATIENCE)
+    assert not alive.is_alive()
+    assert len(all_at_once(executor, 2)) == 2, "nobody was left, so all were launched again"
+    executor.kill_workers()
+    executor.shutdown()
+    assert [process.wait(PATIENCE) for process in existing.processes][:2] == [1, 1], "the others may have gone as asked"
 
 
 # -- late, partially, never ----------------------------------------------------------------------------------------
