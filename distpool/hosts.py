@@ -18,13 +18,7 @@ from distpool.supply import Place, spread
 ENTRY_POINTS = "distpool.managers"
 """The group of entry points under which other packages offer managers."""
 
-_SCHEMES = {
-    "local": ("local", "LocalManager"),
-    "ssh": ("ssh", "SSHManager"),
-    "slurm": ("slurm", "SlurmManager"),
-    "mpi": ("mpi", "MPIManager"),
-    "dask": ("dask", "DaskManager"),
-}
+_SCHEMES = {"local": ("local", "LocalManager"), "ssh": ("ssh", "SSHManager")}
 """Managers of our own, which are found without the metadata of an installation: scheme -> module, class."""
 
 
@@ -156,10 +150,7 @@ def _find_scheme(scheme: str) -> Callable[[str], Any]:
     is a `ClusterManager` subclass (its `from_url` is called) or a function of that text."""
     home = _SCHEMES.get(scheme)
     if home is not None:
-        try:
-            found: Any = getattr(importlib.import_module(f"distpool.managers.{home[0]}"), home[1])
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{scheme}://: {error}") from error
+        found: Any = getattr(importlib.import_module(f"distpool.managers.{home[0]}"), home[1])
     else:
         from importlib.metadata import entry_points
 
