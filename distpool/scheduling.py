@@ -8,9 +8,9 @@
 Window: a slot holds calls worth `config.WINDOW_SECONDS` of measured running time, at least 2 and at most 1024; the
 last calls of a queue are shared out in smaller portions. A call with a time limit travels alone.
 
-Who runs what: `_dispatch` runs under `_lock`, on the leader or in a submitting thread. A submitter never waits for the
+Who runs what: `_dispatch` runs under `lock`, on the leader or in a submitting thread. A submitter never waits for the
 lock (`_pump`): it leaves a note and the holder looks again. So user code in a finalizer, run by the collector inside
-the locked region, can submit without deadlock. Nothing under `_lock` runs user code.
+the locked region, can submit without deadlock. Nothing under `lock` runs user code.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
-from distpool.errors import DistpoolError
 from distpool.mapruns import MapRun
 from distpool.node.node import Node, existing
 from distpool.recalls import Recalls, withdraw
+from distpool.reclaim import Reclaims
 from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.retries import Retries
 from distpool.settling import settle_values
@@ -38,7 +38,6 @@ from distpool.work import Call
 
 log = logging.getLogger("distpool.scheduling")
 
-_STEAL_DELAY = 0.002  # seconds that calls sit in a busy worker before an idle one may have them
 _FEW = 4  # calls that travel together if each takes less than
 _TINY = 50e-6  # seconds: a frame of its own would cost as much
 
@@ -55,15 +54,15 @@ class Scheduler:
         self.on_idle: Callable[[], object] | None = None  # leader: everything is done and `closing` is set
         self.on_retire: Callable[[Slot], object] | None = None  # leader: a worker has run all it may
         self.handlers: dict[int, Callable[[Slot, Frame], object]] = {}  # kinds of upper layers
-        self._queue: collections.deque[Any] = collections.deque()  # Calls and MapRuns; append is atomic, rest: _lock
-        self._lock = threading.Lock()  # protects the queue's head, the slots' tables and Call.slot
+        self._queue: collections.deque[Any] = collections.deque()  # Calls and MapRuns; append is atomic, rest: lock
+        self.lock = threading.Lock()  # protects the queue's head, the slots' tables and Call.slot
         #: The stdlib's rule ("break"): what cannot be loaded on a worker breaks everything. Returns the error.
         self.on_unloadable: Callable[[bytes], BaseException] | None = None
         #: Whether some worker may have room: a hint for submitters, so that they need not look at each worker.
         self._has_room = False
         self._wanted = False  # somebody could not get the lock and wants a dispatch
-        self._stealing = False  # a timer for `_steal` is set; leader only
-        self._recalls = Recalls(self.loop, self._lock)
+        self._recalls = Recalls(self.loop, self.lock)
+        self._reclaims = Reclaims(self)
         self._retries = Retries(node, self.enqueue, self._end_retries)
 
     def check_process(self) -> None:
@@ -100,12 +99,12 @@ class Scheduler:
             self.loop.call_soon(self.pump)
             return
         try:
-            while self._wanted and self._lock.acquire(blocking=False):
+            while self._wanted and self.lock.acquire(blocking=False):
                 try:
                     self._wanted = False
                     self._dispatch()
                 finally:
-                    self._lock.release()
+                    self.lock.release()
         finally:
             self.loop.leave_critical()
 
@@ -115,7 +114,7 @@ class Scheduler:
         try:
             events: list[threading.Event] = []
             while not events:
-                with self._lock:
+                with self.lock:
                     if call.slot is None:
                         call.cancelled = True
                         call.release()
@@ -133,7 +132,7 @@ class Scheduler:
         if self._wanted:
             self.pump()
 
-    # -- dispatch (under _lock) --------------------------------------------------------------------------------
+    # -- dispatch (under lock) --------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
         queue = self._queue
@@ -185,7 +184,7 @@ class Scheduler:
             min(candidates, key=lambda slot: slot.load + len(slot.pinned)).pinned.append(call)
             return
         error = RuntimeError(f"none of the workers {sorted(pids)} is a living worker of this executor")  # type: ignore[arg-type]
-        self.loop.call_soon(lambda: self._settle(call, 0, Outcome(RAISED_HERE, error, (), 1)))
+        self.loop.call_soon(lambda: self.settle(call, 0, Outcome(RAISED_HERE, error, (), 1)))
 
     def _share(self, slot: Slot, head: Any) -> int:
         room = slot.room(head.timing.mean)
@@ -242,13 +241,13 @@ class Scheduler:
     def _on_results(self, slot: Slot, frame: Frame) -> None:
         offset, busy, ran = messages.RESULTS.unpack(frame.control)
         slot.journal_offset = offset
-        timing = self._settle_records(slot, frame.body, frame.buffers)
+        timing = self.settle_records(slot, frame.body, frame.buffers)
         if ran and timing is not None:
             mean = busy / ran
             timing.mean = mean if timing.mean < 0 else 0.7 * timing.mean + 0.3 * mean
         self._after_results(slot)
 
-    def _settle_records(self, slot: Slot, body: Any, raw_buffers: list[Any]) -> Any:
+    def settle_records(self, slot: Slot, body: Any, raw_buffers: list[Any]) -> Any:
         """Settle what these records say; returns the timing of the last one."""
         pid = slot.pid
         slot.since = time.monotonic()
@@ -256,6 +255,8 @@ class Scheduler:
             slot.member.tracer.answered(pid, body)
         timing = None
         buffers = slot.open(raw_buffers) if raw_buffers else []
+        if slot.early:
+            body = self._reclaims.without_early(slot, body, buffers)
         done = 0
         for sequence, elements, status, payload, parts in messages.result_records(body):
             if status == messages.VALUES:
@@ -285,13 +286,13 @@ class Scheduler:
             else:
                 outcome = Outcome(status, bytes(payload), buffers[:parts], pid)
             del buffers[:parts]
-            self._settle(entry, index, outcome)
+            self.settle(entry, index, outcome)
             slot.count(status)
         slot.load -= done
         slot.recent = True
         return timing
 
-    def _settle(self, entry: Any, index: int, outcome: Any) -> None:
+    def settle(self, entry: Any, index: int, outcome: Any) -> None:
         future = entry.settle(index, outcome)
         if future is not None:
             self._deliver(future)
@@ -304,7 +305,7 @@ class Scheduler:
         if self._queue or slot.pinned:
             self.pump()
         if not slot.inflight and not self._consider_retiring(slot) and not self._queue:
-            self._consider_stealing()
+            self._reclaims.consider_stealing()
         if self.closing:
             self.check_done()
 
@@ -320,6 +321,11 @@ class Scheduler:
         """Leader: tell `on_idle` when nothing is left to do."""
         if self.closing and not self._queue and self.on_idle is not None and not self.busy:
             self.on_idle()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something waits in the queue."""
+        return bool(self._queue)
 
     @property
     def busy(self) -> bool:
@@ -339,37 +345,31 @@ class Scheduler:
     # -- retries -----------------------------------------------------------------------------------------------
 
     def _end_retries(self, call: Call, outcome: Outcome) -> None:
-        self._settle(call, 0, outcome)
+        self.settle(call, 0, outcome)
         self.check_done()
 
-    # -- recall ------------------------------------------------------------------------------------------------
-
-    def _consider_stealing(self) -> None:
-        if not self._stealing and any(slot.load > 1 for slot in self.slots.values()):
-            self._stealing = True
-            self.loop.call_later(_STEAL_DELAY, self._steal)
-
-    def _steal(self) -> None:
-        """Some worker idles while another one sits on calls that have not started: take half of them back."""
-        self._stealing = False
-        slots = [slot for slot in self.slots.values() if slot.usable or slot.load]
-        if self._queue or not any(slot.load == 0 and slot.usable for slot in slots):
-            return
-        victims = [slot for slot in slots if slot.load > 1 and not slot.recalling]
-        if victims:
-            victim = max(victims, key=lambda slot: slot.load)
-            victim.recalling = True
-            victim.recall(messages.Recall(max(1, victim.load // 2), []))
-        elif any(slot.recalling for slot in slots):
-            self._consider_stealing()
+    # -- calls that come back ----------------------------------------------------------------------------------
 
     def withdraw(self, run: MapRun) -> None:
         """Nobody wants the rest of this map: recall what workers have not started. Safe in a finalizer."""
         self.loop.call_soon(lambda: withdraw(run, list(self.slots.values())))
 
+    def gave_back(self, slot: Slot, numbers: list[int]) -> None:
+        """Leader: these calls have been taken from a worker that does not answer."""
+        self._recalls.answered(slot, numbers)
+        slot.recalling = False
+        self.pump()
+        if self.closing:
+            self.check_done()
+
+    def put_back(self, entry: Any, index: int, count: int) -> None:
+        """These elements have not started: they run elsewhere. `lock` is held."""
+        entry.put_back(index, count, self._queue)
+
     def _on_recalled(self, slot: Slot, message: messages.Recalled) -> None:
         got_any = bool(message.ranges)
-        with self._lock:
+        self._reclaims.answered(slot)
+        with self.lock:
             for first, count in message.ranges:
                 for entry, index, taken in slot.take_back(first, count):
                     slot.load -= taken
@@ -382,7 +382,7 @@ class Scheduler:
         if got_any or not message.asked:
             if any(other.load == 0 and other.usable for other in self.slots.values()) and (got_any or slot.recent):
                 slot.recent = False
-                self._consider_stealing()
+                self._reclaims.consider_stealing()
         if self.closing:
             self.check_done()
 
@@ -391,17 +391,18 @@ class Scheduler:
     def add(self, slot: Slot) -> None:
         """A worker is ready for calls."""
         self.slots[slot.pid] = slot
+        slot.watch = self._reclaims.watch
         self.pump()
         if not slot.load:  # others may have been sent what this one could run
-            self._consider_stealing()
+            self._reclaims.consider_stealing()
 
     def lost(self, slot: Slot, make_error: Callable[[bool], BaseException]) -> None:
         """The worker is gone. `make_error(maybe_ran)` makes the exception for a call that it took along."""
-        self._read_journal(slot)
+        self._reclaims.read_journal(slot)
         slot.gone = True
         failed: list[tuple[Any, int]] = []
         stranded: list[Call] = []
-        with self._lock:
+        with self.lock:
             self.slots.pop(slot.pid, None)
             ended = slot.stop_clock()
             for entry, index, count, ran in reversed(slot.unfinished()):
@@ -415,28 +416,18 @@ class Scheduler:
                 (stranded if call.is_stranded(self.slots) else self._queue).append(call)
         self._recalls.lost(slot)
         for call in stranded:
-            self._settle(call, 0, Outcome(RAISED_HERE, make_error(False), (), slot.pid))
+            self.settle(call, 0, Outcome(RAISED_HERE, make_error(False), (), slot.pid))
         for entry, index in failed:
             error: BaseException = TimeoutError(slot.timeout_text) if ended else make_error(True)
             outcome = Outcome(RAISED_HERE, error, (), slot.pid)
             if type(entry) is Call and entry.policy is not None and entry.attempt < entry.policy.retries:
                 self._retries.consider(entry, outcome)
             else:
-                self._settle(entry, index, outcome)
+                self.settle(entry, index, outcome)
         if self.failure is not None:
             self._fail_queue()
         self.pump()
         self.check_done()
-
-    def _read_journal(self, slot: Slot) -> None:
-        """Results that were finished but not sent are in the shared journal."""
-        journal = slot.member.journal
-        if journal is not None:
-            try:
-                rest = journal.read_from(slot.journal_offset)
-                self._settle_records(slot, rest, [])
-            except (ValueError, DistpoolError):
-                log.exception("the journal of worker %d cannot be read", slot.pid)
 
     def fail_all(
         self, make_error: Callable[[], BaseException], unsent: Callable[[], BaseException] | None = None
@@ -445,26 +436,26 @@ class Scheduler:
         they are gone (`lost`), which tells what had started, and the rest fails with that of `unsent`."""
         self.failure = unsent or make_error
         for slot in list(self.slots.values()):
-            with self._lock:
+            with self.lock:
                 unfinished = [] if unsent else list(slot.unfinished())
                 pinned, slot.pinned = list(slot.pinned), collections.deque()
             for entry, index, count, _ in unfinished:
                 for number in range(index, index + count):
-                    self._settle(entry, number, Outcome(RAISED_HERE, make_error(), (), 1))
+                    self.settle(entry, number, Outcome(RAISED_HERE, make_error(), (), 1))
             for call in pinned:
-                self._settle(call, 0, Outcome(RAISED_HERE, self.failure(), (), 1))
+                self.settle(call, 0, Outcome(RAISED_HERE, self.failure(), (), 1))
         self._retries.fail_all(make_error)
         self._fail_queue()
 
     def _fail_queue(self) -> None:
         while self._queue and self.failure is not None:
-            with self._lock:
+            with self.lock:
                 entry = self._queue.popleft() if self._queue else None
             if type(entry) is MapRun:
                 entry.queued = False
                 entry.fail_rest(Outcome(RAISED_HERE, self.failure(), (), 1))
             elif entry is not None and not entry.cancelled:
-                self._settle(entry, 0, Outcome(RAISED_HERE, self.failure(), (), 1))
+                self.settle(entry, 0, Outcome(RAISED_HERE, self.failure(), (), 1))
         self.check_done()
 
     def cancel_waiting(self, meanwhile: Callable[[], object] = lambda: None, spare: int = 0) -> None:
@@ -473,7 +464,7 @@ class Scheduler:
         `meanwhile` is called before the workers' answers are waited for. `spare`: so many calls at the head of the
         queue count as started: those of workers that are still coming up.
         """
-        with self._lock:
+        with self.lock:
             # Maps leave the queue now: calls that come back would make room for their elements.
             runs = [entry for entry in self._queue if type(entry) is MapRun]
             for run in runs:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import time
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distpool import config
@@ -45,6 +46,10 @@ class Slot:
         self.pinned: collections.deque[Any] = collections.deque()
         self.retiring = False  # gets no more calls
         self.recalling = False
+        self.asked = self.answered = 0  # RECALL frames sent, RECALLED frames received
+        self.deaf = False  # it does not answer, and gets nothing until it does
+        self.early: set[int] = set()  # calls settled from its journal, whose results it will send as well
+        self.watch: Callable[[Slot], object] = lambda slot: None  # called when it has been sent a RECALL
         self.recent = False  # it has answered since the last recall
         self.gone = False
         self.journal_offset = 0  # bytes of its journal that have come over the link
@@ -65,7 +70,7 @@ class Slot:
     @property
     def usable(self) -> bool:
         """Whether it may be sent calls at all now."""
-        return not (self.retiring or self.gone or self._clock is not None or self._remaining == 0)
+        return not (self.retiring or self.gone or self.deaf or self._clock is not None or self._remaining == 0)
 
     @property
     def exhausted(self) -> bool:
@@ -193,12 +198,17 @@ class Slot:
             self.member.link.send(Kind.FORGET, messages.Forget(gone).pack())
 
     def recall(self, message: messages.Recall) -> None:
-        """Ask for calls that have not started. The worker looks at its socket before it starts the next one."""
-        member = self.member
-        if member.link is not None:
-            member.link.send(Kind.RECALL, message.pack())
-        if member.journal is not None:
-            member.journal.raise_attention()
+        """Ask for calls that have not started."""
+        link = self.member.link
+        if link is not None:
+            self.asked += 1
+            link.send(Kind.RECALL, message.pack())
+            self.watch(self)
+
+    @property
+    def last(self) -> int:
+        """Number of the last call that it was sent."""
+        return self._next - 1
 
     def open(self, buffers: list[Any]) -> list[Any]:
         """Received buffers as memory."""

@@ -40,13 +40,15 @@ class FakeJournal:
     def __init__(self) -> None:
         self.started = 0
         self.data = b""
-        self.attention = 0
+        self.revoked: list[tuple[int, int]] = []
 
     def read_from(self, offset: int) -> bytes:
         return self.data[offset:]
 
-    def raise_attention(self) -> None:
-        self.attention += 1
+    snapshot = read_from
+
+    def revoke(self, first: int, last: int) -> None:
+        self.revoked.append((first, last))
 
 
 class FakeLink:

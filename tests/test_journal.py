@@ -9,7 +9,6 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 from distpool import config
 from distpool.transport import journal as journals
 from distpool.transport import memfile
-from distpool.transport.journal import ATTENTION, HEADER, RESERVED, Journal
+from distpool.transport.journal import HEADER, RESERVED, Journal
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
 
@@ -49,7 +48,6 @@ def test_an_empty_journal(journal: Journal) -> None:
     assert (journal.started, journal.written, journal.capacity) == (0, 0, 1000)
     assert journal.pending() == b""
     assert journal.read_from(0) == b""
-    assert journal.words[ATTENTION] == 0
 
 
 def test_started_takes_64_bits(journal: Journal) -> None:
@@ -123,18 +121,23 @@ def test_marks_must_lie_between_sent_and_written(journal: Journal) -> None:
     assert journal.pending() == b"c"
 
 
-def test_every_call_for_attention_shows_a_new_number(journal: Journal) -> None:
-    seen = []
-    callers = [threading.Thread(target=lambda: [journal.raise_attention() for _ in range(200)]) for _ in range(4)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join(10)
-    for _ in range(3):
-        seen.append(journal.words[ATTENTION])
-        journal.raise_attention()
-    assert len({*seen, journal.words[ATTENTION]}) == 4
-    assert journal.words[ATTENTION] == 803
+def test_revoked_calls(journal: Journal) -> None:
+    assert not any(journal.revoked(number) for number in range(1, 20))
+    journal.revoke(5, 8)
+    assert [number for number in range(20) if journal.revoked(number)] == [5, 6, 7, 8]
+    journal.revoke(12, 12)  # what was revoked before is not there any more
+    assert [number for number in range(9, 20) if journal.revoked(number)] == [12]
+
+
+def test_snapshots_of_a_living_writer(journal: Journal) -> None:
+    assert journal.snapshot(0) == b""
+    journal.append(b"abc")
+    assert journal.snapshot(0) == b"abc" and journal.snapshot(1) == b"bc" and journal.snapshot(3) == b""
+    for _ in range(30):  # round the ring
+        assert journal.append(b"x" * 90)
+        journal.mark_sent(journal.written)
+    assert journal.snapshot(0) == b""  # overwritten long ago
+    assert journal.snapshot(journal.written - 90) == b"x" * 90
 
 
 def test_close_twice_and_use_afterwards(journal: Journal) -> None:
@@ -151,14 +154,14 @@ def test_two_processes_see_one_journal(tmp_path: Path) -> None:
     assert master.size == HEADER + config.JOURNAL_SIZE
     code = """if True:
         import sys
-        from distpool.transport.journal import ATTENTION, Journal
+        from distpool.transport.journal import Journal
         journal = Journal.attach(sys.argv[1], int(sys.argv[2]))
-        journal.set_started(7 + journal.words[ATTENTION])
+        journal.set_started(7 + journal.revoked(3))
         journal.append(b"from the worker")
         import os, signal
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    master.raise_attention()
+    master.revoke(2, 4)
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     done = subprocess.run([sys.executable, "-c", code, master.path, str(master.size)], timeout=30)
     master.attached()

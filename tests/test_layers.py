@@ -54,7 +54,19 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("spawning", "loops", "broadcast", "mainmodule"),
     ),
     7: (
-        *("work", "mapruns", "slots", "recalls", "retries", "settling", "scheduling", "lazymap", "policy", "kept"),
+        *(
+            "work",
+            "mapruns",
+            "slots",
+            "recalls",
+            "retries",
+            "settling",
+            "reclaim",
+            "scheduling",
+            "lazymap",
+            "policy",
+            "kept",
+        ),
         *("mapping", "ordered", "elements", "poolmap", "recovery"),
     ),
     8: (
@@ -161,6 +173,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("broadcast", "replies"),
         ("recalls", "slots"),
         ("scheduling", "recalls"),
+        ("scheduling", "reclaim"),
         ("scheduling", "retries"),
         ("scheduling", "slots"),
         ("scheduling", "settling"),

@@ -124,6 +124,9 @@ def run_span(runner: TaskRunner, item: Item, function: Any, begin: float) -> Non
                 runner.mark_started(sequence)
         else:
             runner.started = words[0] = sequence  # journal.STARTED
+        if sequence <= words[9] and runner.journal.revoked(sequence):  # journal.REVOKED_TO
+            runner.hold(item, index)
+            break
         try:
             if on_main:
                 interrupts.main = True

@@ -220,7 +220,16 @@ class TaskRunner:
             self._work.set()
 
     def _has_work(self) -> bool:
-        return bool(self._inbox) or bool(self._offered) or self._may_leave() or self._initializer is not None
+        return self._runnable() or bool(self._offered) or self._may_leave() or self._initializer is not None
+
+    def _runnable(self) -> bool:
+        """Whether a call waits that may run. Those that the master has given to others are held until its RECALL has
+        come, which takes them away: the first was marked as started, so the master counts on an answer for it."""
+        inbox = self._inbox
+        try:
+            return bool(inbox) and not self.journal.revoked(inbox[0].sequence)
+        except IndexError:  # taken this very moment
+            return False
 
     def _may_leave(self) -> bool:
         return self.leaving and not (self.patient and self._beside)
@@ -229,8 +238,11 @@ class TaskRunner:
         with self.lock:
             if not self._inbox or self._initializer is not None:
                 return None
-            item = self._inbox.popleft()
+            item = self._inbox[0]
             self.mark_started(item.sequence)
+            if self.journal.revoked(item.sequence):
+                return None  # RECALL is on its way: see `_runnable`
+            self._inbox.popleft()
             self.running[threading.get_ident()] = item
             return item
 
@@ -240,11 +252,19 @@ class TaskRunner:
             self.started = sequence
             self.journal.set_started(sequence)
 
+    def hold(self, item: Item, index: int) -> None:
+        """Elements of a running span, from `index` on, have been given to others: they wait for the RECALL."""
+        with self.lock:
+            item.index = index - 1
+            rest = item.rest()
+            if rest is not None:
+                self._inbox.appendleft(rest)
+
     def _help(self) -> None:
         """A helper thread: runs calls while a task of this process waits."""
         while True:
             with self.lock:
-                if self.helpers > self._blocked or not self._inbox:
+                if self.helpers > self._blocked or not self._runnable():
                     self.helpers -= 1
                     return
             item = self._next()

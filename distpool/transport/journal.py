@@ -6,10 +6,10 @@ Data flow:
     set_started(n)    before call n runs            after the worker's death, not before:
     append(record)    when it has finished            started             the call that was running
     send pending(); mark_sent(written)                read_from(received) records finished but never sent
-    words[ATTENTION]  read between calls  <-------  raise_attention(): something urgent waits on your socket
+    revoked(n)        before call n runs  <-------  revoke(first, last): these have been given to others
 
-No thread of its own.  One writer at a time appends, uninterrupted (the worker's caller sees to that), and
-`raise_attention` may run on any thread of the master.  A worker elsewhere has a `private()` journal: same interface,
+No thread of its own.  One writer at a time appends, uninterrupted (the worker's caller sees to that), and one thread of
+the master at a time revokes.  A worker elsewhere has a `private()` journal: same interface,
 nobody else sees it.
 
 Layout: a header of 64-bit words, then the ring of `capacity` bytes.  Offsets count from the beginning of time; byte
@@ -27,16 +27,15 @@ right below 4 GiB.)  Appends by several threads need one lock, which also keeps 
 
 from __future__ import annotations
 
-import itertools
 import mmap
 import os
 
 from distpool import config
 from distpool.transport import memfile
 
-#: Words of the header.  The master's is in a cache line of its own.
+#: Words of the header.  The master's are in a cache line of their own.
 STARTED, WRITTEN, RESERVED, SENT = range(4)
-ATTENTION = 8
+REVOKED_FROM, REVOKED_TO = 8, 9
 HEADER = 128
 _RESERVE = 4096  # bytes that are reserved ahead
 
@@ -44,14 +43,13 @@ _RESERVE = 4096  # bytes that are reserved ahead
 class Journal:
     """A ring of records and three numbers that the master can still read when its worker was killed.
 
-    `path` and `size` go to the worker, which calls `attach`.  `words[ATTENTION]` differs from what the worker saw
-    last when the master wants it to read its socket.
+    `path` and `size` go to the worker, which calls `attach`.
 
     Example: `journal.set_started(7); journal.append(record) or (send(journal.pending()), ...)`
     """
 
     __slots__ = (
-        "_capacity", "_data", "_file", "_mapping", "_reserved", "_tickets", "_written",
+        "_capacity", "_data", "_file", "_mapping", "_reserved", "_written",
         "path", "shared", "size", "words",
     )  # fmt: skip
 
@@ -64,7 +62,6 @@ class Journal:
         self._capacity = self.size - HEADER
         self._data = memoryview(mapping)
         self.words = self._data[:HEADER].cast("Q")
-        self._tickets = itertools.count(1)
         self._written = self.words[WRITTEN]  # writer
         self._reserved = self.words[RESERVED]  # writer
 
@@ -123,10 +120,16 @@ class Journal:
         """Absolute offset of the end of the last complete record."""
         return self.words[WRITTEN]
 
-    def raise_attention(self) -> None:
-        """Master: change the word that the worker compares; each call stores a number that was never there."""
-        # `words[ATTENTION] += 1` on two threads could store one number twice, with the worker's look in between.
-        self.words[ATTENTION] = next(self._tickets)
+    def revoke(self, first: int, last: int) -> None:
+        """Master: the worker must not start calls `first` to `last` any more. They are above all revoked before."""
+        # In this order: between the stores the range is empty (the old end lies below `first`), never too large.
+        self.words[REVOKED_FROM] = first
+        self.words[REVOKED_TO] = last
+
+    def revoked(self, number: int) -> bool:
+        """Worker, after `set_started(number)`: whether that call has been given to others."""
+        words = self.words
+        return number <= words[REVOKED_TO] and number >= words[REVOKED_FROM]
 
     def append(self, record: bytes) -> bool:
         """Add a record; `False` when there is no room: send `pending()` and `mark_sent` first (or it is too large)."""
@@ -177,6 +180,12 @@ class Journal:
         if offset < self.words[RESERVED] - self._capacity:
             raise ValueError(f"the records from offset {offset} on are overwritten; {written} are written")
         return self._between(offset, written)
+
+    def snapshot(self, offset: int) -> bytes:
+        """Master, while the worker lives: complete records from `offset` on; none if it writes over them just now."""
+        written = self.words[WRITTEN]
+        data = self._between(offset, written) if 0 < written - offset <= self._capacity else b""
+        return data if offset >= self.words[RESERVED] - self._capacity else b""
 
     def close(self) -> None:
         """Unmap; may be called twice.  Nothing else works afterwards (`ValueError`)."""

@@ -217,15 +217,8 @@ def test_a_long_task_keeps_nobody_behind_it(runner: Runner, gate: Gate) -> None:
     assert held.value() == "held"
 
 
-cannot_answer = pytest.mark.xfail(
-    strict=False,
-    raises=AssertionError,
-    reason="known defect: a call sent ahead to a worker that then holds the GIL, or is stopped, is not recalled",
-)
-
-
 @pytest.mark.parametrize("warm", [0, 300])
-@pytest.mark.parametrize("how", ["python", *(pytest.param(how, marks=cannot_answer) for how in ("c", "stopped"))])
+@pytest.mark.parametrize("how", ["python", "c", "stopped"])
 def test_nobody_waits_behind_a_task_that_never_ends(runner: Runner, gate: Gate, how: str, warm: int) -> None:
     """Whatever its worker was sent besides runs elsewhere, even if that worker cannot be asked to give it back."""
     assert_squares([runner.submit(helpers.square, number) for number in range(warm)])
