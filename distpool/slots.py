@@ -284,10 +284,13 @@ class Slot:
             taken.append((entry, 0, 1))
         if not taken and (found := self._span_of(sequence)) is not None:
             start, span = found
-            span.stop = sequence - start
+            index = sequence - start
+            count = min(count, span.stop - index)  # what it does not have any more cannot come back a second time
+            if count > 0:
+                span.stop = index
+                taken.append((span, index, count))
             if span.done >= span.stop:
                 self.inflight.pop(start, None)
-            taken.append((span, sequence - start, count))
         return taken
 
     def _span_of(self, sequence: int, least: int = 2) -> tuple[int, Any] | None:
