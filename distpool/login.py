@@ -320,6 +320,8 @@ def worker_settings(settings: LoginSettings) -> dict[str, Any]:
     if not settings.enable_threaded_blas:
         env.update(dict.fromkeys(BLAS_VARIABLES, "1"))
     env.update(settings.env)
+    if settings.timeout > config.worker_timeout():  # the master may take as long as it gives others
+        env.setdefault("DISTPOOL_WORKER_TIMEOUT", str(settings.timeout))
     extra = {"memory_limit": settings.memory_limit} if settings.memory_limit is not None else {}
     return {
         "cookie": settings.cookie,

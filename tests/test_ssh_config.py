@@ -176,3 +176,14 @@ def test_what_paramiko_cannot_read(home: Path) -> None:
     write(home, "Match all host h\n User me\n")
     with pytest.raises(ValueError, match='use the OpenSSH program, ssh="ssh"'):
         target("h")
+
+
+def test_nobody(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CONFORMANCE C229: no user anywhere."""
+
+    def nobody() -> str:
+        raise OSError("No username set in the environment")
+
+    monkeypatch.setattr(getpass, "getuser", nobody)
+    with pytest.raises(ValueError, match="no user name to log in with"):
+        target("h")

@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -29,6 +30,7 @@ from distpool.managers.specs import Spec
 from distpool.managers.ssh_client import LoginError
 
 _FAILED = 255  # what ssh exits with for errors of its own; and for commands that a signal ended
+_JANITOR = '"$@"; status=$?; rm -rf -- "$0"; exit $status'
 _END_SECONDS = 2.0  # that the program has to end by itself
 
 _TEXTS = (  # what ssh prints, and what it means; the first one found counts
@@ -88,7 +90,8 @@ class BinaryConnection:
             left = max(1, int(deadline - time.monotonic()))
             alive = max(1, int(config.silent_seconds() / 3))
             options = ["BatchMode=yes", f"ConnectTimeout={left}"]
-            options += [f"ServerAliveInterval={alive}", "ServerAliveCountMax=2"]
+            # The user's own forwards, and what his other programs need, are not for this login.
+            options += [f"ServerAliveInterval={alive}", "ServerAliveCountMax=2", "ClearAllForwardings=yes"]
             argv = [*self._program, "-T", "-a", "-x"]
             if self._directory:
                 argv += ["-M"] if first else []
@@ -96,6 +99,9 @@ class BinaryConnection:
                 options += ["ControlPersist=no"]
             # The user's flags come first: of an option that is given twice ssh takes the first.
             argv += [*self._flags, *(part for option in options for part in ("-o", option)), *self._address(), command]
+            if self._directory and first:
+                # The shell removes the directory behind the program, also when this process has been killed.
+                argv = ["/bin/sh", "-c", _JANITOR, self._directory, *argv]
             try:
                 process = subprocess.Popen(
                     argv,
@@ -210,7 +216,10 @@ class BinarySession:
     @staticmethod
     def _read(stream: Any, size: int) -> bytes:
         try:
-            return stream.read(size) or b""
+            data = stream.read(size)
+            if not data:
+                stream.close()
+            return data or b""
         except (OSError, ValueError):
             return b""  # closed meanwhile
 
@@ -241,7 +250,8 @@ class BinarySession:
         try:
             self._process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # it leads a session of its own; there may be a shell
             self._process.wait()
 
     def forget(self) -> None:

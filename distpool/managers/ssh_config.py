@@ -60,7 +60,7 @@ class Config:
         """How to log in to the host of a machine spec; what the spec says comes first."""
         found = self._lookup(spec.host)
         port = spec.port or int(found.get("port", 22))
-        user = spec.user or found.get("user") or getpass.getuser()
+        user = spec.user or found.get("user") or _own_name()
         host = found.get("hostname", spec.host)
         strict = found.get("stricthostkeychecking", "ask").lower()
         agent = found.get("identityagent")
@@ -92,6 +92,7 @@ class Config:
             config = paramiko.SSHConfig.from_text("\n".join(lines))
             found: dict[str, Any] = dict(config.lookup(host))
         except Exception as error:  # ConfigParseError; ImportError where `Match exec` needs a library
+            _own_name()  # paramiko asks for it in any case
             raise ValueError(
                 f"the ssh configuration for {host} cannot be read by paramiko ({error}): "
                 'use the OpenSSH program, ssh="ssh"'
@@ -167,6 +168,13 @@ def _expand(path: str, host: str, home: str, required: bool = False, depth: int 
                 for name in sorted(glob.glob(place)):
                     yield from _expand(name, host, home, depth=depth + 1)
             yield block  # what follows belongs to this block again
+
+
+def _own_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        raise ValueError("there is no user name to log in with, because this program has none: set USER") from None
 
 
 def _matches(patterns: str, host: str) -> bool:

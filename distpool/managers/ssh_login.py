@@ -30,6 +30,7 @@ MAX_BANNER = 1000
 
 _CHUNK = 65536
 _KILL_SECONDS = 5.0  # that a host has to report the end of a worker which was killed; then it counts as ended
+_END_SECONDS = 5.0  # that a login may take to end
 _STATUS_SECONDS = 2.0  # for the exit status behind the end of the output
 _ERRORS_KEPT = 16384
 
@@ -46,25 +47,25 @@ class RemoteProcess(LaunchedProcess):
         self.number = number
         self.encrypted = False  # its listener takes encrypted links only
         self.gone = threading.Event()
-        self._sink_lock = threading.Lock()  # protects `sink`: the login's thread writes, whoever kills may close
 
     def show(self, data: bytes) -> None:
-        """Its output. On the login's thread; waits while the group does not take it."""
-        with self._sink_lock:
-            sink = self.sink
+        """Its output. On the login's thread, to which `sink` belongs; waits while the group does not take it."""
         view = memoryview(data)
         with contextlib.suppress(OSError):  # the group has closed it
-            while view and sink >= 0:
-                view = view[os.write(sink, view) :]
+            while view and self.sink >= 0:
+                view = view[os.write(self.sink, view) :]
 
     def end(self, status: int | None) -> None:
-        """It has ended, or nothing will ever be heard of it again."""
-        with self._sink_lock:
-            sink, self.sink = self.sink, -1
-        if sink >= 0:
-            os.close(sink)
+        """It has ended, or nothing will ever be heard of it again. On the login's thread."""
+        self.close_sink()
         self.gone.set()
         self.ended(status)
+
+    def close_sink(self) -> None:
+        """No more output."""
+        sink, self.sink = self.sink, -1
+        if sink >= 0:
+            os.close(sink)
 
     def forget(self) -> None:
         """In a forked child: copies of the connection would keep the host's workers alive after the master."""
@@ -110,6 +111,7 @@ class HostLogin:
         self._lock = threading.Lock()
         self._settled = False
         self._closed = False
+        self._ended = threading.Event()  # `close` is through
         self._users = 0  # workers that the group has not done with
 
     def begin(self, deadline: float, on_end: Callable[[], object] = lambda: None) -> None:
@@ -249,7 +251,7 @@ class HostLogin:
             if session is not None:
                 session.write(b'{"kill": %d, "signal": %d}\n' % (process.number, signum))
             if signum == SIGKILL and not process.gone.wait(_KILL_SECONDS):
-                process.end(None)
+                process.ended(None)
 
         threading.Thread(target=work, name="distpool-login-kill", daemon=True).start()
 
@@ -282,15 +284,19 @@ class HostLogin:
             self.close()
 
     def close(self) -> None:
-        """End the login, and with it everything on that host."""
+        """End the login, and with it everything on that host. It is over when this returns, whoever ends it."""
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        if self._session is not None:
-            self._session.close()
-        if self.connection is not None:
-            self.connection.close()
+            first, self._closed = not self._closed, True
+        if not first:
+            self._ended.wait(_END_SECONDS)
+            return
+        try:
+            if self._session is not None:
+                self._session.close()
+            if self.connection is not None:
+                self.connection.close()
+        finally:
+            self._ended.set()
 
     def forget(self) -> None:
         """In a forked child of the master."""
@@ -298,9 +304,7 @@ class HostLogin:
         if self.connection is not None:
             self.connection.forget()
         for process in self._processes.values():
-            sink, process.sink = process.sink, -1
-            if sink >= 0:
-                os.close(sink)
+            process.close_sink()
 
 
 def explain(status: int | None, said: str, settings: LoginSettings) -> str:

@@ -312,13 +312,38 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("tunnel", [False, True])
-def test_the_master_is_killed(server: Server, ssh: Any, tunnel: bool) -> None:
+def test_the_master_is_killed(server: Server, ssh: Any, tunnel: bool, tmp_path: Path) -> None:
     code = MASTER.replace("{options}", repr(options(server, ssh, tunnel=tunnel)))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
     assert process.stdout is not None
     with process, process.stdout:
         assert process.stdout.readline().startswith("ready")
         process.kill()
+    wait_until(lambda: not sessions(server))
+    wait_until(lambda: not list(tmp_path.glob("distpool-ssh-*")))
+
+
+@pytest.mark.parametrize("tunnel", [False, True])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_program_ends(server: Server, ssh: Any, tunnel: bool, interrupted: bool, tmp_path: Path) -> None:
+    """With a call that still runs; by itself, or by Ctrl-C."""
+    code = MASTER.replace("{options}", repr(options(server, ssh, tunnel=tunnel)))
+    code = code.replace("ctypes.PyDLL(None).sleep(60)  # holds the GIL", "time.sleep(60)")
+    code = code if interrupted else code.rpartition("time.sleep(60)")[0]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    assert process.stdout is not None and process.stderr is not None
+    with process, process.stdout, process.stderr:
+        assert process.stdout.readline().startswith(b"ready")
+        begin = time.monotonic()
+        if interrupted:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(15) == (-signal.SIGINT if interrupted else 0)
+        assert time.monotonic() - begin < 10
+        said = process.stderr.read().decode()
+        assert said.rstrip().endswith("KeyboardInterrupt") if interrupted else said == ""
+    assert not list(tmp_path.glob("distpool-ssh-*")), "nothing is left when it has ended"
     wait_until(lambda: not sessions(server))
 
 
