@@ -33,11 +33,12 @@ from distpool.transport.journal import Journal
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
 from distpool.transport.stream import Adopted, Stream
-from distpool.wire import messages
+from distpool.wire import messages, versions
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.protocol import Handshake, Role
 
 _LOST_MASTER = 1  # exit status
+_FAREWELL = 1.0  # seconds in which the master may read why this process ends
 _PRESS = 0.25  # seconds before, and between two, interrupts of a call that must end
 _HASTE = 1.0  # seconds that remote calls on other threads have to end then
 
@@ -173,13 +174,17 @@ class Worker:
         """On a library thread: stderr may be a pipe that is full at the moment."""
         head = "Invalid connection credentials"
         line = text if text.startswith(head) else f"{head}: {text}"
+        self._complain_of(line)
+
+    def _complain_of(self, line: str) -> None:
         self.node.deliver(lambda: print(line, file=sys.stderr, flush=True))
 
     def _on_frame(self, link: Link, frame: Frame) -> None:
         if self.runner is None or link is not self.node.master_link:
             if frame.kind == Kind.JOIN and self.runner is None:
                 self._replies.discard(link)
-                self._join(link, messages.Join.unpack(frame.control))
+                if self._versions_fit(link, frame):
+                    self._join(link, messages.Join.unpack(frame.control))
             elif self.runner is not None:
                 self.node.peers.on_frame(link, frame)
                 if frame.kind == Kind.PEER and link in self._replies:
@@ -188,12 +193,22 @@ class Worker:
             return
         self.node.dispatch(link, frame)
 
+    def _versions_fit(self, link: Link, frame: Frame) -> bool:
+        """Asked before anything else of JOIN is read: it may be one of another distpool. If not, the master says why,
+        and this process is of no use."""
+        text = versions.mismatch(versions.read(frame.control, 1), "the master")
+        if text:
+            self._complain_of(text)
+            link.send(Kind.JOINED, messages.Joined(versions.own(), os.getpid(), platform.node(), False).pack())
+            self.loop.call_later(_FAREWELL, lambda: os._exit(_LOST_MASTER))
+        return not text
+
     def _join(self, link: Link, join: messages.Join) -> None:
         node = self.node
         node.pid = join.pid
         node.topology, node.lazy = join.topology, join.lazy
         node.master_link = link
-        node.set_authkey(bytes.fromhex(join.authkey))
+        node.set_authkey(link.handshake.veil(bytes.fromhex(join.authkey)))
         problem = self._take_resources(join.resources) if join.resources is not None else ""
         shares = False
         journal = Journal.private()
@@ -228,7 +243,7 @@ class Worker:
             }
         )
         Siblings(node, link, self._bound_to())
-        answer = messages.Joined(nodes.versions(), os.getpid(), platform.node(), shares, problem)
+        answer = messages.Joined(versions.own(), os.getpid(), platform.node(), shares, problem)
         link.send(Kind.JOINED, answer.pack())
         self._joined.set()
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent / "distpool"
 LAYERS: dict[int, tuple[str, ...]] = {
     0: ("errors", "config"),
     1: (
-        *("wire.frames", "wire.messages", "wire.records", "wire.protocol"),
+        *("wire.frames", "wire.messages", "wire.records", "wire.protocol", "wire.versions"),
         *("wire.codec", "wire.byvalue", "wire.failures", "wire.fingerprint", "wire.functions"),
         "progress",
     ),

@@ -119,6 +119,16 @@ def test_the_table_has_no_way_out_of_an_end() -> None:
 # ------------------------------------------------------------------------------------------------------------ intruders
 
 
+def test_a_secret_is_veiled() -> None:
+    connector, acceptor = pair()
+    acceptor.receive(one(connector.receive(one(acceptor.receive(one(connector.begin()))))))
+    for secret in (b"", b"k", os.urandom(32), os.urandom(100)):
+        veiled = connector.veil(secret)
+        assert acceptor.veil(veiled) == secret and (veiled != secret or len(secret) < 2)
+    other, _ = pair()
+    assert other.veil(b"x" * 32) != connector.veil(b"x" * 32)
+
+
 def test_wrong_cookie_is_seen_by_the_connector() -> None:
     connector, acceptor = pair("right", "wrong")
     challenge = one(acceptor.receive(one(connector.begin())))

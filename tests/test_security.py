@@ -34,7 +34,7 @@ from distpool import (
 )
 from distpool.errors import ProtocolError
 from distpool.node import node as nodes
-from distpool.wire import messages
+from distpool.wire import messages, versions
 from distpool.wire.frames import HEADER, Frame, FrameReader, Kind, pack_frame
 from distpool.wire.protocol import MAGIC, NONCE, Handshake, Role
 
@@ -314,7 +314,7 @@ def test_a_member_says_it_is_another_one(pids: list[int], who: str) -> None:
 )
 def test_a_worker_gives_the_masters_orders(pids: list[int], kind: Kind) -> None:
     control = {
-        Kind.JOIN: messages.Join(9, nodes.versions(), "00", "", 0, ""),
+        Kind.JOIN: messages.Join(9, versions.own(), "00", "", 0, ""),
         Kind.SHUTDOWN: messages.Shutdown("now"),
         Kind.DEAD: messages.Dead(1, 0, "says who?"),
         Kind.DIAL: messages.Dial(77, ["tcp", "127.0.0.1", 1], False),
@@ -336,7 +336,7 @@ def test_a_worker_gives_the_masters_orders(pids: list[int], kind: Kind) -> None:
 def test_a_second_master(pids: list[int]) -> None:
     """A connection that joins where there is a master already is no master."""
     with member_of(pids[0]) as enemy:
-        enemy.send(Kind.JOIN, messages.Join(9, nodes.versions(), "00", "", 0, "").pack())
+        enemy.send(Kind.JOIN, messages.Join(9, versions.own(), "00", "", 0, "").pack())
         enemy.send(Kind.SHUTDOWN, messages.Shutdown("now").pack())
         enemy.socket.settimeout(1.0)
         try:

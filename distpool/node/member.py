@@ -27,7 +27,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distpool.errors import LaunchWorkerError, VersionMismatchError
-from distpool.node.node import versions
 from distpool.node.output import OutputReader
 from distpool.node.threads import SerialQueue
 from distpool.transport.journal import Journal
@@ -35,7 +34,7 @@ from distpool.transport.link import Link
 from distpool.transport.segments import Segments
 from distpool.transport.silence import is_private, is_silence
 from distpool.transport.stream import Adopted, Stream
-from distpool.wire import messages
+from distpool.wire import messages, versions
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.protocol import Handshake, Role
 
@@ -219,11 +218,11 @@ class Member:
         with contextlib.suppress(OSError):
             self.journal = Journal.create()
         journal = self.journal
-        authkey = bytes(multiprocessing.current_process().authkey).hex()
+        authkey = bytes(multiprocessing.current_process().authkey)
         join = messages.Join(
             self.pid,
-            versions(),
-            authkey,
+            versions.own(),
+            link.handshake.veil(authkey).hex(),
             journal.path if journal else "",
             journal.size if journal else 0,
             "",
@@ -239,18 +238,21 @@ class Member:
             if self.segments is not None:
                 self.segments.on_free(messages.SegmentsFree.unpack(frame.control).segments)
         elif self.state is State.CONNECTING:
-            if frame.kind == Kind.JOINED:
+            if frame.kind == Kind.JOINED and self._versions_fit(frame.control):
                 self._on_join(link, messages.Joined.unpack(frame.control))
         elif not self.group.node.dispatch(link, frame):
             self.on_frame(self, frame)
 
+    def _versions_fit(self, control: bytes) -> bool:
+        """Asked before anything else of the message is read: it may be one of another distpool."""
+        where = f" on {self.site}" if self.site else ""
+        text = versions.mismatch(versions.read(control, 0), f"worker {self.pid}{where}")
+        if text:
+            self._failure = VersionMismatchError(text)
+            self.kill(text)
+        return not text
+
     def _on_join(self, link: Link, joined: messages.Joined) -> None:
-        if joined.versions != versions():
-            self._failure = VersionMismatchError(
-                f"worker {self.pid} runs {joined.versions}, this process {versions()} (wire, Python, byte order)"
-            )
-            self.kill(str(self._failure))
-            return
         self.ospid, self.host = joined.ospid, joined.host
         if joined.problem:
             self._failure = ValueError(joined.problem)

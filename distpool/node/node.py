@@ -15,7 +15,6 @@ import importlib
 import itertools
 import os
 import secrets
-import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -193,11 +192,6 @@ def _own_pid() -> int:
 RemoteException.own_pid = staticmethod(_own_pid)  # type: ignore[method-assign]
 
 
-def versions() -> list[str]:
-    """What has to fit between two processes: distpool's wire protocol, Python, byte order."""
-    return ["1", f"{sys.version_info[0]}.{sys.version_info[1]}", sys.byteorder]
-
-
 def _after_fork_in_child() -> None:
     global _node, _making
     _making = threading.Lock()
@@ -217,4 +211,4 @@ def _after_fork_in_child() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
-__all__ = ["Node", "become_worker", "current", "existing", "versions"]
+__all__ = ["Node", "become_worker", "current", "existing"]

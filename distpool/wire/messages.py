@@ -68,7 +68,7 @@ class Join(Message):
     kind: ClassVar[Kind] = Kind.JOIN
     pid: int
     versions: list[str]
-    authkey: str  # hex
+    authkey: str  # hex, as `Handshake.veil` makes it
     journal: str  # path of the shared journal, "" for none
     journal_size: int
     segments: str  # directory for segments where memory files do not exist, "" for none
