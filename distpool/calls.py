@@ -119,7 +119,7 @@ def remotecall_fetch(f: Callable[..., Any], where: Where, /, *args: Any, **kwarg
 
     number = node.peers.requests.new(where, answer, lambda error: answer(RAISED_HERE, error, ()))
     try:
-        _send(node, where, "fetch", RRID(0, 0), f, args, kwargs, number)
+        _send(node, where, "fetch", RRID(0, 0), f, args, kwargs, number, waits=True)
         if where in node.peers.dead:
             node.peers.requests.fail(where, node.peers.dead[where])
         return reply.result()
@@ -157,8 +157,17 @@ def remote_do(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any)
 
 
 def _send(
-    node: Node, pid: int, mode: str, rrid: RRID, f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], number: int
+    node: Node,
+    pid: int,
+    mode: str,
+    rrid: RRID,
+    f: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    number: int,
+    waits: bool = False,
 ) -> None:
+    """`waits`: the caller does not go on before the answer has come, so that its arrays stay as they are."""
     if not callable(f):
         raise TypeError(f"{codec.describe(f)} is not callable")
     function = node.encoder.encode(f, pid)
@@ -168,7 +177,7 @@ def _send(
     message = messages.Request(
         number, mode, *rrid, function.name, len(function.data), len(function.buffers), function.reusable
     )
-    if mode != "fetch":  # who waits for the answer leaves its arrays alone: fresh memory for copies is dear
+    if not waits:  # fresh memory for copies is dear
         buffers = stable(buffers)
     node.peers.send(pid, Kind.REQUEST, message.pack(), function.data + data, [*function.buffers, *buffers])
 
