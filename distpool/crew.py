@@ -334,6 +334,7 @@ class Crew:
             return
         if self.scheduler.failure is None:
             self.scheduler.fail_all(lambda: BrokenProcessPool("the executor was shut down"))
+        self.supply.close()
         self.node.crews.discard(self)
         if not self.node.crews:
             launcher(self.node).close_if_idle()

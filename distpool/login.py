@@ -114,6 +114,8 @@ class Agent:
         self._received = bytearray(rest)
         self._outbox = bytearray()
         self._silence = silent_seconds(settings)
+        self._worker_settings: dict[str, Any] = {}
+        self._next = 0  # number of the next worker
         self._workers: dict[int, _Worker] = {}  # process id -> worker
         self._outputs: dict[int, _Worker] = {}  # descriptor -> worker
         self._wake_read, self._wake_write = os.pipe()
@@ -137,18 +139,23 @@ class Agent:
         self._outbox += b"\n" + MARK  # what the shell printed last may have had no end of line
         self._say(address=self.address, python=version, ospid=os.getpid(), cpus=cpus)
         count = cpus if self.settings.count == "auto" else int(self.settings.count)
-        settings = worker_settings(self.settings)
-        for number in range(count):
+        self._worker_settings = worker_settings(self.settings)
+        return self._start(count) or self._serve()
+
+    # -- workers -----------------------------------------------------------------------------------------------
+
+    def _start(self, count: int) -> zygote.Birth | None:
+        """So many more workers: None in this process; in a child what it needs."""
+        for _ in range(count):
+            number, self._next = self._next, self._next + 1
             try:
-                birth = self._fork(number, settings)
+                birth = self._fork(number, self._worker_settings)
             except OSError as error:
                 self._say(problem=_why(error, self.settings, self.address))
                 continue
             if birth is not None:
                 return birth
-        self._serve()
-
-    # -- workers -----------------------------------------------------------------------------------------------
+        return None
 
     def _fork(self, number: int, settings: dict[str, Any]) -> zygote.Birth | None:
         """One worker: None in this process; in the child what it needs. OSError: no address or no process left."""
@@ -215,9 +222,10 @@ class Agent:
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
-    def _serve(self) -> NoReturn:
-        self._obey()  # they may have come together with the first line
-        while self._workers or self._outbox:
+    def _serve(self) -> zygote.Birth:
+        """Until the last worker has ended; until stdin ends, if the master may want more of them."""
+        birth = self._obey()  # they may have come together with the first line
+        while birth is None and (self._workers or self._outbox or self.settings.hold):
             poll = select.poll()
             poll.register(self._orders, select.POLLIN)
             poll.register(self._wake_read, select.POLLIN)
@@ -234,13 +242,17 @@ class Agent:
                 if descriptor == self._wake_read:
                     self._reap()
                 elif descriptor == self._orders:
-                    self._receive()
+                    birth = self._receive()
+                    if birth is not None:
+                        return birth
                 elif descriptor == self._events:
                     self._flush()
                 elif descriptor in self._outputs:
                     worker = self._outputs[descriptor]
                     if not self._take_output(worker):
                         self._drop_output(worker)
+        if birth is not None:
+            return birth
         os._exit(0)
 
     def _take_output(self, worker: _Worker) -> bool:
@@ -271,20 +283,20 @@ class Agent:
         except OSError:
             self._stop()
 
-    def _receive(self) -> None:
+    def _receive(self) -> zygote.Birth | None:
         try:
             data = os.read(self._orders, _CHUNK)
         except BlockingIOError:
-            return
+            return None
         except OSError:
             data = b""
         if not data:
             self._stop()
         self._received += data
-        self._obey()
+        return self._obey()
 
-    def _obey(self) -> None:
-        """Whatever orders are complete."""
+    def _obey(self) -> zygote.Birth | None:
+        """Whatever orders are complete. In a child that one of them made: what it needs."""
         while (end := self._received.find(b"\n")) >= 0:
             order = json.loads(bytes(self._received[:end]) or b"{}")
             del self._received[: end + 1]
@@ -292,6 +304,11 @@ class Agent:
                 for ospid, worker in self._workers.items():
                     if worker.number == order["kill"]:  # nobody else reaps, so the process id is still this worker's
                         os.kill(ospid, order["signal"])
+            if "start" in order:
+                birth = self._start(int(order["start"]))
+                if birth is not None:
+                    return birth
+        return None
 
     def _stop(self) -> NoReturn:
         """Nobody is there any more."""

@@ -371,6 +371,12 @@ class Supply:
             return plain[0] if type(plain[0]) in (ValueError, TypeError) else found[0]
         return CompositeException(found) if found else LaunchWorkerError("localhost", "", "no worker could be started")
 
+    def close(self) -> None:
+        """Everybody has gone: managers may let go of what they kept for replacements."""
+        for place in self.places:
+            if type(place.manager).close is not ClusterManager.close:
+                self.node.deliver(place.manager.close)
+
 
 def can_grow(places: list[Place]) -> bool:
     """Whether some manager can start a given number of workers."""

@@ -134,6 +134,10 @@ class ClusterManager:
         """
         return [(self, None)]
 
+    def close(self) -> None:
+        """Called on each of the `parts` when the executor that used them has ended, on a library thread. The default
+        does nothing."""
+
     @classmethod
     def from_url(cls, rest: str) -> ClusterManager:
         """The manager for `hosts="scheme://rest"`. The default takes nothing, or a number of workers.

@@ -1,6 +1,7 @@
 """What the two ends of a login say to each other: `ssh host python -m distpool worker --login` (layer 8).
 
-    master --stdin-->  whatever `bootstrap` needs, then one line of JSON: LoginSettings; later {"kill": n, "signal": s}
+    master --stdin-->  whatever `bootstrap` needs, then one line of JSON: LoginSettings; later {"kill": n, "signal": s},
+                       {"start": n}: so many more workers
     master <-stdout--  banners of the shell, then `distpool_login:{json}`, from there on events:
                          {"worker": n, "ospid": .., "host": .., "port": .., "tls": ..}
                          {"output": n, "size": b} and b bytes                 it printed these
@@ -38,7 +39,8 @@ class LoginSettings:
     login only. `cwd`: where they work; if it is missing there, the home directory, unless `strict_cwd`. `env`: over
     the environment of the login. `tls`: None, or `{"certificate": PEM, "key": PEM}` of the cluster: listeners that can
     be reached from other hosts take encrypted links only; with `always_tls` so do those on loopback. `ship`: what
-    `bootstrap` wants to tell. `site`: the host as the user named it. `timeout`: seconds, for the start and the master.
+    `bootstrap` wants to tell. `hold`: stay without workers until stdin ends, more may be wanted. `site`: the host as
+    the user named it. `timeout`: seconds, for the start and the master.
     """
 
     cookie: str | None = None
@@ -55,6 +57,7 @@ class LoginSettings:
     tls: dict[str, Any] | None = None
     always_tls: bool = False
     ship: Any = None
+    hold: bool = False
     site: str = ""
     timeout: float = 60.0
 

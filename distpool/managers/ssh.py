@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 from distpool import config
@@ -44,6 +44,7 @@ class SSHManager(ClusterManager):
 
     def __init__(self, machines: Iterable[Any]) -> None:
         self.machines = merge(machines)
+        self._kept: _Kept | None = None
 
     def __repr__(self) -> str:
         return f"SSHManager(machines={ {_name(spec): count for spec, count in self.machines.items()} })"
@@ -55,11 +56,25 @@ class SSHManager(ClusterManager):
 
     def parts(self) -> list[tuple[ClusterManager, int | None]]:
         """One manager for each host."""
-        return [(self._only(spec, count), None if count == "auto" else count) for spec, count in self.machines.items()]
+        found: list[tuple[ClusterManager, int | None]] = []
+        for spec, count in self.machines.items():
+            part = self._only(spec, count)
+            part._kept = _Kept()
+            found.append((part, None if count == "auto" else count))
+        return found
 
     def sized(self, n: int) -> ClusterManager | None:
         """`n` workers on the host of this manager; `None` if it has several."""
-        return self._only(next(iter(self.machines)), n) if len(self.machines) == 1 else None
+        if len(self.machines) > 1:
+            return None
+        manager = self._only(next(iter(self.machines)), n)
+        manager._kept = self._kept
+        return manager
+
+    def close(self) -> None:
+        """The login that was kept for further workers ends."""
+        if self._kept is not None:
+            self._kept.keep(None)
 
     def _only(self, spec: Spec, count: Any) -> SSHManager:
         manager = type(self)(())
@@ -109,6 +124,8 @@ class SSHManager(ClusterManager):
     def launch(self, params: dict[str, Any]) -> Iterator[WorkerConfig]:
         """Log in to all hosts; each worker as it comes. `CompositeException` at the end: the hosts that failed."""
         self.check(params)
+        if self._kept is not None and (yield from self._launch_more(self._kept, params)):
+            return
         clients = client(params)
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         waiting = [self._login(spec, count, params, clients, events) for spec, count in self.machines.items()]
@@ -141,6 +158,34 @@ class SSHManager(ClusterManager):
                 threading.Thread(target=login.close, daemon=True).start()
         if errors:
             raise CompositeException(errors)
+
+    def _launch_more(self, kept: _Kept, params: dict[str, Any]) -> Generator[WorkerConfig, None, bool]:
+        """Through the login that is there, if there is one; returns whether that was possible."""
+        login = kept.login
+        (count,) = self.machines.values()
+        seconds = _seconds(params)
+        deadline = time.monotonic() + seconds
+        if login is None or not login.lives or not kept.turn.acquire(timeout=seconds):
+            return False
+        try:
+            events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            if not login.more(count, events.put, events.put):
+                return False
+            begun = 0
+            while True:
+                try:
+                    event = events.get(timeout=max(0.0, deadline - time.monotonic()))
+                except queue.Empty:
+                    return False  # it does not answer: a new one may
+                if isinstance(event, WorkerConfig):
+                    begun += 1
+                    yield event
+                elif event and begun:
+                    raise CompositeException(event)
+                else:
+                    return not event
+        finally:
+            kept.turn.release()
 
     def _login(
         self, spec: Spec, count: Any, params: dict[str, Any], clients: _Client, events: queue.SimpleQueue[Any]
@@ -176,6 +221,9 @@ class SSHManager(ClusterManager):
             lambda problems: events.put((login, problems)),
             params["max_parallel"],
         )
+        if self._kept is not None and not self._kept.closed:
+            settings.hold = True
+            self._kept.keep(login)
         return login
 
     def connect(self, pid: int, config: WorkerConfig) -> Any:
@@ -208,6 +256,25 @@ class SSHManager(ClusterManager):
         """After the last worker of a host its login ends. Interrupts reach workers by their own connection."""
         if op == "finalize" and isinstance(config.userdata, HostLogin):
             config.userdata.release()
+
+
+class _Kept:
+    """The login of a host of an executor, which starts replacements. Shared by the managers that `sized` makes."""
+
+    def __init__(self) -> None:
+        self.login: HostLogin | None = None
+        self.closed = False
+        self.turn = threading.Lock()  # held by the launch thread whose workers the login starts
+        self._lock = threading.Lock()  # protects the other two
+
+    def keep(self, login: HostLogin | None) -> None:
+        """This one from now on; None: none any more. The one before ends with the last of its workers."""
+        with self._lock:
+            before, self.login, self.closed = self.login, login, self.closed or login is None
+        if before is not None:
+            before.let_go()
+        if login is not None and self.closed:  # meanwhile
+            login.let_go()
 
 
 _Client = Callable[[Spec, float], Connection]

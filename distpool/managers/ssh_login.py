@@ -229,6 +229,41 @@ class HostLogin:
             self._problems.append(LaunchWorkerError(self.machine, output, reason))
         self._on_settled(self._problems)
 
+    def more(
+        self,
+        count: int,
+        on_worker: Callable[[WorkerConfig], object],
+        on_settled: Callable[[list[LaunchWorkerError]], object],
+    ) -> bool:
+        """Start further workers through this login; False if that has ended. One call at a time, as with `begin`."""
+        session = self._session
+        with self._lock:
+            if self._closed or not self._settled or session is None:
+                return False
+            self._settled = False
+            self._problems = []
+            self._expected = count
+            self._on_worker, self._on_settled = on_worker, on_settled
+        try:
+            session.write(b'{"start": %d}\n' % count)
+        except Exception:  # the client's own: the login is lost
+            self.close()
+            self._settle("the login was lost")
+        return True
+
+    def let_go(self) -> None:
+        """No further workers will be wanted: it ends with the last of them."""
+        with self._lock:
+            self.settings.hold = False
+            over = self._users <= 0 and self._settled
+        if over:
+            self.close()
+
+    @property
+    def lives(self) -> bool:
+        """Whether it may start further workers."""
+        return not self._closed
+
     def expire(self, seconds: float) -> None:
         """The time is over: what has not come will not come."""
         if self.connection is None:
@@ -279,7 +314,7 @@ class HostLogin:
         """The group has done with one of the workers; after the last one the login ends."""
         with self._lock:
             self._users -= 1
-            over = self._users <= 0 and self._settled
+            over = self._users <= 0 and self._settled and not self.settings.hold
         if over:
             self.close()
 

@@ -53,6 +53,32 @@ def test_a_job_on_two_workers(server: Server, make: Make) -> None:
     assert executor.pmap(lambda x: 1 / x, [1, 0, 2], on_error=lambda error: type(error)) == [1, ZeroDivisionError, 0.5]
 
 
+def test_replacements_need_no_login(server: Server, make: Make) -> None:
+    before = server.logins()
+    executor = make([("127.0.0.1", 2)])
+    for _ in range(5):
+        assert isinstance(executor.submit(os._exit, 3).exception(PATIENCE), ProcessExitedException)
+        wait_for(lambda: len(executor.workers) == 2, executor)
+    executor.scale(4)
+    wait_for(lambda: len(executor.workers) == 4, executor)
+    for pid in executor.workers:  # nobody is left for a moment
+        executor.options(pids=[pid]).submit(os._exit, 3)
+    wait_for(lambda: len(executor.workers) == 4, executor)
+    assert server.logins() == before + 1
+
+
+def test_a_login_that_was_killed_is_made_anew(server: Server, make: Make) -> None:
+    before = server.logins()
+    executor = make([("127.0.0.1", 2)], retries=3)
+    wait_for(lambda: len(executor.workers) == 2, executor)
+    parent = executor.submit(os.getppid).result(PATIENCE)
+    os.kill(parent, signal.SIGKILL)  # and its workers go with it
+    assert list(executor.map(abs, range(100))) == list(range(100))
+    wait_for(lambda: len(executor.workers) == 2, executor)
+    assert executor.submit(os.getppid).result(PATIENCE) != parent
+    assert before + 2 <= server.logins() <= before + 3
+
+
 @pytest.mark.parametrize(
     ("bad", "code"),
     [
