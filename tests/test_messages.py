@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 import types
@@ -36,7 +35,7 @@ def sample_of(kind: Any) -> Any:
 
 def sample(cls: type[Message]) -> Message:
     hints = typing.get_type_hints(cls)
-    return cls(**{field.name: sample_of(hints[field.name]) for field in dataclasses.fields(cls)})
+    return cls(**{name: sample_of(hints[name]) for name in cls.FIELDS})
 
 
 @pytest.mark.parametrize("cls", KINDS, ids=lambda cls: cls.__name__)
@@ -53,10 +52,20 @@ def test_what_does_not_fit(cls: type[Message]) -> None:
         with pytest.raises(ProtocolError):
             cls.unpack(bad)
     if good:
-        required = [f for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        required = [name for name in cls.FIELDS if not hasattr(cls, name)]
         if required:
             with pytest.raises(ProtocolError):
                 cls.unpack(b"[]")
+
+
+def test_fields_and_defaults() -> None:
+    message = messages.Joined(["1"], 5, host="here", shares_memory=True)
+    assert (message.versions, message.ospid, message.host, message.problem) == (["1"], 5, "here", "")
+    assert message == messages.Joined(["1"], 5, "here", True, "") != messages.Joined(["1"], 6, "here", True)
+    assert repr(messages.Blocked(1)) == "Blocked(change=1)"
+    for values, named in [((), {}), ((1, 2), {}), ((1,), {"change": 2}), ((), {"other": 1})]:
+        with pytest.raises(TypeError):
+            messages.Blocked(*values, **named)
 
 
 def test_one_kind_one_message() -> None:
