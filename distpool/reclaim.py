@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from distpool.errors import DistpoolError
 from distpool.refs.refs import LOCAL_VALUE, Outcome
+from distpool.settling import settle_records
 from distpool.wire import messages
 from distpool.wire.frames import Kind
 
@@ -122,7 +123,7 @@ class Reclaims:
         journal = slot.member.journal
         if journal is not None:
             try:
-                self._scheduler.settle_records(slot, journal.read_from(slot.journal_offset), [])
+                settle_records(self._scheduler, slot, journal.read_from(slot.journal_offset), [])
             except (ValueError, DistpoolError):
                 log.exception("the journal of worker %d cannot be read", slot.pid)
 
@@ -134,7 +135,7 @@ class Reclaims:
         if not body:
             return
         early = [record[0] + number for record in messages.result_records(body) for number in range(record[1])]
-        self._scheduler.settle_records(slot, body, [])
+        settle_records(self._scheduler, slot, body, [])
         slot.early.update(early)
 
     def without_early(self, slot: Slot, body: Any, buffers: list[Any]) -> Any:

@@ -19,7 +19,6 @@ import collections
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
@@ -30,7 +29,7 @@ from distpool.recalls import Recalls, withdraw
 from distpool.reclaim import Reclaims
 from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.retries import Retries
-from distpool.settling import settle_values
+from distpool.settling import settle_records
 from distpool.slots import Slot, any_room
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
@@ -62,8 +61,8 @@ class Scheduler:
         self._has_room = False
         self._wanted = False  # somebody could not get the lock and wants a dispatch
         self._recalls = Recalls(self.loop, self.lock)
-        self._reclaims = Reclaims(self)
-        self._retries = Retries(node, self.enqueue, self._end_retries)
+        self.reclaims = Reclaims(self)
+        self.retries = Retries(node, self.enqueue, self._end_retries)
 
     def check_process(self) -> None:
         """RuntimeError in a forked child, which has none of the workers."""
@@ -136,6 +135,8 @@ class Scheduler:
 
     def _dispatch(self) -> None:
         queue = self._queue
+        if len(queue) == 1 and self._send_alone(queue[0]):
+            return
         progress = True
         while queue and progress:
             progress = False
@@ -153,6 +154,18 @@ class Scheduler:
         for slot in list(self.slots.values()):
             if slot.pinned:
                 slot.pinned_turn(self)
+
+    def _send_alone(self, call: Any) -> bool:
+        """A lonely call and an idle worker, which is the case that somebody waits for: without all the rest."""
+        if type(call) is not Call or call.policy is not None or call.cancelled:
+            return False
+        for slot in list(self.slots.values()):
+            if not slot.load and not slot.pinned and slot.room(call.function.mean) > 0:
+                self._queue.popleft()
+                slot.send(self, [call])
+                self._has_room = any_room(self.slots)
+                return True
+        return False
 
     def _clean_head(self) -> bool:
         """Remove what needs no worker from the head of the queue; False when nothing is left."""
@@ -241,63 +254,20 @@ class Scheduler:
     def _on_results(self, slot: Slot, frame: Frame) -> None:
         offset, busy, ran = messages.RESULTS.unpack(frame.control)
         slot.journal_offset = offset
-        timing = self.settle_records(slot, frame.body, frame.buffers)
+        timing = settle_records(self, slot, frame.body, frame.buffers)
         if ran and timing is not None:
             mean = busy / ran
             timing.mean = mean if timing.mean < 0 else 0.7 * timing.mean + 0.3 * mean
         self._after_results(slot)
 
-    def settle_records(self, slot: Slot, body: Any, raw_buffers: list[Any]) -> Any:
-        """Settle what these records say; returns the timing of the last one."""
-        pid = slot.pid
-        slot.since = time.monotonic()
-        if slot.member.tracer is not None:
-            slot.member.tracer.answered(pid, body)
-        timing = None
-        buffers = slot.open(raw_buffers) if raw_buffers else []
-        if slot.early:
-            body = self._reclaims.without_early(slot, body, buffers)
-        done = 0
-        for sequence, elements, status, payload, parts in messages.result_records(body):
-            if status == messages.VALUES:
-                last, count = settle_values(slot, sequence, elements, bytes(payload), self._deliver)
-                timing = last or timing
-                done += count
-                continue
-            found = slot.find(sequence)
-            if found is None:
-                continue
-            entry, index = found
-            done += 1
-            timing = entry.timing
-            outcome: Any
-            if type(entry) is Call:
-                outcome = Outcome(status, bytes(payload), buffers[:parts], pid)
-                if status == messages.UNLOADABLE and self.on_unloadable is not None:
-                    outcome = Outcome(RAISED_HERE, self.on_unloadable(outcome.data), (), pid)
-                policy = entry.policy
-                if policy is not None:
-                    slot.stop_clock()
-                    if status != messages.VALUE and entry.attempt < policy.retries:
-                        self._retries.consider(entry, outcome)
-                        continue
-            elif status == messages.VALUE and not parts:
-                outcome = bytes(payload)
-            else:
-                outcome = Outcome(status, bytes(payload), buffers[:parts], pid)
-            del buffers[:parts]
-            self.settle(entry, index, outcome)
-            slot.count(status)
-        slot.load -= done
-        slot.recent = True
-        return timing
-
     def settle(self, entry: Any, index: int, outcome: Any) -> None:
+        """A call, or an element of a map, has ended."""
         future = entry.settle(index, outcome)
         if future is not None:
-            self._deliver(future)
+            self.deliver(future)
 
-    def _deliver(self, future: Any) -> None:
+    def deliver(self, future: Any) -> None:
+        """Run the future's callbacks on a library thread."""
         self.node.deliver(future._run_callbacks)
 
     def _after_results(self, slot: Slot) -> None:
@@ -305,7 +275,7 @@ class Scheduler:
         if self._queue or slot.pinned:
             self.pump()
         if not slot.inflight and not self._consider_retiring(slot) and not self._queue:
-            self._reclaims.consider_stealing()
+            self.reclaims.consider_stealing()
         if self.closing:
             self.check_done()
 
@@ -332,7 +302,7 @@ class Scheduler:
         """Whether calls wait or run."""
         return (
             bool(self._queue and self._any_waiting())
-            or self._retries.count > 0
+            or self.retries.count > 0
             or any(slot.inflight or slot.pinned for slot in list(self.slots.values()))
         )
 
@@ -368,7 +338,7 @@ class Scheduler:
 
     def _on_recalled(self, slot: Slot, message: messages.Recalled) -> None:
         got_any = bool(message.ranges)
-        self._reclaims.answered(slot)
+        self.reclaims.answered(slot)
         with self.lock:
             for first, count in message.ranges:
                 for entry, index, taken in slot.take_back(first, count):
@@ -382,7 +352,7 @@ class Scheduler:
         if got_any or not message.asked:
             if any(other.load == 0 and other.usable for other in self.slots.values()) and (got_any or slot.recent):
                 slot.recent = False
-                self._reclaims.consider_stealing()
+                self.reclaims.consider_stealing()
         if self.closing:
             self.check_done()
 
@@ -391,14 +361,14 @@ class Scheduler:
     def add(self, slot: Slot) -> None:
         """A worker is ready for calls."""
         self.slots[slot.pid] = slot
-        slot.watch = self._reclaims.watch
+        slot.watch = self.reclaims.watch
         self.pump()
         if not slot.load:  # others may have been sent what this one could run
-            self._reclaims.consider_stealing()
+            self.reclaims.consider_stealing()
 
     def lost(self, slot: Slot, make_error: Callable[[bool], BaseException]) -> None:
         """The worker is gone. `make_error(maybe_ran)` makes the exception for a call that it took along."""
-        self._reclaims.read_journal(slot)
+        self.reclaims.read_journal(slot)
         slot.gone = True
         failed: list[tuple[Any, int]] = []
         stranded: list[Call] = []
@@ -421,7 +391,7 @@ class Scheduler:
             error: BaseException = TimeoutError(slot.timeout_text) if ended else make_error(True)
             outcome = Outcome(RAISED_HERE, error, (), slot.pid)
             if type(entry) is Call and entry.policy is not None and entry.attempt < entry.policy.retries:
-                self._retries.consider(entry, outcome)
+                self.retries.consider(entry, outcome)
             else:
                 self.settle(entry, index, outcome)
         if self.failure is not None:
@@ -444,7 +414,7 @@ class Scheduler:
                     self.settle(entry, number, Outcome(RAISED_HERE, make_error(), (), 1))
             for call in pinned:
                 self.settle(call, 0, Outcome(RAISED_HERE, self.failure(), (), 1))
-        self._retries.fail_all(make_error)
+        self.retries.fail_all(make_error)
         self._fail_queue()
 
     def _fail_queue(self) -> None:

@@ -1,23 +1,74 @@
-"""Results that came together: the scalars that consecutive calls returned, as one pickled list (layer 7).
+"""What RESULTS frames say becomes the outcomes of calls and elements (layer 7).
 
-RESULTS (leader) -> settle_values -> runs of single calls: their futures, in one go (`refs.set_values`)
-                                  -> elements and spans of maps: `MapRun.settle`, `settle_many`
+RESULTS, journal (leader) -> settle_records -> one record: Call or Element.settle(outcome)
+                                            -> a list of scalars -> settle_values -> futures in one go, spans of maps
 
-Settling a call by itself makes an `Outcome`, takes a lock and leaves the value to be decoded by whoever wants it:
-2 us of the 5 that a tiny call then costs this process. Exact scalars run no user code when they are decoded, so the
-leader may do that, for all of them at once.
+Scalars that consecutive calls returned come as one pickled list. Settling a call by itself makes an `Outcome`, takes a
+lock and leaves the value to be decoded by whoever wants it: 2 us of the 5 that a tiny call then costs this process.
+Exact scalars run no user code when they are decoded, so the leader may do that, for all of them at once.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pickle import loads
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distpool.mapruns import Element
-from distpool.refs.refs import LOCAL_VALUE, Outcome, set_values
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome, set_values
 from distpool.slots import Slot
+from distpool.wire import records
 from distpool.work import Call
+
+if TYPE_CHECKING:
+    from distpool.scheduling import Scheduler
+
+
+def settle_records(scheduler: Scheduler, slot: Slot, body: Any, raw_buffers: list[Any]) -> Any:
+    """Settle what these records say; returns the timing of the last one."""
+    pid = slot.pid
+    slot.since = time.monotonic()
+    if slot.member.tracer is not None:
+        slot.member.tracer.answered(pid, body)
+    timing = None
+    buffers = slot.open(raw_buffers) if raw_buffers else []
+    if slot.early:
+        body = scheduler.reclaims.without_early(slot, body, buffers)
+    done = 0
+    for sequence, elements, status, payload, parts in records.result_records(body):
+        if status == records.VALUES:
+            last, count = settle_values(slot, sequence, elements, bytes(payload), scheduler.deliver)
+            timing = last or timing
+            done += count
+            continue
+        found = slot.find(sequence)
+        if found is None:
+            continue
+        entry, index = found
+        done += 1
+        timing = entry.timing
+        outcome: Any
+        if type(entry) is Call:
+            outcome = Outcome(status, bytes(payload), buffers[:parts], pid)
+            if status == records.UNLOADABLE and scheduler.on_unloadable is not None:
+                outcome = Outcome(RAISED_HERE, scheduler.on_unloadable(outcome.data), (), pid)
+            policy = entry.policy
+            if policy is not None:
+                slot.stop_clock()
+                if status != records.VALUE and entry.attempt < policy.retries:
+                    scheduler.retries.consider(entry, outcome)
+                    continue
+        elif status == records.VALUE and not parts:
+            outcome = bytes(payload)
+        else:
+            outcome = Outcome(status, bytes(payload), buffers[:parts], pid)
+        del buffers[:parts]
+        scheduler.settle(entry, index, outcome)
+        slot.count(status)
+    slot.load -= done
+    slot.recent = True
+    return timing
 
 
 def settle_values(
@@ -81,4 +132,4 @@ def _settle_calls(slot: Slot, calls: list[Call], values: list[Any], deliver: Cal
             deliver(future)
 
 
-__all__ = ["settle_values"]
+__all__ = ["settle_records", "settle_values"]

@@ -177,6 +177,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("scheduling", "retries"),
         ("scheduling", "slots"),
         ("scheduling", "settling"),
+        ("reclaim", "settling"),
         ("settling", "mapruns"),
         ("settling", "slots"),
         ("settling", "work"),
