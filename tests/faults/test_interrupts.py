@@ -177,16 +177,29 @@ print("caught", caught, "lost", lost, "wrong", wrong)
 """
 
 
-@pytest.mark.time_limit(150)
-@pytest.mark.slow
-@pytest.mark.parametrize("operation", ["one", "submit", "map", "imap_unordered", "pmap", "big"])
-def test_thousand_random_moments(kind: str, operation: str) -> None:
+MOMENTS = ["one", "submit", "map", "imap_unordered", "pmap", "big"]
+
+
+def random_moments(kind: str, operation: str, rounds: int) -> None:
     """Every interrupt is seen once; no frame is torn: all later results are right."""
-    with Program(RANDOM, [kind, operation, 1000, 7]) as program:
+    with Program(RANDOM, [kind, operation, rounds, 7]) as program:
         outcome = program.finish(120)
     assert outcome.stderr == ""
-    assert outcome.stdout == "caught 1000 lost 0 wrong 0\n"
+    assert outcome.stdout == f"caught {rounds} lost 0 wrong 0\n"
     outcome.assert_clean()
+
+
+@pytest.mark.parametrize("operation", MOMENTS)
+def test_some_random_moments(operation: str) -> None:
+    random_moments("executor", operation, 60)
+
+
+@pytest.mark.time_limit(150)
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", MOMENTS)
+def test_thousand_random_moments(kind: str, operation: str) -> None:
+    """Twelve of these: more than ten thousand in all."""
+    random_moments(kind, operation, 1000)
 
 
 SHIELDED = """
@@ -219,3 +232,79 @@ def test_workers_do_not_see_the_interrupt(kind: str, gate: Gate) -> None:
         outcome = program.finish()
     outcome.assert_clean()
     assert outcome.stdout == "[0, 1]\n"
+
+
+STRUCK = """
+import random
+kind, operation, strikes, seconds, seed = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
+runner = Runner(kind, 2)
+def identity(value):
+    turns = 0
+    while turns < 1500:  # some 50 us, so that many are hit
+        turns += 1
+    return value
+
+make = {"plain": lambda n: n, "objects": lambda n: [n, "x"], "big": lambda n: [n, bytes(300_000 if n % 40 == 0 else 9)]}
+make = make[operation]
+assert [runner.call(identity, make(n)) for n in range(20)] == [make(n) for n in range(20)]
+deadline = time.monotonic() + 30
+while len(runner.executor.workers) < 2 and time.monotonic() < deadline:
+    runner.call(identity, 0)
+pids = runner.executor.workers
+assert len(pids) == 2
+over = threading.Event()
+struck = 0
+
+def strike():
+    global struck
+    chance = random.Random(seed)
+    end = time.monotonic() + seconds
+    while (struck < strikes or not ended) and time.monotonic() < end:
+        time.sleep(chance.random() * 0.0006)  # the random moment
+        distpool.interrupt(*pids)
+        struck += len(pids)
+    over.set()
+
+ended = wrong = 0
+threading.Thread(target=strike).start()
+while not over.is_set():
+    # So many that workers are busy for some time: their I/O thread takes over after 5 ms.
+    for number, call in [(number, runner.submit(identity, make(number))) for number in range(600)]:
+        try:
+            wrong += runner.value(call) != make(number)
+        except KeyboardInterrupt:
+            ended += 1
+calls = [runner.submit(identity, make(number)) for number in range(500)]
+errors = 0
+for number, call in enumerate(calls):
+    try:  # the last interrupts may still be on their way
+        wrong += runner.value(call) != make(number)
+    except KeyboardInterrupt:
+        errors += 1
+assert errors <= 4, errors
+assert [runner.call(identity, make(n)) for n in range(200)] == [make(n) for n in range(200)]
+assert runner.executor.workers == pids, "no worker died"
+runner.close()
+print("enough", struck >= min(strikes, 200), "some hit", ended > 0, "wrong", wrong)
+"""
+
+
+def struck(kind: str, operation: str, strikes: int, seconds: int) -> None:
+    """Workers are interrupted at random moments: calls end well or with KeyboardInterrupt, nothing else changes."""
+    with Program(STRUCK, [kind, operation, strikes, seconds, 11]) as program:
+        outcome = program.finish(seconds + 60)
+    assert outcome.stderr == ""
+    assert outcome.stdout == "enough True some hit True wrong 0\n"
+    outcome.assert_clean()
+
+
+@pytest.mark.parametrize("operation", ["plain", "objects", "big"])
+def test_workers_are_struck_at_random_moments(operation: str) -> None:
+    struck("executor", operation, 600, 10)
+
+
+@pytest.mark.time_limit(150)
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ["plain", "objects", "big"])
+def test_workers_are_struck_ten_thousand_times(kind: str, operation: str) -> None:
+    struck(kind, operation, 10_000, 60)
