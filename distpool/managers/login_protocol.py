@@ -94,7 +94,7 @@ class EventReader:
         self.begun = False
         self.before = b""
         self.seen = 0  # bytes before the mark
-        self.lines = 0  # lines before the mark
+        self._lines = 0  # lines before the mark that are not in `_data` any more
         self._data = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
@@ -129,10 +129,15 @@ class EventReader:
         keep = len(MARK) - 1
         if len(self._data) > keep:
             noise = bytes(self._data[:-keep])
-            self.lines += noise.count(b"\n")
+            self._lines += noise.count(b"\n")
             self.before = (self.before + noise)[-self.KEPT :]
             del self._data[:-keep]
         return False
+
+    @property
+    def lines(self) -> int:
+        """How many lines the shell has printed, while the mark has not come."""
+        return self._lines + (0 if self.begun else self._data.count(b"\n"))
 
     def said(self) -> bytes:
         """All that the shell printed, as far as it is kept."""

@@ -14,6 +14,17 @@ from typing import Any
 
 PYTHON = sys.executable
 
+
+def has_ipv6() -> bool:
+    """Whether the loopback device has an IPv6 address."""
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
 ADDRESSES = ("127.0.0.1", "127.0.0.2", "127.0.0.3") if sys.platform == "linux" else ("127.0.0.1",)
 """Each is a host of its own to a client."""
 
@@ -68,7 +79,7 @@ class Server:
         text = [
             *lines,  # of a keyword that stands twice the first counts
             f"Port {self.port}",
-            *(f"ListenAddress {address}" for address in ADDRESSES),
+            *(f"ListenAddress {address}" for address in (*ADDRESSES, *(["::1"] if has_ipv6() else []))),
             f"HostKey {self.host_key}",
             f"AuthorizedKeysFile {self.key}.pub",
             "PidFile none",
@@ -84,7 +95,7 @@ class Server:
 
     def write_client_config(self, *lines: str) -> None:
         public = (self.directory / "host_key.pub").read_text().split()
-        known = [f"[{address}]:{self.port} {public[0]} {public[1]}" for address in ADDRESSES]
+        known = [f"[{address}]:{self.port} {public[0]} {public[1]}" for address in (*ADDRESSES, "::1")]
         self.known_hosts.write_text("\n".join(known) + "\n")
         hosts = [f"Host host{number}\n  HostName {address}" for number, address in enumerate(ADDRESSES, 1)]
         text = [

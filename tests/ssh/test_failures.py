@@ -22,6 +22,9 @@ from .test_ssh import sessions, wait_until
 
 Failure = Callable[..., LaunchWorkerError]
 
+# Together they take a minute, and what they look at depends on the clients and not on the Python.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def fails(server: Server, ssh: Any) -> Iterator[Failure]:

@@ -20,7 +20,7 @@ import pytest
 import distpool
 from distpool import SSHManager, remotecall, remotecall_fetch, rmprocs
 
-from .sshd import ADDRESSES, Server, free_port, options
+from .sshd import ADDRESSES, Server, free_port, has_ipv6, options
 
 Add = Callable[..., list[int]]
 
@@ -87,6 +87,15 @@ def test_C224_spec_forms(server: Server, add: Add) -> None:
     places = [listening(pid) for pid in distpool.workers()]
     assert len(places) == 5 and {host for host, _ in places} == {"127.0.0.1"}
     assert [port for _, port in places].count(bind) == 1
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
+@pytest.mark.parametrize("tunnel", [False, True])
+def test_ipv6(server: Server, add: Add, tunnel: bool) -> None:
+    pids = add([(f"[::1]:{server.port}", 2), f"[::1]:{server.port} [::1]"], tunnel=tunnel)
+    places = {listening(pid)[0] for pid in pids}
+    assert places == ({"127.0.0.1", "::1"} if tunnel else {"::1"})
+    assert remotecall_fetch(remotecall_fetch, pids[0], distpool.myid, pids[2]) == pids[2]
 
 
 def test_C225_a_bind_port_is_a_hint_for_further_workers(server: Server, add: Add) -> None:
