@@ -70,6 +70,7 @@ class Crew:
         self.members: dict[int, Member] = {}  # every worker that is not gone; changed on the leader
         self.finished = threading.Event()  # closed, and every worker is gone
         self._changed = threading.Event()  # some worker was launched
+        self.claims_topology = False  # the group's topology is what its user asked for, until the end
         self.broken: BaseException | None = None  # what `submit` raises
         self.ends_at_exit = True  # the program's end waits for its work (`exits`); pools end otherwise
         self._slots: dict[int, Slot] = {}
@@ -335,6 +336,8 @@ class Crew:
         if self.scheduler.failure is None:
             self.scheduler.fail_all(lambda: BrokenProcessPool("the executor was shut down"))
         self.supply.close()
+        if self.claims_topology:
+            self.node.group.release_topology()
         self.node.crews.discard(self)
         if not self.node.crews:
             launcher(self.node).close_if_idle()

@@ -21,6 +21,7 @@ from distpool.borrowing import BorrowedCrew
 from distpool.crew import Crew, end
 from distpool.hosts import Plan, plan_for
 from distpool.nested import reduce_executor, reduce_view
+from distpool.node import group as groups
 from distpool.node import node as nodes
 from distpool.node.group import State
 from distpool.policy import make_policy
@@ -100,6 +101,10 @@ class ClusterExecutor(Submitter):
                 raise ValueError("max_tasks_per_child needs workers of the executor's own, not those of a pool")
             self._crew: Crew = BorrowedCrew(nodes.current(), plan.borrowed, initializer=code, replace=replace)
         else:
+            claims = not plan.params.keys().isdisjoint(("topology", "lazy"))
+            if claims:  # an executor that does not care takes what there is
+                group = groups.of(nodes.current())
+                group.claim_topology(plan.params.get("topology", "all_to_all"), plan.params.get("lazy", True))
             self._crew = Crew(
                 nodes.current(),
                 plan.places,
@@ -109,6 +114,7 @@ class ClusterExecutor(Submitter):
                 max_tasks=max_tasks_per_child,
                 replace=replace,
             )
+            self._crew.claims_topology = claims
         if on_worker_exit == "break":
             self._future_class = strict_future(self._crew)
         exits.register(self._crew.node)

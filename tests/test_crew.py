@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from faults.helpers import Gate, hold, note, noted
 
+import distpool
 from distpool import ClusterExecutor, LaunchWorkerError, ProcessExitedException
 
 PATIENCE = 30.0
@@ -139,3 +140,25 @@ def test_shutdown_at_once_waits_for_nobody(make: Callable[..., ClusterExecutor])
     for _ in range(3):
         make(2).shutdown()
     assert time.monotonic() - begin < 15
+
+
+def test_the_topology_is_what_was_asked_for(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(2, topology="master_worker")
+    all_at_once(executor, 2)
+    one, other = executor.workers
+    with pytest.raises(distpool.RemoteException) as caught:
+        distpool.remotecall_fetch(distpool.remotecall_fetch, one, abs, other, -1)
+    assert isinstance(caught.value.captured.ex, distpool.RemoteException | distpool.TopologyError)
+    assert "Topology : master_worker" in str(caught.value)
+    with pytest.raises(RuntimeError, match="Workers with Topology master_worker already exist"):
+        make(1, topology="all_to_all")
+    assert make(1).submit(abs, -1).result(PATIENCE) == 1, "who does not ask takes what there is"
+    for bad in ({"topology": "ring"}, {"lazy": 1}):
+        with pytest.raises((ValueError, TypeError)):
+            make(1, **bad)
+
+
+def test_a_topology_ends_with_its_executor() -> None:
+    for topology in ("master_worker", "all_to_all"):
+        with ClusterExecutor(1, topology=topology) as executor:
+            assert executor.submit(abs, -1).result(PATIENCE) == 1

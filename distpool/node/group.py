@@ -67,7 +67,7 @@ class Group:
         self.starting_others: dict[int, Callable[[Any], None]] = {}  # pid -> who waits for what it starts; leader
         self.connecting: list[Callable[[int], object]] = []  # who waits for links that are not lazy; leader
         self._claiming = threading.Lock()  # protects topology, lazy and _claims
-        self._claims = 0  # launches that rely on the topology and may have no members yet
+        self._claims = 0  # launches and executors that rely on the topology and may have no members yet
         node.on_fork.append(self._after_fork)
 
     # -- members -----------------------------------------------------------------------------------------------
@@ -130,8 +130,9 @@ class Group:
     def forget(self, member: Member) -> None:
         """The member is gone (leader): everybody hears of it."""
         self.members.pop(member.pid, None)
-        if not self.members:
-            self.topology = "all_to_all"  # nobody is left whom another one was promised to
+        with self._claiming:
+            if not self.members and not self._claims:
+                self.topology = "all_to_all"  # nobody is left whom another one was promised to
         self.drop_default(member.pid)
         for watcher in list(self.gone_watchers):
             watcher(member)
@@ -192,6 +193,8 @@ class Group:
         """A launch has ended: from now on its members hold the topology, if there are any."""
         with self._claiming:
             self._claims -= 1
+            if not self._claims and not self.members:
+                self.topology = "all_to_all"
 
     def may_connect(self, one: int, other: int) -> bool:
         """Whether the topology lets these two processes have a link."""
