@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distpool import __version__, nprocs
-from distpool.hostcheck import Report, check_hosts, table
+from distpool.hostcheck import check_hosts
 
 from .sshd import Server, options
 
@@ -59,14 +59,6 @@ def test_a_python_that_is_not_there(server: Server, ssh: Any) -> None:
     given = {**options(server, ssh), "exename": "/no/such/python"}
     (report,) = check_hosts(["127.0.0.1"], given, 20)
     assert "/no/such/python" in report.error
-
-
-def test_table() -> None:
-    lines = table([Report("a-long-name-of-a-host", 4, error="no route"), Report("b", "auto", 1.5, "3.11.7 /p", "1")])
-    header, first, second = lines.splitlines()
-    assert first == "a-long-name-of-a-host  4        ERROR: no route"
-    assert second.index("auto") == header.index("WORKERS") == first.index("4")
-    assert second.index("3.11.7") == header.index("PYTHON")
 
 
 def test_run(server: Server, ssh: Any, tmp_path: Path) -> None:

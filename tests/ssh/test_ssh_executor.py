@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,6 +69,45 @@ def test_replacements_need_no_login(server: Server, make: Make) -> None:
         executor.options(pids=[pid]).submit(os._exit, 3)
     wait_for(lambda: len(executor.workers) == 4, executor)
     assert server.logins() == before + 1
+
+
+def test_F25_a_worker_is_killed_every_fifty_milliseconds(server: Server, make: Make) -> None:
+    before = server.logins()
+    executor = make([("127.0.0.1", 3)])
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.wait(0.05):
+            ospids = [member.ospid for member in list(executor._crew.members.values()) if member.ospid]
+            with contextlib.suppress(ProcessLookupError):
+                if ospids:
+                    os.kill(random.choice(ospids), signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        values = executor.pmap(lambda x: sum(range(10_000)) and x, range(4000), retry_delays=[0] * 20)
+    finally:
+        over.set()
+        thread.join()
+    assert values == list(range(4000))
+    assert server.logins() == before + 1
+
+
+def test_F12_replaced_after_so_many_tasks(make: Make, tmp_path: Path) -> None:
+    path = str(tmp_path / "ran")
+
+    def note(number: int) -> int:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.write(descriptor, f"{number} {os.getpid()}\n".encode())
+        os.close(descriptor)
+        return number
+
+    executor = make([("127.0.0.1", 2)], max_tasks_per_child=3)
+    assert list(executor.map(note, range(60))) == list(range(60))
+    ran = [line.split() for line in Path(path).read_text().splitlines()]
+    assert sorted(int(number) for number, _ in ran) == list(range(60)), "each exactly once"
+    assert max(collections.Counter(ospid for _, ospid in ran).values()) <= 3
 
 
 def test_a_login_that_was_killed_is_made_anew(server: Server, make: Make) -> None:
