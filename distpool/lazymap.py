@@ -32,8 +32,8 @@ class LazyMap(Iterator[Any]):
     """Iterator over the results of `function` on each element of `source` (arguments, or tuples if not `single`).
 
     `look_ahead`: elements taken and not yet delivered. `ordered`: input order, else as they come. `deadline`: monotonic
-    seconds after which `TimeoutError` is raised. An element's exception is raised by `next` and does not end the
-    iteration, unless `stop_at_error`.
+    seconds after which `TimeoutError` is raised. `in_halves`: take half a look-ahead at a time, so that elements can
+    travel together. An element's exception is raised by `next` and does not end the iteration, unless `stop_at_error`.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class LazyMap(Iterator[Any]):
         deadline: float | None = None,
         stop_at_error: bool = True,
         fill_at_once: bool = False,
+        in_halves: bool = False,
         opener: Opener | None = None,
     ) -> None:
         self.run = MapRun(scheduler, function, single=single, ordered=ordered, chunked=chunk is not None)
@@ -56,6 +57,7 @@ class LazyMap(Iterator[Any]):
         self._look_ahead = look_ahead
         self._chunk = chunk
         self._deadline = deadline
+        self._in_halves = in_halves
         self._stop_at_error = stop_at_error
         self._opener = opener or open_entry
         self._delivered = 0
@@ -92,7 +94,7 @@ class LazyMap(Iterator[Any]):
             index = self._ready()
             if index is not None:
                 return index
-            if self._source is not None and self._room() > 0:
+            if self._source is not None and self._wants_more():
                 self._take()
                 continue
             if self._delivered >= run.fed:
@@ -120,6 +122,11 @@ class LazyMap(Iterator[Any]):
 
     def _room(self) -> int:
         return self._look_ahead() - (self.run.fed - self._delivered)
+
+    def _wants_more(self) -> bool:
+        ahead = self._look_ahead()
+        room = ahead - (self.run.fed - self._delivered)
+        return room * 2 >= ahead if self._in_halves else room > 0
 
     def _take(self) -> None:
         """Take elements from the input while that is quick, and feed them."""

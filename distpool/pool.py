@@ -34,7 +34,7 @@ from distpool.pool_runs import Starting
 from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.wire import codec
 from distpool.wire.messages import CALL, ONE, ONE_FRESH
-from distpool.work import Call, with_references
+from distpool.work import Call, is_plain, with_references
 
 _SIGKILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
@@ -172,8 +172,13 @@ class DistPool(PoolMaps):
         future = result._future
         try:
             function = self._crew.node.encoder.encode(func)
+            args = tuple(args)
+            if not kwds and self._policy is None and function.reusable and is_plain(args):
+                future._call = call = Call(scheduler, function, b"", [], future, None, args)
+                scheduler.enqueue(call)
+                return result
             seen: list[Any] = []
-            data, buffers = codec.encode_args(tuple(args), dict(kwds), None, seen)
+            data, buffers = codec.encode_args(args, dict(kwds), None, seen)
             staged = scheduler.stage(buffers) if buffers else []
         except Exception as error:
             future._settle(Outcome(RAISED_HERE, error, (), 1))

@@ -18,7 +18,7 @@ from typing import Any
 
 from distpool.crew import Crew
 from distpool.executor import LOOK_AHEAD
-from distpool.mapruns import SCALARS, MapRun
+from distpool.mapruns import SCALARS, MapRun, look_ahead
 from distpool.pool_callbacks import Callbacks
 from distpool.pool_input import PLAIN, Feed, Inputs
 from distpool.pool_results import IMapIterator, IMapUnorderedIterator, MapResult
@@ -170,8 +170,8 @@ class PoolMaps(stdlib.Pool):
     ) -> Iterator[Any]:
         """An iterator over `func(x)` for each x, in order; with `next(timeout)` if `chunksize` is 1.
 
-        Lazy: at most 8 tasks per worker are taken ahead, so endless generators work. The input is taken by a library
-        thread unless it is a plain container.
+        Lazy: at most 8 tasks per worker are taken ahead (of short tasks over a plain container: more), so endless
+        generators work. The input is taken by a library thread unless it is a plain container.
 
         Example: `for value in pool.imap(f, itertools.count()): ...`
         """
@@ -193,7 +193,7 @@ class PoolMaps(stdlib.Pool):
         chunksize = self._chunksize(0, 1 if chunksize is None else chunksize)
         source = iter(iterable)
         crew, error = self._crew, None
-        ordered = kind is IMapIterator
+        ordered, plain = kind is IMapIterator, type(iterable) in PLAIN
         try:
             run = self._make_run(func, single=True, ordered=ordered, chunked=chunksize > 1)
         except Exception as failure:
@@ -206,8 +206,8 @@ class PoolMaps(stdlib.Pool):
             source,
             inputs,
             chunk=chunksize if chunksize > 1 else None,
-            look_ahead=lambda: LOOK_AHEAD * crew.size,
-            plain=type(iterable) in PLAIN,
+            look_ahead=lambda: (look_ahead(run.timing.mean, LOOK_AHEAD) if plain else LOOK_AHEAD) * crew.size,
+            plain=plain,
             error=error,
         )
         if error is None:

@@ -17,7 +17,7 @@ from distpool.crew import Crew
 from distpool.errors import SerializationError
 from distpool.lazymap import LazyMap
 from distpool.mapresults import check_map, fed_results, map_by_futures, unordered_futures
-from distpool.mapruns import MapRun
+from distpool.mapruns import MapRun, look_ahead
 from distpool.progress import make_progress
 from distpool.refs.refs import RAISED_HERE, Future, Outcome
 from distpool.wire import codec
@@ -28,6 +28,8 @@ from distpool.work import Call, Policy, is_plain, with_references
 _new_future: Any = object.__new__  # `Future()` would cost a Python call more
 #: Elements that lazy maps take ahead, per worker.
 LOOK_AHEAD = 8
+#: Inputs from which taking has no effect that anybody could see.
+_AT_HAND = frozenset((list, tuple, range, str, bytes))
 
 
 def strict_future(crew: Crew) -> type[Future[Any]]:
@@ -168,7 +170,8 @@ class Submitter(concurrent.futures.Executor):
         timeout: float | None = None,
     ) -> Iterator[Any]:
         """Results in the order in which they come. Lazy: takes at most `buffersize` elements ahead (default 8 per
-        worker), so endless generators work. `timeout`: seconds until all must be there.
+        worker; of short tasks over a list or range more), so endless generators work. `timeout`: seconds until all must
+        be there.
 
         Example: `for value in ex.imap_unordered(f, itertools.count()): ...`
         """
@@ -180,18 +183,25 @@ class Submitter(concurrent.futures.Executor):
         deadline = None if timeout is None else time.monotonic() + timeout
         crew = self._crew
         if not (self._policy is None or self._policy.plain):
-            ahead = buffersize or LOOK_AHEAD * crew.size
+            most = buffersize or LOOK_AHEAD * crew.size
             arguments = ((item,) for item in source) if single else source
-            return self._with_progress(unordered_futures(self.submit, fn, arguments, ahead, deadline))
+            return self._with_progress(unordered_futures(self.submit, fn, arguments, most, deadline))
+        function = crew.node.encoder.encode(fn)
+        at_hand = all(type(iterable) in _AT_HAND for iterable in iterables)
+
+        def ahead() -> int:
+            return buffersize or crew.size * (look_ahead(function.mean, LOOK_AHEAD) if at_hand else LOOK_AHEAD)
+
         return self._with_progress(
             LazyMap(
                 crew.scheduler,
-                crew.node.encoder.encode(fn),
+                function,
                 source,
                 single=single,
-                look_ahead=lambda: buffersize or LOOK_AHEAD * crew.size,
+                look_ahead=ahead,
                 ordered=False,
                 deadline=deadline,
+                in_halves=buffersize is None,
             )
         )
 

@@ -165,3 +165,20 @@ def test_dropping_it_ends_it(office: Office) -> None:
     while worker.inbox:
         office.finish(worker)
     assert not run.results and not worker.inbox
+
+
+def test_in_halves(office: Office) -> None:
+    """Elements are taken when half of the look-ahead is free, so that they can travel together."""
+    worker = office.worker(2)
+    taken: list[int] = []
+    source = (taken.append(number) or number for number in range(20))  # type: ignore[func-returns-value]
+    results = lazy(office, source, ahead=8, in_halves=True, ordered=False)
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(results), daemon=True)
+    thread.start()
+    for number in range(20):
+        worker.wait(lambda: worker.inbox, "an element")
+        assert len(taken) >= min(20, number // 4 * 4 + 4)
+        office.finish(worker)
+    thread.join(PATIENCE)
+    assert sorted(found) == list(range(20)) and len(taken) == 20

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fakes import PATIENCE, Office, fresh
 
+from distpool import config, mapruns
 from distpool.lazymap import open_entry
 from distpool.refs.refs import RAISED_HERE, Outcome
 
@@ -123,3 +124,9 @@ def test_taking_and_putting_back_at_random(seed: int) -> None:
                 entry.put_back(keep, entry.elements - keep, queue)
     assert ended == set(range(total)) and run.settled == total
     office.close()
+
+
+def test_look_ahead_follows_the_measured_time() -> None:
+    assert mapruns.look_ahead(-1.0, 8) == mapruns.look_ahead(0.0, 8) == mapruns.look_ahead(1.0, 8) == 8
+    assert mapruns.look_ahead(1e-4, 8) == int(config.WINDOW_SECONDS / 1e-4)
+    assert mapruns.look_ahead(1e-9, 8) == mapruns._MOST_AHEAD
