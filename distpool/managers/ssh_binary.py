@@ -34,6 +34,7 @@ _JANITOR = '"$@"; status=$?; rm -rf -- "$0"; exit $status'
 _END_SECONDS = 2.0  # that the program has to end by itself
 
 _TEXTS = (  # what ssh prints, and what it means; the first one found counts
+    ("revoked host key", "the host key of {host} is revoked (@revoked in known_hosts): do not trust it"),
     ("remote host identification has changed", "the host key of {host} has CHANGED. Somebody may be in between; if the "
      "host was set up anew, remove the old key as ssh says below"),
     ("host key verification failed", "the host key of {host} is not known. Log in once by hand, compare the "

@@ -205,7 +205,19 @@ def _known_keys(target: Target) -> list[tuple[str, Any]]:
     return found
 
 
+def _revoked_in(target: Target, key: Any) -> str | None:
+    """The file that says of this key that it must not be trusted any more; paramiko does not see such lines."""
+    for file in [*target.known_hosts, *target.system_known_hosts]:
+        with contextlib.suppress(OSError), open(file, encoding="ascii", errors="replace") as lines:
+            if any(line.startswith("@revoked") and key.get_base64() in line.split() for line in lines):
+                return file
+    return None
+
+
 def _check_host_key(target: Target, key: Any) -> None:
+    revoked = _revoked_in(target, key)
+    if revoked is not None:
+        raise LoginError(f"the host key of {host_key_name(target)} is revoked (@revoked in {revoked}): do not trust it")
     known = _known_keys(target)
     if any(other == key for _, other in known):
         return

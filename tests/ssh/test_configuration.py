@@ -15,7 +15,7 @@ import pytest
 import distpool
 from distpool import remotecall_fetch, rmprocs
 
-from .sshd import PYTHON, Server, keygen, options
+from .sshd import PYTHON, Server, keygen, missing, options
 from .test_ssh import sessions, wait_until
 
 
@@ -55,6 +55,29 @@ def test_hashed_known_hosts(server: Server, ssh: Any, tmp_path: Path) -> None:
     assert "127.0.0.1" not in known.read_text()
     flags = write(server, tmp_path / "config", f"UserKnownHostsFile {known}")
     works(["host1"], **options(server, ssh, sshflags=flags))
+
+
+def test_revoked_host_keys(server: Server, ssh: Any, tmp_path: Path) -> None:
+    known = tmp_path / "known_hosts"
+    kind, key, *_ = server.host_key.with_suffix(".pub").read_text().split()
+    known.write_text(server.known_hosts.read_text() + f"@revoked * {kind} {key}\n")
+    flags = write(server, tmp_path / "config", f"UserKnownHostsFile {known}", "StrictHostKeyChecking accept-new")
+    with pytest.raises(distpool.CompositeException, match="is revoked"):
+        distpool.addprocs(["host1"], **options(server, ssh, sshflags=flags, timeout=20))
+
+
+def test_the_kind_of_host_key_that_is_known_is_asked_for(ssh: Any, tmp_path: Path) -> None:
+    if missing():
+        pytest.skip(missing())
+    rsa = tmp_path / "host_rsa"
+    subprocess.run(["ssh-keygen", "-q", "-t", "rsa", "-b", "2048", "-N", "", "-f", str(rsa)], check=True)
+    own = Server(tmp_path / "sshd", f"HostKey {rsa}")
+    try:
+        kind, key, *_ = rsa.with_suffix(".pub").read_text().split()
+        own.known_hosts.write_text(f"[127.0.0.1]:{own.port} {kind} {key}\n")
+        works(["host1"], **options(own, ssh))
+    finally:
+        own.stop()
 
 
 def test_a_host_key_alias(server: Server, ssh: Any, tmp_path: Path) -> None:
