@@ -549,11 +549,15 @@ def test_random_lives(office: Office, seed: int) -> None:
             next_pid += 1
         worker = chance.choice(alive)
         done = unsent[worker.pid]
+        revoked = [sequence for sequence, _ in worker.inbox if worker.is_revoked(sequence)]
+        if revoked:  # on a busy machine: the scheduler has waited in vain for the answer to a RECALL
+            flush(office, worker, done)
+            office.recalled(worker, revoked)
         act = chance.random()
         if act < 0.6:
             for _ in range(chance.randint(1, 30)):
-                if worker.inbox:
-                    sequence, item = worker.start()
+                if (started := worker.try_start()) is not None:
+                    sequence, item = started
                     executed[item] += 1
                     done.append((sequence, item))
                     worker.journal.data += result(sequence, item)
@@ -564,10 +568,10 @@ def test_random_lives(office: Office, seed: int) -> None:
             count = chance.randint(0, 20)
             office.recalled(worker, [sequence for sequence, _ in worker.inbox[-count:]] if count else [])
         else:
-            running = bool(worker.inbox) and chance.random() < 0.7
-            if running:
-                _, item = worker.start()
-                executed[item] += 1
+            started = worker.try_start() if chance.random() < 0.7 else None
+            running = started is not None
+            if started is not None:
+                executed[started[1]] += 1
                 lost += 1
             alive.remove(worker)
             asked = office.lost(worker)

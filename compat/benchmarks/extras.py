@@ -1,4 +1,4 @@
-"""X1-X6: scaling, task length, submitting threads, as_completed, asyncio, callbacks."""
+"""X1-X7: scaling, task length, submitting threads, as_completed, asyncio, callbacks, lazy maps."""
 
 from __future__ import annotations
 
@@ -148,4 +148,25 @@ def x6(peer_name: str, workers: int, params: Params) -> Answer:
     return rates(count, meter)
 
 
-WORKLOADS = {"X1": x1, "X2": x2, "X3": x3, "X4": x4, "X5": x5, "X6": x6}
+def x7(peer_name: str, workers: int, params: Params) -> Answer:
+    """Lazy maps over a range: imap, imap_unordered; pmap where there is one."""
+    peer, count = PEERS[peer_name](), params["tasks"]
+    peer.open(workers)
+    pids = meet(peer, workers)
+    source = getattr(peer, "executor", None) or getattr(peer, "pool", None)
+    answer: Answer = {}
+    for name in ("imap", "imap_unordered", "pmap"):
+        if not hasattr(source, name):
+            continue
+        with Meter(pids) as meter:
+            results = sorted(getattr(source, name)(tasks.increment, range(count)))
+        check(results == list(range(1, count + 1)), f"{name}: wrong results")
+        answer[f"{name}_per_s"] = count / meter.wall
+        answer[f"{name}_cpu_us"] = (meter.parent + meter.workers) / count * 1e6
+    peer.close()
+    if not answer:
+        raise NotApplicable("no lazy map")
+    return answer
+
+
+WORKLOADS = {"X1": x1, "X2": x2, "X3": x3, "X4": x4, "X5": x5, "X6": x6, "X7": x7}

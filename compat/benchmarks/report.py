@@ -23,6 +23,7 @@ TITLES = {
     "X4": "X4: as_completed",
     "X5": "X5: asyncio.run_in_executor",
     "X6": "X6: a done-callback on every future",
+    "X7": "X7: lazy maps over a range",
 }
 # (figure, column heading, True if more is better); the first one is compared with distpool's.
 COLUMNS: dict[str, list[tuple[str, str, bool]]] = {
@@ -49,6 +50,13 @@ COLUMNS: dict[str, list[tuple[str, str, bool]]] = {
     "X4": [("per_s", "tasks/s", True), ("cpu_us", "CPU per task, us", False)],
     "X5": [("per_s", "tasks/s", True), ("cpu_us", "CPU per task, us", False)],
     "X6": [("per_s", "tasks/s", True), ("cpu_us", "CPU per task, us", False)],
+    "X7": [
+        ("imap_per_s", "imap, items/s", True),
+        ("imap_cpu_us", "CPU per item, us", False),
+        ("imap_unordered_per_s", "imap_unordered, items/s", True),
+        ("imap_unordered_cpu_us", "CPU per item, us", False),
+        ("pmap_per_s", "pmap, items/s", True),
+    ],
 }  # fmt: skip
 
 
