@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distpool import config
+from distpool.node.bulk import WORTH
 from distpool.node.group import Member
 from distpool.transport.shm import Lease, map_private
 from distpool.wire import messages
@@ -178,7 +179,13 @@ class Slot:
             self._lend(lease) if shared and lease is not None else buffer
             for buffer, lease in zip(function.buffers, function.leases, strict=True)
         ]
-        link.send(Kind.FUNCTION, messages.Function(function.number, function.name).pack(), function.data, buffers)
+        big = not shared and function.size - len(function.data) >= WORTH
+        spreading = self.member.group.node.spreading() if big else None
+        apart = spreading is not None and spreading.is_worth_it()
+        message = messages.Function(function.number, function.name, apart)
+        link.send(Kind.FUNCTION, message.pack(), function.data, () if apart else buffers)
+        if spreading is not None and apart:
+            spreading.send(function, self.pid, link)
         self._functions[function.number] = function.size
         self._function_bytes += function.size
         if len(self._functions) > _MAX_FUNCTIONS or self._function_bytes > _MAX_FUNCTION_BYTES:

@@ -24,6 +24,7 @@ from typing import Any
 
 from distpool import config
 from distpool.node import node as nodes
+from distpool.node.bulk import Store
 from distpool.node.observe import Observer
 from distpool.node.tasks import TaskRunner
 from distpool.siblings import Siblings
@@ -222,6 +223,8 @@ class Worker:
         node.peers.add(1, link)
         self.runner = runner = TaskRunner(link, journal, self._segments, node.threads.run)
         node.runner = runner
+        store = Store(node)
+        runner.wait_for_buffers, runner.drop_buffers = store.wait, store.drop
         self.loop.guard = runner.interrupts
         runner.results.memory_limit, runner.results.pid = self.memory_limit, join.pid
         runner.results.lend = lambda seen: node.references().lend(seen, 1)

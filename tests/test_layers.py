@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent / "distpool"
 LAYERS: dict[int, tuple[str, ...]] = {
     0: ("errors", "config"),
     1: (
-        *("wire.frames", "wire.messages", "wire.records", "wire.protocol", "wire.versions"),
+        *("wire.frames", "wire.messages", "wire.records", "wire.protocol", "wire.versions", "wire.pieces"),
         *("wire.codec", "wire.byvalue", "wire.failures", "wire.fingerprint", "wire.functions"),
         "progress",
     ),
@@ -41,7 +41,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
             "node.output",
             "node.threads",
         ),
-        *("node.peers", "node.node", "node.reach"),
+        *("node.peers", "node.node", "node.reach", "node.bulk"),
         *("node.member", "node.group"),
     ),
     4: (
@@ -96,6 +96,8 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         # importer, imported
         ("wire.messages", "wire.frames"),
         ("wire.messages", "wire.records"),
+        ("wire.pieces", "wire.frames"),
+        ("wire.pieces", "wire.messages"),
         ("wire.protocol", "wire.frames"),
         ("wire.codec", "wire.byvalue"),
         ("wire.failures", "wire.codec"),
@@ -124,6 +126,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("node.output", "node.threads"),
         ("node.peers", "node.requests"),
         ("node.node", "node.peers"),
+        ("node.node", "node.bulk"),
         ("node.reach", "node.member"),
         ("node.reach", "node.node"),
         ("node.tasks", "node.interrupts"),

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from distpool.errors import ProtocolError
-from distpool.wire import messages
+from distpool.wire import messages, pieces
 from distpool.wire.frames import Kind
-from distpool.wire.messages import CALL, MESSAGES, RESULT, Message, call_records, result_records
+from distpool.wire.messages import CALL, RESULT, Message, call_records, result_records
 
+MESSAGES = {**messages.MESSAGES, **pieces.MESSAGES}
 KINDS = [MESSAGES[number] for number in sorted(MESSAGES)]
 
 
@@ -72,7 +73,8 @@ def test_one_kind_one_message() -> None:
     assert len(MESSAGES) == len(set(MESSAGES.values()))
     for number, cls in MESSAGES.items():
         assert cls.kind == Kind(number)
-    classes = [value for value in vars(messages).values() if isinstance(value, type)]
+    names = {**vars(messages), **vars(pieces)}
+    classes = [value for value in names.values() if isinstance(value, type)]
     defined = {cls for cls in classes if issubclass(cls, Message) and cls is not Message}
     assert defined == set(MESSAGES.values()), "every message is in the table"
 

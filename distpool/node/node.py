@@ -42,7 +42,8 @@ class Node:
         self.cookie = cookie
         self.ospid = os.getpid()
         self.identity: Any = None  # transport.tls.Identity, once this process has, or needs, encrypted links
-        self._making_identity = threading.Lock()  # protects identity while the master makes it
+        self._spreading: Any = None
+        self._making_parts = threading.Lock()  # protects identity and _spreading while the master makes them
         self.loop = IoLoop()
         self.threads = ThreadCache("distpool-task")
         self.notices = SerialQueue(self.threads)  # output and life-cycle notices, in order
@@ -105,9 +106,16 @@ class Node:
         self.remote_calls_loaded = True
         importlib.import_module("distpool.calls").install(self)
 
+    def spreading(self) -> Any:
+        """Master: how big functions get to many hosts (`node.bulk.Spreading`). Any thread."""
+        with self._making_parts:
+            if self._spreading is None:
+                self._spreading = importlib.import_module("distpool.node.bulk").Spreading(self)
+            return self._spreading
+
     def own_identity(self) -> Any:
         """Master: the certificate and key of this cluster, made on first need. Any thread; see `transport.tls`."""
-        with self._making_identity:
+        with self._making_parts:
             if self.identity is None:
                 self.identity = importlib.import_module("distpool.transport.tls").make_identity()
             return self.identity

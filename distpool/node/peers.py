@@ -40,7 +40,19 @@ _Parts = tuple[Kind, bytes, Any, list[Any]]
 
 
 #: What goes from and to pid 1 only; kinds below PEER are of that sort, too.
-_OF_PID_1 = frozenset({Kind.WHERE, Kind.ADDRESS, Kind.DIAL, Kind.UNDIALLED, Kind.IDENTITY, Kind.DEAD, Kind.RELAY})
+_OF_PID_1 = frozenset(
+    {
+        Kind.WHERE,
+        Kind.ADDRESS,
+        Kind.DIAL,
+        Kind.UNDIALLED,
+        Kind.IDENTITY,
+        Kind.DEAD,
+        Kind.RELAY,
+        Kind.FORWARD,
+        Kind.WANTED,
+    }
+)
 
 
 class _Ready(threading.Event):

@@ -46,9 +46,10 @@ from distpool.wire.messages import (
 class _Received:
     """A function as it came; decoding runs user code and so waits for the first call."""
 
-    __slots__ = ("buffers", "data", "function")
+    __slots__ = ("apart", "buffers", "data", "function")
 
-    def __init__(self, data: bytes, buffers: list[Any]) -> None:
+    def __init__(self, data: bytes, buffers: list[Any], apart: bool = False) -> None:
+        self.apart = apart  # its buffers come by themselves, in pieces
         self.data = data
         self.buffers = buffers
         self.function: Any = None
@@ -78,6 +79,8 @@ class TaskRunner:
         self.lock = threading.Lock()  # protects _inbox, the started mark, and what of running spans is recalled
         self._inbox: collections.deque[Item] = collections.deque()
         self._functions: dict[int, _Received] = {}
+        self.wait_for_buffers: Callable[[int], list[Any]] = lambda number: []  # set by the worker (`node.bulk`)
+        self.drop_buffers: Callable[[int], object] = lambda number: None
         self.started = 0  # highest sequence number started
         self._blocked = 0  # tasks that wait for other calls; protected by `lock`
         self._waits: dict[int, int] = {}  # thread id -> its waits that have given its slot away; each its own thread's
@@ -107,11 +110,12 @@ class TaskRunner:
     def on_function(self, frame: Frame) -> None:
         message = messages.Function.unpack(frame.control)
         buffers = [self.segments.open(buffer, private=True) for buffer in frame.buffers]
-        self._functions[message.number] = _Received(bytes(frame.body), buffers)
+        self._functions[message.number] = _Received(bytes(frame.body), buffers, message.apart)
 
     def on_forget(self, frame: Frame) -> None:
         for number in messages.Forget.unpack(frame.control).numbers:
             self._functions.pop(number, None)
+            self.drop_buffers(number)
 
     def on_initialize(self, frame: Frame) -> None:
         buffers = [self.segments.open(buffer) for buffer in frame.buffers]
@@ -387,6 +391,8 @@ class TaskRunner:
     def function_of(self, item: Item) -> Any:
         """The function, decoded once, or for each call if what it captured must be as it was sent."""
         known = self._functions[item.number]
+        if known.apart:
+            known.buffers, known.apart = self.wait_for_buffers(item.number), False
         if item.flags == ONE_FRESH:
             function = decode_function(known.data, known.buffers)
         elif known.function is None:

@@ -81,6 +81,9 @@ class Kind(enum.IntEnum):
     CANCEL_REQUEST = 52
     UNDIALLED = 53
     IDENTITY = 54
+    PIECE = 55
+    FORWARD = 56
+    WANTED = 57
 
 
 class SegmentRef(NamedTuple):

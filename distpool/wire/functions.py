@@ -39,7 +39,10 @@ _numbers = itertools.count(1)
 class EncodedFunction:
     """A serialised function. Equal numbers mean equal bytes, so a worker that has the number needs no bytes."""
 
-    __slots__ = ("buffers", "by_value", "data", "leases", "mean", "name", "number", "references", "reusable", "size")
+    __slots__ = (
+        *("__weakref__", "buffers", "by_value", "data", "leases", "mean", "name", "number", "references", "reusable"),
+        "size",
+    )
 
     def __init__(self, data: bytes, kept: list[tuple[Any, Any]], name: str, by_value: bool, reusable: bool) -> None:
         self.number = next(_numbers)

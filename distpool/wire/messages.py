@@ -118,11 +118,12 @@ class Joined(Message):
 
 
 class Function(Message):
-    """Master -> worker: the function `number`; its pickle is the body."""
+    """Master -> worker: the function `number`; its pickle is the body. `apart`: its buffers come as pieces."""
 
     kind: ClassVar[Kind] = Kind.FUNCTION
     number: int
     name: str
+    apart: bool = False
 
 
 class Forget(Message):
