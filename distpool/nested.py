@@ -3,7 +3,8 @@
     worker: handle.submit -> SUBMIT --> owner: Call in the executor's queue -> some worker -> OUTCOME --> Future
 
 An executor that travels in a message becomes an `ExecutorHandle`; one that comes home becomes the executor itself.
-Values and exceptions pass through the owner without being decoded. A task that waits for such a future gives its slot
+Values and exceptions pass through the owner without being decoded, unless they carry references: those are lent to
+whom a message goes to, so they have to be received and lent again. A task that waits for such a future gives its slot
 away (`TaskRunner.slot_given_away`), so recursion finishes on any number of workers: in `result` and its like, in
 `concurrent.futures.wait` and `as_completed`, in `await`. A task that sleeps on an event of its own until a callback
 sets it cannot be told from one that is busy, and keeps its slot.
@@ -28,10 +29,12 @@ from distpool.mapresults import check_map, map_by_futures, unordered_futures
 from distpool.node import node as nodes
 from distpool.node.node import Node
 from distpool.policy import make_policy
+from distpool.refs.owner import carries_references
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.wire import codec, messages
 from distpool.wire.failures import encode_exception
 from distpool.wire.frames import Frame, Kind
+from distpool.wire.functions import decode_function
 from distpool.work import Call, Policy
 
 if TYPE_CHECKING:
@@ -62,9 +65,22 @@ class _Forward(Future[Any]):
             nodes.current().deliver(lambda: self._send(messages.ERROR, encode_exception(raw.data), ()))
         elif raw.status == LOCAL_VALUE:  # a scalar, which came with others
             self._send(messages.VALUE, *codec.encode(raw.data))
+        elif raw.status == messages.VALUE and carries_references(raw.data):
+            nodes.current().deliver(self._send_again)
         else:
             self._send(raw.status, raw.data, raw.buffers)
         return False
+
+    def _send_again(self) -> None:
+        """On a library thread: a value with references, as an object of this process."""
+        seen: list[Any] = []
+        try:
+            data, buffers = codec.encode(self.result(0), self._slot.pid, seen)
+        except BaseException as error:
+            self._send(messages.ERROR, encode_exception(error), ())
+            return
+        nodes.current().references().lend(seen, self._slot.pid)
+        self._send(messages.VALUE, data, [bytes(part) for part in buffers])
 
     def _send(self, status: int, data: Any, buffers: Any) -> None:
         member = self._slot.member
@@ -99,6 +115,10 @@ def _on_submit(node: Node, slot: Slot, frame: Frame) -> None:
         return
     scheduler = executor._crew.scheduler
     body = bytes(frame.body)
+    if carries_references(body):
+        buffers = slot.open(frame.buffers)
+        node.deliver(lambda: _submit_again(executor, slot, message, body, buffers, future))
+        return
     data = body[: message.function_bytes]
     buffers = slot.open(frame.buffers)
     split = message.function_buffers
@@ -112,6 +132,23 @@ def _on_submit(node: Node, slot: Slot, frame: Frame) -> None:
     future._call = call
     slot.forwarded[message.request] = future
     scheduler.enqueue(call)
+
+
+def _submit_again(
+    executor: Any, slot: Slot, message: messages.Submit, body: bytes, buffers: list[Any], forward: _Forward
+) -> None:
+    """On a library thread: a call with references, as one of this process."""
+    split = message.function_buffers
+    try:
+        function = decode_function(body[: message.function_bytes], buffers[:split])
+        args, kwargs = codec.decode_args(body[message.function_bytes :], buffers[split:])
+        view = executor if message.options is None else executor._view(Policy(**message.options))
+        inner: Future[Any] = view.submit(function, *args, **kwargs)
+    except BaseException as error:
+        forward._settle(Outcome(RAISED_HERE, error, (), 1))
+        return
+    slot.forwarded[message.request] = inner
+    inner.add_done_callback(lambda done: forward._settle(done.outcome()))
 
 
 def _why_not(executor: Any) -> str:
@@ -225,10 +262,13 @@ class ExecutorHandle(concurrent.futures.Executor):
         future: Future[Any] = Future()
         try:
             function = node.encoder.encode(fn, 1)
-            data, buffers = codec.encode_args(args, kwargs, 1)
+            seen: list[Any] = []
+            data, buffers = codec.encode_args(args, kwargs, 1, seen)
         except SerializationError as error:
             future._settle(Outcome(RAISED_HERE, error, (), node.pid))
             return future
+        if seen or function.references:
+            node.references().lend((*function.references, *seen), 1)
         requests: _Requests = node.requests
         number = next(requests.numbers)
         future._call = _Request(requests, number)

@@ -187,10 +187,10 @@ class Worker:
                 if self._versions_fit(link, frame):
                     self._join(link, messages.Join.unpack(frame.control))
             elif self.runner is not None:
-                self.node.peers.on_frame(link, frame)
-                if frame.kind == Kind.PEER and link in self._replies:
+                if frame.kind == Kind.PEER and link in self._replies:  # first of all: others' frames may follow at once
                     self._replies.discard(link)
                     link.send(Kind.PEER, messages.Peer(self.node.pid, False).pack())
+                self.node.peers.on_frame(link, frame)
             return
         self.node.dispatch(link, frame)
 

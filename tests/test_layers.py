@@ -143,6 +143,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("refs.owner", "refs.refs"),
         ("refs.refs", "refs.waiters"),
         ("refs.gc", "refs.owner"),
+        ("refs.gc", "refs.refs"),
         ("refs.remote", "refs.gc"),
         ("refs.remote", "refs.owner"),
         ("refs.remote", "refs.refs"),

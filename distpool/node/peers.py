@@ -77,6 +77,8 @@ class Peers:
         self._doubted: dict[int, Callable[[], None]] = {}  # pid -> makes a new link if the one we have is dead; leader
         self._problems: dict[int, Callable[[], BaseException]] = {}  # pid -> why no link can be made; leader
         self._ready: dict[int, _Ready] = {}  # pid -> set when `ensure` may look again
+        #: Links that a manager has made, and whom to tell which pid the other side has. Leader.
+        self._unproved: dict[Link, Callable[[int], object]] = {}
         #: `f(pid, connect_at) -> streams`: user code, on a library thread; set where a transport has a manager.
         self.connect_by_manager: Callable[[int, str], Adopted] = _no_manager
 
@@ -300,11 +302,20 @@ class Peers:
             return
 
         def ready(link: Link) -> None:
-            timer.cancel()
-            self._dialling.pop(pid, None)
             link.shares_memory = shares_memory
             link.send(Kind.PEER, messages.Peer(node.pid, shares_memory).pack())
-            self._adopt(pid, link)
+            if adopted is None:
+                reached(pid)
+            else:
+                self._unproved[link] = reached
+
+        def reached(who: int) -> None:
+            timer.cancel()
+            if who == pid:
+                self._dialling.pop(pid, None)
+                self._adopt(pid, link)
+            else:  # a manager's streams may lead anywhere
+                link.close(ConnectionError(f"the manager connected to process {who}, not to process {pid}"))
 
         handshake = Handshake(Role.CONNECTOR, node.cookie)
 
@@ -312,8 +323,9 @@ class Peers:
             timer.cancel()
             if adopted is not None:
                 adopted.end()
+                self._unproved.pop(link, None)
             if link.segments is None:  # it had not come up
-                self._not_dialled(pid, f"process {pid} closed the connection: {reason or 'it may be ending'}")
+                self._not_dialled(pid, f"the connection to process {pid} ended: {reason or 'it may be ending'}")
             self._closed(pid, link, reason)
 
         link = Link(node.loop, stream, handshake, ready, self.on_frame, closed)
@@ -336,8 +348,9 @@ class Peers:
         if frame.kind == Kind.PEER:
             # Also if there is a link: its end has not been noticed here yet, and the dialler uses this one.
             message = messages.Peer.unpack(frame.control)
-            if self._links.get(message.pid) is link:
-                return  # a worker behind a custom transport tells its pid to whoever dialled
+            if link in self._unproved:
+                self._unproved.pop(link)(message.pid)
+                return
             if link.peer is not None or message.pid in (0, 1, self._node.pid) or message.pid in self.dead:
                 link.close(ProtocolError(f"a process that cannot be process {message.pid} says it is"))
                 return

@@ -188,7 +188,8 @@ class TaskRunner:
         """Run calls until the master says goodbye; returns the exit status."""
         loop = self.link.loop
         while True:
-            item = self._next()
+            # A remote call that was promised this thread comes first: what lies in the inbox may wait for its value.
+            item = self._next() if not self._offered else None
             if item is not None:
                 self._run(item)
                 continue
@@ -350,6 +351,10 @@ class TaskRunner:
         with self.lock:
             work, name = self._offered.popleft()
             self._blocked += 1
+            more = bool(self._inbox) and self._helpers < self._blocked
+            self._helpers += more
+        if more:  # came together with it
+            self._spawn(self._help)
         try:
             self._run_offered(work, name)
         finally:

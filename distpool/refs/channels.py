@@ -16,7 +16,7 @@ from distpool.node.node import Node
 from distpool.refs import gc
 from distpool.refs.channel import Channel, ChannelReply
 from distpool.refs.gc import Handle
-from distpool.refs.owner import RRID
+from distpool.refs.owner import RRID, carries_references
 from distpool.refs.refs import RAISED_HERE, Future, Outcome
 from distpool.refs.remote import _Waiting, stable
 from distpool.wire import codec, messages
@@ -245,8 +245,15 @@ class _RemoteReply(ChannelReply):
 
 def _give_back(channel: RemoteChannel, late: Future[Any]) -> None:
     raw = late._raw
-    if raw is not None and raw.status == VALUE:
-        channel._request(_RemoteReply(channel, "restore"), raw.data, list(raw.buffers), None, 1)
+    if raw is None or raw.status != VALUE:
+        return
+    data, buffers = raw.data, list(raw.buffers)
+    if carries_references(data):  # they were lent to us
+        seen: list[Any] = []
+        data, views = codec.encode(codec.decode(data, buffers), channel.where, seen)
+        channel._refs.lend(seen, channel.where)
+        buffers = stable(views)
+    channel._request(_RemoteReply(channel, "restore"), data, buffers, None, 1)
 
 
 def _channel_of_one() -> Channel:

@@ -12,7 +12,7 @@ from distpool.errors import ChannelClosedError
 from distpool.refs import gc
 from distpool.refs.channel import PLAIN_ERROR, Channel, Waiter
 from distpool.refs.channels import run_here
-from distpool.refs.owner import RRID
+from distpool.refs.owner import RRID, carries_references
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.refs.serving import Serving, serving
 from distpool.wire import codec, messages
@@ -20,6 +20,8 @@ from distpool.wire.frames import Frame, Kind
 from distpool.wire.messages import VALUE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from distpool.node.node import Node
     from distpool.transport.link import Link
 
@@ -52,11 +54,15 @@ class _Requests:
         plain = "by_callbacks" in vars(type(channel))
         if plain and message.op in ("take", "fetch", "wait") and not message.arguments:
             self._wait_for(channel, message, pid)
-        elif plain and message.op == "put" and message.arguments == 1 and channel.type is object:
-            self._put(channel, message, pid, Outcome(VALUE, body, buffers, pid))
-        elif plain and message.op == "restore":
-            channel.restore(Outcome(VALUE, body, buffers, pid))
-            self._answers.reply(pid, message.request, VALUE, codec.encode(None)[0])
+        elif plain and (
+            message.op == "restore" or (message.op == "put" and message.arguments == 1 and channel.type is object)
+        ):
+            use = self._put if message.op == "put" else self._restore
+            item = Outcome(VALUE, body, buffers, pid)
+            if carries_references(body):
+                self._node.deliver(lambda: self._open(item, message, lambda opened: use(channel, message, pid, opened)))
+            else:
+                use(channel, message, pid, item)
         else:
             self._node.deliver(lambda: self._run(message, pid, body, buffers, channel))
 
@@ -72,6 +78,19 @@ class _Requests:
 
         waiter = channel.request(message.op, served, pid)
         self._keep(key, channel, waiter, message.timeout)
+
+    def _open(self, item: Outcome, message: Any, use: Callable[[Outcome], object]) -> None:
+        """On a library thread: references in an item live here as objects, so that each taker is lent its own."""
+        try:
+            opened = Outcome(LOCAL_VALUE, codec.decode(item.data, item.buffers), (), item.pid)
+        except BaseException as error:
+            self._answers.reply_error(item.pid, message.request, error)
+        else:
+            self._node.loop.call_soon(lambda: use(opened))
+
+    def _restore(self, channel: Channel, message: Any, pid: int, item: Outcome) -> None:
+        channel.restore(item)
+        self._answers.reply(pid, message.request, VALUE, codec.encode(None)[0])
 
     def _put(self, channel: Channel, message: Any, pid: int, item: Outcome) -> None:
         key = (pid, message.request)

@@ -11,15 +11,18 @@ deadlock: the collector runs it between any two bytecodes).
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from distpool.refs.owner import RRID, Owner
+from distpool.refs.owner import RRID, Entry, Owner, carries_references
+from distpool.refs.refs import Outcome
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
+from distpool.wire.messages import VALUE
 
 if TYPE_CHECKING:
     from distpool.node.node import Node
@@ -81,12 +84,25 @@ class Refs:
                 rrid, me = self.new_id(), self.node.pid
                 entry = self.owner.touch(rrid, me)
                 future._watched = True
-                future._on_settled = lambda outcome: self.owner.settle(entry, outcome)
+                future._on_settled = lambda outcome: self._own(entry, future, outcome)
                 handle = future._handle = Handle(self, rrid, me, 1)
                 self.live[rrid] = future
         if future.done():
             future._report()
         return handle
+
+    def _own(self, entry: Entry, future: Any, outcome: Outcome) -> None:
+        """The outcome of an adopted future is there. Any thread."""
+        if outcome.status != VALUE or not carries_references(outcome.data):
+            self.owner.settle(entry, outcome)
+            return
+
+        def work() -> None:
+            with contextlib.suppress(Exception):  # which is the outcome then
+                future.result(0)
+            self.owner.settle(entry, future.outcome())
+
+        self.node.deliver(work)  # the references in it live here from now on, as objects
 
     # -- giving back -------------------------------------------------------------------------------------------
 

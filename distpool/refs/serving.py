@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from distpool.refs import gc
 from distpool.refs.gc import Refs
-from distpool.refs.owner import RRID
+from distpool.refs.owner import RRID, Entry, carries_references
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.refs.remote import SET_TWICE, dead_future, new_future, stable
 from distpool.wire import codec, messages
@@ -55,13 +55,28 @@ class Serving:
         elif message.op == "put":
             buffers = [link.segments.open(buffer) for buffer in frame.buffers]
             outcome = Outcome(VALUE, bytes(frame.body), buffers, pid)
-            if refs.owner.settle(entry, outcome):
-                self.reply(pid, message.request, VALUE, b"")
+            if carries_references(outcome.data):
+                refs.node.deliver(lambda: self._put_opened(entry, pid, message.request, outcome))
             else:
-                error = RuntimeError(SET_TWICE)
-                refs.node.deliver(lambda: self.reply_error(pid, message.request, error))
+                self._put(entry, pid, message.request, outcome)
         elif message.op == "fetch":
             refs.owner.watch(entry, lambda outcome: self.send_outcome(pid, message.request, outcome))
+
+    def _put(self, entry: Entry, pid: int, request: int, outcome: Outcome) -> None:
+        if self._refs.owner.settle(entry, outcome):
+            self.reply(pid, request, VALUE, b"")
+        else:
+            error = RuntimeError(SET_TWICE)
+            self._refs.node.deliver(lambda: self.reply_error(pid, request, error))
+
+    def _put_opened(self, entry: Entry, pid: int, request: int, outcome: Outcome) -> None:
+        """On a library thread: references in a value live here as objects, so that each taker is lent its own."""
+        try:
+            value = codec.decode(outcome.data, outcome.buffers)
+        except BaseException as error:
+            self.reply_error(pid, request, error)
+            return
+        self._put(entry, pid, request, Outcome(LOCAL_VALUE, value, (), pid))
 
     def notify(self, pid: int, rrid: RRID, outcome: Outcome) -> None:
         """Tell `pid` that the value is there, without the value."""

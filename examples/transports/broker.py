@@ -2,13 +2,14 @@
 
     python examples/transports/broker.py                  starts three workers and lets them call each other
 
-A manager that overrides `connect` decides what the bytes travel over. Here it is a connection of star.py: a name is
-all that one has to know to reach a worker, so the name is what the master leaves in `config.connect_at` for others.
+A manager that overrides `connect` decides what the bytes travel over. Here it is a connection of star.py: the hub and
+a name there are all that one has to know to reach a worker, so that is what the master leaves in `config.connect_at`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
 import subprocess
 import sys
@@ -25,26 +26,27 @@ import distpool
 class BrokerManager(distpool.ClusterManager):
     """`addprocs(BrokerManager(4))` starts a hub and four local workers that talk through it and nothing else."""
 
-    def __init__(self, count: int = 0, client: star.Client | None = None) -> None:
-        self.count, self.client = count, client
+    def __init__(self, count: int = 0) -> None:
+        self.count = count
+        self.clients: dict[str, star.Client] = {}  # by the address of the hub: a worker may have to reach other stars
         self.processes: list[subprocess.Popen[bytes]] = []
         self.hub: subprocess.Popen[bytes] | None = None
-        self._directory = ""
         self._living = 0
         self._streams: dict[int, tuple[star.Reader, star.Writer]] = {}
-        self._lock = threading.Lock()  # protects _living, hub, client: one launch may begin while another ends
+        self._lock = threading.Lock()  # protects _living, hub, clients: one launch may begin while another ends
 
     def launch(self, params: dict[str, Any]) -> Iterator[distpool.WorkerConfig]:
         with self._lock:
             self._living += self.count
             if self.hub is None:
                 self._directory = tempfile.mkdtemp(prefix="broker-")
-                self.hub = self._start("hub", f"ipc://{self._directory}/hub")
-                self.client = star.Client(f"ipc://{self._directory}/hub", "master")
+                self._endpoint = f"ipc://{self._directory}/hub"
+                self.hub = self._start("hub", self._endpoint)
+                self.clients[self._endpoint] = star.Client(self._endpoint, "master")
         started = []
         for _ in range(self.count):
             name = f"worker-{len(self.processes)}"
-            process = self._start("worker", f"ipc://{self._directory}/hub", name, stdout=subprocess.PIPE)
+            process = self._start("worker", self._endpoint, name, stdout=subprocess.PIPE)
             self.processes.append(process)
             started.append((name, process))
             assert process.stdin is not None
@@ -54,7 +56,7 @@ class BrokerManager(distpool.ClusterManager):
             assert process.stdout is not None
             while process.stdout.readline() not in (b"", b"ready\n"):
                 pass
-            yield distpool.WorkerConfig(io=process.stdout, process=process, userdata=name)
+            yield distpool.WorkerConfig(io=process.stdout, process=process, userdata=(self._endpoint, name))
 
     def _start(self, *arguments: str, stdout: int | None = None) -> subprocess.Popen[bytes]:
         command = [sys.executable, __file__, *arguments]  # a session of its own: Ctrl-C is for the master
@@ -63,10 +65,13 @@ class BrokerManager(distpool.ClusterManager):
 
     def connect(self, pid: int, config: distpool.WorkerConfig) -> tuple[star.Reader, star.Writer]:
         """On the master (`userdata` is ours) and on workers (only `connect_at` came along)."""
-        assert self.client is not None
         if config.connect_at is None:
             config.connect_at = config.userdata
-        self._streams[pid] = streams = self.client.connect(config.connect_at)
+        endpoint, name = config.connect_at
+        with self._lock:
+            if endpoint not in self.clients:  # the star of another manager
+                self.clients[endpoint] = star.Client(endpoint, secrets.token_hex(8))
+            self._streams[pid] = streams = self.clients[endpoint].connect(name)
         return streams
 
     def kill(self, pid: int, config: distpool.WorkerConfig) -> None:
@@ -84,9 +89,9 @@ class BrokerManager(distpool.ClusterManager):
                     self._end_star()
 
     def _end_star(self) -> None:
-        assert self.client is not None and self.hub is not None and self.hub.stdin is not None
+        assert self.hub is not None and self.hub.stdin is not None
         with contextlib.suppress(ConnectionError):
-            self.client.close()
+            self.clients.pop(self._endpoint).close()
         self.hub.stdin.close()
         self.hub.wait()
         self.hub = None
@@ -97,10 +102,10 @@ def be_worker(endpoint: str, name: str) -> None:
     """What a launched process does: hand each connection over. The library ends the process."""
     manager = BrokerManager()
     distpool.init_worker(sys.stdin.readline().strip(), manager)
-    manager.client = star.Client(endpoint, name, distpool.process_messages)
-    manager.client.known.wait()
+    client = manager.clients[endpoint] = star.Client(endpoint, name, distpool.process_messages)
+    client.known.wait()
     print("ready", flush=True)
-    manager.client.over.wait()  # a program whose main thread has ended cannot start thread pools any more
+    client.over.wait()  # a program whose main thread has ended cannot start thread pools any more
 
 
 def main() -> None:

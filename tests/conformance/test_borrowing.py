@@ -117,3 +117,13 @@ def test_a_borrowed_worker_dies(team: list[int]) -> None:
         with pytest.raises((ProcessExitedException, BrokenProcessPool)):
             executor.submit(ident, 1).result(20)
     assert distpool.workers() == team
+
+
+def test_a_task_that_comes_right_behind_a_remote_call_waits_for_its_value() -> None:
+    """Both reach the worker at once: the call that the main thread was promised must not wait behind the task."""
+    with distpool.ClusterExecutor(1) as executor:
+        assert executor.submit(abs, -1).result(30) == 1
+        (pid,) = executor.workers
+        for number in range(30):
+            ref = distpool.remotecall(lambda number=number: number, pid)
+            assert executor.submit(distpool.fetch, ref).result(20) == number

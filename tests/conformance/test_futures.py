@@ -31,7 +31,7 @@ from distpool import (
 )
 
 from .conftest import wait_until
-from .helpers import boom, dropped, holders, ident, make_noticed, myid
+from .helpers import boom, dropped, holders, ident, make_noticed, myid, own_nothing
 
 
 def both(w: list[int]) -> list[int]:
@@ -375,3 +375,35 @@ def test_cancel_of_a_remote_call_is_false(w: list[int]) -> None:
     f = remotecall(ident, w[0], 1)
     assert f.cancel() is False
     assert f.result(30) == 1
+
+
+def test_C035_executors_inside_tasks_pass_references_on() -> None:
+    """Arguments and results that carry references go through the executor's owner: alive, then freed everywhere."""
+    with distpool.ClusterExecutor(2) as executor:
+
+        def use(ref: Any) -> Any:
+            return ref, fetch(ref).name
+
+        def act(ref: Any) -> str:
+            back, name = executor.submit(use, ref).result(20)
+            return f"{name} {fetch(back).name}"
+
+        assert executor.submit(abs, -1).result(20) == 1
+        for number in range(5):
+            ref = remotecall(make_noticed, executor.workers[number % len(executor.workers)], f"n{number}")
+            assert executor.submit(act, ref).result(20) == f"n{number} n{number}"
+            del ref
+        wait_until(lambda: own_nothing([1, *executor.workers]))
+
+
+def test_C035_a_value_that_carries_references(w: list[int]) -> None:
+    """A Future set with references, read by several processes: each has its own, and in the end nobody has any."""
+    ref = remotecall(make_noticed, w[0], "inside")
+    box = Future(w[1])
+    remotecall_wait(lambda box, ref: (box.put([ref]), None)[1], w[2], box, ref)
+    del ref
+    for pid in (w[3], w[0], w[2]):
+        assert remotecall_fetch(lambda box: fetch(fetch(box)[0]).name, pid, box) == "inside"
+    assert fetch(fetch(box)[0]).name == "inside"
+    del box
+    wait_until(lambda: own_nothing([1, *w]))

@@ -17,9 +17,11 @@ import pytest
 
 import distpool
 import distpool.managers.base
+import distpool.node.node
 from distpool import WorkerConfig, addprocs, rmprocs
 from distpool.calls import remotecall, remotecall_fetch
 
+from . import transports
 from .clusters import ONE_BYTE, WHOLE, ByCommand, OverStreams, Recording, Unpollable, others, start
 from .conftest import wait_until
 
@@ -421,3 +423,53 @@ def test_process_messages_needs_a_worker() -> None:
         distpool.init_worker("cookie")
     with pytest.raises(RuntimeError, match="belongs to a process group"):
         distpool.start_worker(cookie="cookie")
+
+
+@pytest.mark.parametrize("kind", transports.CUSTOM)
+def test_C233_master_worker_over_custom_transports(kind: str) -> None:
+    with transports.environment(kind):
+        one, two = addprocs(transports.manager_of(kind, 2), topology="master_worker")
+    with pytest.raises(distpool.RemoteException) as info:
+        remotecall_fetch(remotecall_fetch, one, distpool.myid, two)
+    assert isinstance(info.value.captured.ex, distpool.TopologyError)
+    check_works([one, two]) if kind != "bytes" else None
+
+
+@pytest.mark.parametrize("kind", transports.CUSTOM)
+def test_C237_links_over_custom_transports_that_are_not_lazy(kind: str) -> None:
+    with transports.environment(kind):
+        pids = addprocs(transports.manager_of(kind, 3), lazy=False)
+    made = [remotecall_fetch(lambda: distpool.node.node.current().peers.opened, pid) for pid in pids]
+    assert made == [2, 2, 2]
+    assert [remotecall_fetch(remotecall_fetch, pids[0], distpool.myid, pid) for pid in pids] == pids
+
+
+def test_C271_workers_of_several_transports_in_one_group() -> None:
+    """Two stars, Unix sockets and ordinary workers: whoever can reach the other one makes the link."""
+    pytest.importorskip("zmq")
+    pids = [transports.add(kind, 1)[0] for kind in ("star", "fork", "star", "exec")]
+    for source in pids:
+        for target in pids:
+            assert remotecall_fetch(remotecall_fetch, source, distpool.myid, target) == target
+
+
+def test_C271_no_way_between_two_workers_is_an_error() -> None:
+    """Workers behind streams that have no manager of their own: a clear error, at once, in both directions."""
+    one, two = addprocs(OverStreams(2))
+    for source, target in ((one, two), (two, one)):
+        begin = time.monotonic()
+        with pytest.raises(distpool.RemoteException, match="custom transport") as info:
+            remotecall_fetch(remotecall_fetch, source, distpool.myid, target)
+        assert isinstance(info.value.captured.ex, ConnectionError)
+        assert time.monotonic() - begin < 10
+    check_works([one, two])
+
+
+def test_C271_connect_that_fails_or_leads_to_another_worker() -> None:
+    manager = transports.manager_of("astray", 3)
+    with transports.environment("astray"):
+        one, two, three = addprocs(manager)
+    with pytest.raises(distpool.RemoteException, match=f"connected to process {one}, not to process {two}") as info:
+        remotecall_fetch(remotecall_fetch, three, distpool.myid, two)
+    assert isinstance(info.value.captured.ex, ConnectionError)
+    assert remotecall_fetch(remotecall_fetch, three, distpool.myid, one) == one

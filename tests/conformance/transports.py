@@ -45,6 +45,8 @@ def manager_of(kind: str, count: int) -> Any:
         return example("broker").BrokerManager(count)
     if kind == "bytes":
         return bytewise_manager()(count)
+    if kind == "astray":
+        return astray_manager()(count)
     return count
 
 
@@ -100,8 +102,36 @@ def bytewise_manager() -> Any:
     return Bytewise
 
 
-def be_bytewise_worker(descriptor: int) -> None:
-    distpool.init_worker(sys.stdin.readline().strip(), bytewise_manager()())
+def astray_manager() -> Any:
+    """On workers, every `connect` goes to the first of them (whose place comes along with the right one)."""
+    base = example("unix_socket").UnixSocketManager
+
+    class Astray(base):  # type: ignore[misc,valid-type]
+        program = __file__
+        first = ""
+
+        def connect(self, pid: int, config: Any) -> Any:
+            if config.connect_at is None:  # on the master
+                self.first = self.first or config.userdata
+                sock = super().connect(pid, config)
+                config.connect_at = "astray", self.first
+                return sock
+            config.connect_at = config.connect_at[1]
+            return super().connect(pid, config)
+
+    return Astray
+
+
+class _Either:
+    """The manager on workers of this file's program."""
+
+    def connect(self, pid: int, config: Any) -> Any:
+        kind = astray_manager() if isinstance(config.connect_at, tuple) else bytewise_manager()
+        return kind().connect(pid, config)
+
+
+def be_worker(descriptor: int) -> None:
+    distpool.init_worker(sys.stdin.readline().strip(), _Either())
     listener = socket.socket(fileno=descriptor)
     while True:
         stream = OneByte(listener.accept()[0])
@@ -109,4 +139,4 @@ def be_bytewise_worker(descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    be_bytewise_worker(int(sys.argv[2]))
+    be_worker(int(sys.argv[2]))
