@@ -351,8 +351,8 @@ class TaskRunner:
         with self.lock:
             work, name = self._offered.popleft()
             self._blocked += 1
-            more = bool(self._inbox) and self._helpers < self._blocked
-            self._helpers += more
+            more = bool(self._inbox) and self.helpers < self._blocked
+            self.helpers += more
         if more:  # came together with it
             self._spawn(self._help)
         try:
