@@ -142,6 +142,8 @@ class Interrupts:
             for thread in self._beside:
                 _raise_in(thread, KeyboardInterrupt)
             inside = list(self._inside.values())
+            for entry in inside:
+                entry.struck = True  # under the lock: who leaves after this has to see it
         for entry in inside:
             entry.strike()
         if self.main:  # looked at after its entry: it may have left the library meanwhile
