@@ -32,9 +32,7 @@ from distpool.node.node import Node
 log = logging.getLogger("distpool.crew")
 
 _LOCAL_ATTEMPTS = 3  # launches on this machine that may fail in a row
-_STUBBORN_ATTEMPTS = (
-    30  # the same, when workers of it have worked before: then the set-up is right, and something kills
-)
+_STUBBORN_ATTEMPTS = 30  # the same when workers of it have worked: then the set-up is right, and something kills
 _HOST_ATTEMPTS = 2  # launches elsewhere that may fail in a row, when workers of it have worked before; else one
 _HOST_PAUSE = 0.5  # seconds between those
 _OVERDUE = 5.0  # seconds that a host may take to replace its workers before another one is asked: it may be gone
@@ -98,17 +96,12 @@ class Place:
     def pause(self) -> float | None:
         """Seconds until it may be asked for workers (again); None: it is given up."""
         now = time.monotonic()
-        limit = (
-            (_STUBBORN_ATTEMPTS if self.worked else _LOCAL_ATTEMPTS)
-            if self.local
-            else (_HOST_ATTEMPTS if self.worked else 1)
-        )
-        if self._failures >= limit and (now - self._failed_at < _GIVEN_UP or not self.worked):
+        few, many = (_LOCAL_ATTEMPTS, _STUBBORN_ATTEMPTS) if self.local else (1, _HOST_ATTEMPTS)
+        if self._failures >= (many if self.worked else few) and (now - self._failed_at < _GIVEN_UP or not self.worked):
             return None
         if self._idle_deaths >= _IDLE_DEATHS and now - self._died_at < _GIVEN_UP:
-            self.errors = self.errors or [
-                RuntimeError(f"{self._idle_deaths} workers died before they had run anything")
-            ]
+            text = f"{self._idle_deaths} workers died before they had run anything"
+            self.errors = self.errors or [RuntimeError(text)]
             return None
         rest = 0.0
         if self._failures and self.worked:
@@ -247,8 +240,8 @@ class Supply:
         """Begin everywhere. Any thread, once."""
         first = [Order(self, place, place.manager, place.count, True) for place in self.places if place.count != 0]
         # Side by side, but not hundreds of logins in one moment: they may go through one gateway.
-        defaults = first[0].launch.params if first else {}
-        most = defaults.get("max_parallel") or len(first)
+        given = first[0].launch.params.get("max_parallel") if first else None
+        most = given if isinstance(given, int) and given > 0 else len(first)
         self._waiting.extend(first[most:])
         for order in first[:most]:
             order.start()
@@ -266,9 +259,8 @@ class Supply:
                 break
             missing -= self._order(place, missing)
         if missing > 0 and self._timer is None:
-            waits = [
-                pause for place in self.places if place.share and (pause := place.pause()) is not None and pause > 0
-            ]
+            pauses = [place.pause() for place in self.places if place.share]
+            waits = [pause for pause in pauses if pause]
             if waits:
                 self._rest(min(waits), missing)
 

@@ -35,7 +35,7 @@ from distpool.managers.base import parse_header
 from distpool.supply import spread
 
 HERE = Path(__file__).resolve().parent
-PATIENCE = 20.0
+PATIENCE = 40.0
 WORKER = [sys.executable, "-m", "distpool", "worker", "--bind-to", "127.0.0.1"]
 
 

@@ -254,6 +254,16 @@ def test_a_pool_by_machine_file_and_url(server: Server, ssh: Any, tmp_path: Path
         assert executor.submit(abs, -4).result(PATIENCE) == 4
 
 
+def test_one_worker_for_each_processor(make: Make) -> None:
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    executor = make([("127.0.0.1", "auto")])
+    wait_for(lambda: len(executor.workers) == count and executor._max_workers == count, executor)
+    least = make([("127.0.0.1", "auto")], max_workers=1)
+    assert least.submit(abs, -1).result(PATIENCE) == 1
+    wait_for(lambda: len(least._crew.members) == 1 and not least._crew.supply.busy, least)
+    assert len(least.workers) == least._max_workers == 1
+
+
 def test_scale(make: Make) -> None:
     executor = make(["127.0.0.1"])
     assert executor.submit(abs, -1).result(PATIENCE) == 1
