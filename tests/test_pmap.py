@@ -476,7 +476,7 @@ def test_executor_that_was_shut_down() -> None:
 # -- where it runs -----------------------------------------------------------------------------------------------------
 
 
-def test_here(executor: ClusterExecutor) -> None:
+def test_C002_C139_here(executor: ClusterExecutor) -> None:
     """C2, C139: in this process, several at a time, in a bounded number of threads."""
     here = threading.get_ident()
     for options in ({"pool": executor, "distributed": False}, {}):

@@ -137,7 +137,7 @@ Wrap = Callable[[Any], Any]
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
 @pytest.mark.parametrize("wrap", [list, iter], ids=["list", "iterator"])
-def test_all_elements_fail(executor: ClusterExecutor, batch_size: int | str, wrap: Wrap) -> None:
+def test_C134_all_elements_fail(executor: ClusterExecutor, batch_size: int | str, wrap: Wrap) -> None:
     """C134: nothing special about a batch of which nothing is left."""
 
     def boom(number: int) -> None:

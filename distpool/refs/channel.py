@@ -47,6 +47,21 @@ class Waiter:
         self.live = True
 
 
+class Handed(Outcome):
+    """An object of this process that goes to a taker elsewhere: its `put` returns when it has been serialised (`then`),
+    because whoever put it may change it after that.
+    """
+
+    then: Callable[[], object]
+
+    @classmethod
+    def over(cls, putter: Waiter) -> Handed:
+        """What `putter` has put."""
+        made = cls(*putter.item)
+        made.then = lambda: putter.callback(_DONE)
+        return made
+
+
 def _failed(error: BaseException) -> Outcome:
     return Outcome(RAISED_HERE, error, (), 0)
 
@@ -140,7 +155,10 @@ class Channel:
                 progress = True
             elif self._takers and self._putters and not self._items:
                 putter, taker = self._served(self._putters.popleft()), self._served(self._takers.popleft())
-                due.extend(((taker, putter.item), (putter, _DONE)))
+                if taker.pid and putter.item.status == LOCAL_VALUE:
+                    due.append((taker, Handed.over(putter)))
+                else:
+                    due.extend(((taker, putter.item), (putter, _DONE)))
                 progress = True
         if self._watchers and (self._items or self._putters):
             due.extend((self._served(watcher), _DONE) for watcher in self._watchers if watcher.live)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distpool.errors import ChannelClosedError
 from distpool.refs import gc
-from distpool.refs.channel import PLAIN_ERROR, Channel, Waiter
+from distpool.refs.channel import PLAIN_ERROR, Channel, Handed, Waiter
 from distpool.refs.channels import run_here
 from distpool.refs.owner import RRID, carries_references
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
@@ -116,8 +116,16 @@ class _Requests:
     def _send(self, pid: int, request: int, outcome: Outcome) -> None:
         if outcome.status == RAISED_HERE:
             self._plain_error(pid, request, outcome.data)
+        elif isinstance(outcome, Handed):
+            self._node.deliver(lambda: self._hand_over(pid, request, outcome))
         else:
             self._answers.send_outcome(pid, request, outcome)
+
+    def _hand_over(self, pid: int, request: int, item: Handed) -> None:
+        try:
+            self._answers.reply_value(pid, request, item.data)
+        finally:
+            item.then()
 
     def _plain_error(self, pid: int, request: int, error: BaseException) -> None:
         self._node.deliver(lambda: self._answers.reply(pid, request, PLAIN_ERROR, codec.encode(error)[0]))

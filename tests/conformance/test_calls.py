@@ -224,7 +224,7 @@ def test_unserialisable_result(w: list[int]) -> None:
         fetch(remotecall(threading.Lock, w[0]))
 
 
-def test_C097_C104_globals_are_fresh(w: list[int]) -> None:
+def test_C097_C098_C103_C104_globals_are_fresh(w: list[int]) -> None:
     global v1
     for value in (1, 2, 3, [1], [1], "a", "b", "a"):
         v1 = value

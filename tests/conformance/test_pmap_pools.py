@@ -176,7 +176,7 @@ def test_C125_on_error_here(pool: Any, batch: Any) -> None:
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_C127_C128_retries(pool: Any, batch: Any, tmp_path: Path) -> None:
+def test_C127_C128_C129_C130_retries(pool: Any, batch: Any, tmp_path: Path) -> None:
     def flaky(phase: str) -> Callable[[int], int]:
         folder = tmp_path / phase  # of its own: what is in flight when a map fails runs on
         folder.mkdir()
