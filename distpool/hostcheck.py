@@ -46,16 +46,22 @@ class Report:
 
 def look() -> dict[str, Any]:
     """What a worker says of its host."""
-    import psutil
-
-    memory = psutil.virtual_memory()
+    try:
+        import psutil
+    except ImportError:  # a host that was sent distpool alone
+        page = os.sysconf("SC_PAGE_SIZE")
+        total = os.sysconf("SC_PHYS_PAGES") * page
+        free = os.sysconf("SC_AVPHYS_PAGES") * page if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+    else:
+        memory = psutil.virtual_memory()
+        total, free = memory.total, memory.available
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "python": f"{platform.python_version()} {sys.executable}",
         "distpool": str(vars(sys.modules["distpool"])["__version__"]),
         "cores": usable or 1,
-        "memory": memory.total,
-        "free": memory.available,
+        "memory": total,
+        "free": free,
     }
 
 

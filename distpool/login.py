@@ -27,6 +27,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from distpool import config, standalone, startup, zygote
@@ -42,22 +43,24 @@ _HIGH_WATER = 1 << 20  # bytes that the master has not taken yet: from then on w
 _PORTS = 1000  # ports that are tried after one that is only a hint
 
 
-def main(cookie: str | None) -> NoReturn:
+def main(cookie: str | None, line: bytes = b"", front: Sequence[str] = (), cache: str = "") -> NoReturn:
     """Read the order from stdin, start the workers, serve until they have ended or stdin does. Does not return.
 
-    `cookie` is the one of the command line, if it stood there.
+    `cookie` is the one of the command line, if it stood there. From `bootstrap`: `line` is the order, if it has been
+    read already; `front`: directories that come first in the workers' sys.path; `cache`: where they keep modules that
+    they fetch.
     """
     # Duplicates, so that nothing else can get between our events: whatever prints here prints into stderr.
     orders, events, complaints = os.dup(0), os.dup(1), os.dup(2)
     try:
-        line, rest = _read_line(orders)
+        line, rest = (line, b"") if line else _read_line(orders)
         settings = LoginSettings.from_line(line)
         settings.cookie = settings.cookie if settings.cookie is not None else cookie
         standalone.check_cookie(settings.cookie)
         os.dup2(2, 1)
         if not hasattr(os, "fork"):
             raise RuntimeError("logins to hosts without fork (Windows) are not supported by this version of distpool")
-        agent = Agent(settings, orders, events, rest)
+        agent = Agent(settings, orders, events, rest, front, cache)
         _quiet()
         birth = agent.run()
     except BaseException:
@@ -105,8 +108,18 @@ class _Worker:
 class Agent:
     """The serving loop. `run` returns only in a child, as that child's `Birth`."""
 
-    def __init__(self, settings: LoginSettings, orders: int, events: int, rest: bytes) -> None:
+    def __init__(
+        self,
+        settings: LoginSettings,
+        orders: int,
+        events: int,
+        rest: bytes,
+        front: Sequence[str] = (),
+        cache: str = "",
+    ) -> None:
         self.settings = settings
+        self._front = front
+        self._cache = cache
         self.address = reached_address(settings)
         self.limit: tuple[int, int] | None = None
         self._orders = orders
@@ -139,7 +152,7 @@ class Agent:
         self._outbox += b"\n" + MARK  # what the shell printed last may have had no end of line
         self._say(address=self.address, python=version, ospid=os.getpid(), cpus=cpus)
         count = cpus if self.settings.count == "auto" else int(self.settings.count)
-        self._worker_settings = worker_settings(self.settings)
+        self._worker_settings = worker_settings(self.settings, self._front, self._cache)
         return self._start(count) or self._serve()
 
     # -- workers -----------------------------------------------------------------------------------------------
@@ -322,7 +335,7 @@ class Agent:
 # -- what workers get --------------------------------------------------------------------------------------------
 
 
-def worker_settings(settings: LoginSettings) -> dict[str, Any]:
+def worker_settings(settings: LoginSettings, front: Sequence[str] = (), cache: str = "") -> dict[str, Any]:
     """The settings of one worker, as `startup` takes them. FileNotFoundError: the directory that was asked for."""
     login = os.getcwd()
     cwd = os.path.expanduser(settings.cwd) or login
@@ -330,16 +343,21 @@ def worker_settings(settings: LoginSettings) -> dict[str, Any]:
         if settings.strict_cwd:
             raise FileNotFoundError(f"dir={settings.cwd!r} is no directory on this host, or may not be entered")
         cwd = login
-    path = list(sys.path)
+    path = [entry for entry in sys.path if entry not in front]
     if path and path[0] == login and not getattr(sys.flags, "safe_path", False):
         path[0] = cwd  # `-m` puts the current directory first
+    path[:0] = front
     env = dict(os.environ)
     if not settings.enable_threaded_blas:
         env.update(dict.fromkeys(BLAS_VARIABLES, "1"))
     env.update(settings.env)
     if settings.timeout > config.worker_timeout():  # the master may take as long as it gives others
         env.setdefault("DISTPOOL_WORKER_TIMEOUT", str(settings.timeout))
-    extra = {"memory_limit": settings.memory_limit} if settings.memory_limit is not None else {}
+    extra: dict[str, Any] = {}
+    if settings.memory_limit is not None:
+        extra["memory_limit"] = settings.memory_limit
+    if settings.fetch:
+        extra["fetch"] = cache
     return {
         "cookie": settings.cookie,
         "cwd": cwd,

@@ -73,6 +73,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("managers.base", "managers.launch", "managers.process", "managers.forked", "managers.executed"),
         *("managers.handles", "managers.specs", "managers.batch", "managers.resources", "managers.local"),
         *("managers.login_protocol", "managers.ssh", "managers.ssh_login", "managers.ssh_command"),
+        *("managers.archive", "managers.bootstrap", "managers.unpacking"),
         *("managers.ssh_client", "managers.ssh_config", "managers.ssh_paramiko", "managers.ssh_binary"),
     ),
     9: ("joining", "adding", "cluster", "supply", "crew", "borrowing", "hosts", "exits"),
@@ -212,6 +213,10 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         *(("managers.ssh", f"managers.{name}") for name in ("base", "local", "specs", "login_protocol")),
         *(("managers.ssh", f"managers.ssh_{name}") for name in ("binary", "client", "command", "config", "login")),
         ("managers.ssh", "managers.ssh_paramiko"),
+        ("managers.ssh", "managers.bootstrap"),
+        ("managers.local", "managers.archive"),
+        ("managers.archive", "managers.unpacking"),
+        *(("managers.bootstrap", f"managers.{name}") for name in ("archive", "unpacking", "login_protocol")),
         ("managers.ssh_command", "managers.login_protocol"),
         *(("managers.ssh_login", f"managers.{name}") for name in ("base", "login_protocol", "process", "ssh_client")),
         ("managers.ssh_config", "managers.specs"),
@@ -264,9 +269,10 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
 )
 """The arrows inside one layer, each a decision: (importer, imported)."""
 
-ON_DEMAND: frozenset[tuple[str, str]] = frozenset({("node.node", "calls")})
-"""The one way up: a module loaded by `importlib.import_module` when it is first needed, which registers itself. The
-node hands frames of unknown kinds to whoever registers for them; who only uses an executor loads no remote calls."""
+ON_DEMAND: frozenset[tuple[str, str]] = frozenset({("node.node", "calls"), ("managers.unpacking", "login")})
+"""The ways up: modules loaded by `importlib.import_module`. Of the node: when it is first needed; it registers itself.
+The node hands frames of unknown kinds to whoever registers for them; who only uses an executor loads no remote calls.
+Of unpacking: in a process on another host in which nothing else of the package has been loaded."""
 
 NARROWED: dict[str, int] = {"managers.": 2}
 """Modules that see less than their layer would allow: managers know addresses and byte streams, never calls or refs."""

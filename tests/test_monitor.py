@@ -347,6 +347,15 @@ def test_own_stacks_name_threads_that_python_does_not_know() -> None:
         release.set()
 
 
+def test_usage_without_psutil(monkeypatch: pytest.MonkeyPatch) -> None:
+    age, cpu_seconds, memory = observe.usage()
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    other_age, other_cpu_seconds, other_memory = observe.usage()
+    assert 0 < other_age <= age + 1
+    assert other_cpu_seconds == pytest.approx(cpu_seconds, abs=0.5)
+    assert other_memory == pytest.approx(memory, rel=0.5)
+
+
 def test_usage_is_that_of_this_process() -> None:
     age, cpu_seconds, memory = observe.usage()
     process = psutil.Process()

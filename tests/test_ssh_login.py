@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from distpool import LaunchWorkerError, WorkerConfig
+from distpool import LaunchWorkerError, VersionMismatchError, WorkerConfig
 from distpool.managers import ssh_login
 from distpool.managers.login_protocol import MARK, LoginSettings, pack_event
 from distpool.managers.ssh_client import LoginError
-from distpool.managers.ssh_login import HostLogin, RemoteProcess, explain
+from distpool.managers.ssh_login import HostLogin, Order, RemoteProcess, explain
 
 
 class FakeSession:
@@ -98,7 +98,7 @@ class Bench:
             "node1",
             LoginSettings(cookie="c", **settings),
             connect or (lambda deadline: self.connection),
-            lambda connection, deadline: ("command", b"feed"),
+            lambda: Order("command", b"feed", lambda digest: f"<{digest}>".encode()),
             lambda login, process: WorkerConfig(process=process, userdata=login),
             self.workers.put,
             self.settled.put,
@@ -332,3 +332,25 @@ def test_a_forked_child_only_closes(bench: Any) -> None:
 def test_texts_of_other_programs_do_not_mislead() -> None:
     assert "disk" not in explain(1, "all is well", LoginSettings())
     assert explain(255, "", LoginSettings()).startswith("the login ended before a worker had started")
+
+
+# -- hosts that lack something -----------------------------------------------------------------------------------
+
+
+def test_what_a_host_wants_is_sent() -> None:
+    bench = Bench()
+    bench.session.say(b"Welcome\n" + MARK + pack_event(wants=["one", "two"]))
+    bench.session.wait_for(b"<one><two>")
+    bench.begin()  # with a mark of its own
+    bench.worker()
+    assert bench.settled.get(timeout=10) == []
+    bench.finish()
+
+
+def test_another_version_of_python() -> None:
+    bench = Bench()
+    bench.session.say(b"\n" + MARK + pack_event(mismatch="2.7.18", program="/usr/bin/python"))
+    (error,) = bench.settled.get(timeout=10)
+    assert "the Python there (/usr/bin/python) is 2.7.18, that of this program " in str(error)
+    assert isinstance(error.__cause__, VersionMismatchError)
+    bench.finish()

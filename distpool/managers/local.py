@@ -48,8 +48,12 @@ class LocalManager(ClusterManager):
         return "LocalManager()"
 
     def check(self, params: dict[str, Any]) -> None:
-        """ValueError, TypeError: bad `env`, `exename`, ..."""
+        """ValueError, TypeError: bad `env`, `exename`, ..., or a package in `ship` that is not there."""
         self.spec({"cookie": "", **params})
+        if params.get("ship"):
+            from distpool.managers import archive
+
+            archive.wishes(params["ship"])
 
     def launch(self, params: dict[str, Any]) -> Iterator[WorkerConfig]:
         """Start the workers; each config's `process` is the launcher's handle (`add_exit_callback`, `output`, `kill`).
@@ -103,8 +107,8 @@ class LocalManager(ClusterManager):
         return [(self, self.n)]
 
     def default_addprocs_params(self) -> dict[str, Any]:
-        """The keywords of `addprocs(n)`."""
-        return {**super().default_addprocs_params(), "restrict": True}
+        """The keywords of `addprocs(n)`. `ship`: nothing has to be sent, workers here find what this program finds."""
+        return {**super().default_addprocs_params(), "restrict": True, "ship": ()}
 
 
 def command(exename: Any, exeflags: Any) -> tuple[list[str], bool]:

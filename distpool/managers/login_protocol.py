@@ -3,6 +3,7 @@
     master --stdin-->  whatever `bootstrap` needs, then one line of JSON: LoginSettings; later {"kill": n, "signal": s},
                        {"start": n}: so many more workers
     master <-stdout--  banners of the shell, then `distpool_login:{json}`, from there on events:
+                         {"wants": [digest, ..]}, {"mismatch": version}       before distpool runs there: `bootstrap`
                          {"worker": n, "ospid": .., "host": .., "port": .., "tls": ..}
                          {"output": n, "size": b} and b bytes                 it printed these
                          {"exited": n, "status": code or -signal}
@@ -38,9 +39,9 @@ class LoginSettings:
     the first take the next free ones, and so does the first with `port_is_hint`. `loopback`: reached through the
     login only. `cwd`: where they work; if it is missing there, the home directory, unless `strict_cwd`. `env`: over
     the environment of the login. `tls`: None, or `{"certificate": PEM, "key": PEM}` of the cluster: listeners that can
-    be reached from other hosts take encrypted links only; with `always_tls` so do those on loopback. `ship`: what
-    `bootstrap` wants to tell. `hold`: stay without workers until stdin ends, more may be wanted. `site`: the host as
-    the user named it. `timeout`: seconds, for the start and the master.
+    be reached from other hosts take encrypted links only; with `always_tls` so do those on loopback. `fetch`:
+    workers ask the master for modules that they miss. `hold`: stay without workers until stdin ends, more may be
+    wanted. `site`: the host as the user named it. `timeout`: seconds, for the start and the master.
     """
 
     cookie: str | None = None
@@ -56,7 +57,7 @@ class LoginSettings:
     memory_limit: int | None = None
     tls: dict[str, Any] | None = None
     always_tls: bool = False
-    ship: Any = None
+    fetch: bool = False
     hold: bool = False
     site: str = ""
     timeout: float = 60.0
@@ -108,7 +109,11 @@ class EventReader:
                 if len(self._data) > MAX_LINE:
                     raise ValueError("a line without end")
                 return
-            event = json.loads(bytes(self._data[:end]))
+            line = bytes(self._data[:end]).removeprefix(MARK)
+            if not line.strip():  # whoever begins to speak ends a line that may have been left open
+                del self._data[: end + 1]
+                continue
+            event = json.loads(line)
             if not isinstance(event, dict):
                 raise ValueError(f"not an event: {event!r}")
             size = int(event.get("size", 0))

@@ -19,6 +19,7 @@ from typing import Any
 
 from distpool import config
 from distpool.errors import CompositeException, DistpoolError
+from distpool.managers import bootstrap
 from distpool.managers.base import ClusterManager, WorkerConfig
 from distpool.managers.local import here, pairs
 from distpool.managers.login_protocol import LOGIN_ARGUMENTS, LoginSettings
@@ -26,7 +27,7 @@ from distpool.managers.resources import wishes
 from distpool.managers.specs import Spec, machine_of, split_spec
 from distpool.managers.ssh_client import Connection
 from distpool.managers.ssh_command import SHELLS, command_line, words
-from distpool.managers.ssh_login import HostLogin, RemoteProcess
+from distpool.managers.ssh_login import HostLogin, Order, RemoteProcess
 
 _SLACK = 2.0  # seconds that a client's own time-out, which knows more, may come after ours
 _PROBE = 3.0  # seconds that tunnel="auto" waits for a direct connection
@@ -114,6 +115,7 @@ class SSHManager(ClusterManager):
             raise ValueError("ssh must be None (the client in this process) or name a program")
         sshflags(params["sshflags"])
         command_line(params["shell"], params["exename"], params["exeflags"], pairs(params["env"]))
+        bootstrap.check(params["bootstrap"], params["ship"])
         wishes(params)
 
     def launch_seconds(self, params: dict[str, Any]) -> float:
@@ -127,8 +129,9 @@ class SSHManager(ClusterManager):
         if self._kept is not None and (yield from self._launch_more(self._kept, params)):
             return
         clients = client(params)
+        parcels = bootstrap.parcels(params["bootstrap"], params["ship"])
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        waiting = [self._login(spec, count, params, clients, events) for spec, count in self.machines.items()]
+        waiting = [self._login(spec, count, params, clients, parcels, events) for spec, count in self.machines.items()]
         running: dict[HostLogin, float] = {}
         errors: list[Exception] = []
         seconds = _seconds(params)
@@ -188,9 +191,16 @@ class SSHManager(ClusterManager):
             kept.turn.release()
 
     def _login(
-        self, spec: Spec, count: Any, params: dict[str, Any], clients: _Client, events: queue.SimpleQueue[Any]
+        self,
+        spec: Spec,
+        count: Any,
+        params: dict[str, Any],
+        clients: _Client,
+        parcels: bootstrap.Parcels,
+        events: queue.SimpleQueue[Any],
     ) -> HostLogin:
         settings = login_settings(spec, count, params)
+        settings.fetch = parcels.fetches
 
         def describe(login: HostLogin, process: RemoteProcess) -> WorkerConfig:
             _, host, port = process.address
@@ -215,7 +225,7 @@ class SSHManager(ClusterManager):
             spec.host,
             settings,
             lambda deadline: clients(spec, deadline),
-            lambda connection, deadline: remote_command(connection, params, deadline),
+            lambda: remote_command(params, parcels),
             describe,
             events.put,
             lambda problems: events.put((login, problems)),
@@ -296,13 +306,15 @@ def client(params: dict[str, Any]) -> _Client:
     return lambda spec, deadline: ssh_paramiko.connect(found.target(spec), found, deadline)
 
 
-def remote_command(connection: Connection, params: dict[str, Any], deadline: float) -> tuple[str, bytes]:
-    """The command that the login runs, and what it reads before its settings."""
+def remote_command(params: dict[str, Any], parcels: bootstrap.Parcels) -> Order:
+    """The command that the login runs, what it reads before its settings, and what it may ask for."""
     arguments = [*LOGIN_ARGUMENTS]
     if params["cmdline_cookie"]:
         arguments.append(f"--worker={params['cookie']}")
-    env = environment(params)
-    return command_line(params["shell"], params["exename"], params["exeflags"], env, arguments), b""
+    if parcels:
+        arguments = bootstrap.arguments(arguments)
+    command = command_line(params["shell"], params["exename"], params["exeflags"], environment(params), arguments)
+    return Order(command, parcels.feed() if parcels else b"", parcels.parcel)
 
 
 def environment(params: dict[str, Any]) -> dict[str, str]:

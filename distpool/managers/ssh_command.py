@@ -4,8 +4,8 @@
     wincmd:      set "NAME=VALUE"&& PYTHON FLAGS -m distpool worker --login
 
 `exec env` is understood by every Unix shell, where `NAME=VALUE command`, `export` and `2>` are not. Only what the
-interpreter needs at its start stands there; directory, cookie and the other variables go through stdin, where no other
-user sees them and nothing has to be quoted.
+interpreter (or `bootstrap`) needs at its start stands there; directory, cookie and the other variables go through
+stdin, where no other user sees them and nothing has to be quoted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distpool.managers.login_protocol import LOGIN_ARGUMENTS
 
 SHELLS = ("posix", "csh", "wincmd")
 
-_STARTUP_NAMES = ("PATH", "LANG", "TZDIR", "GLIBC_TUNABLES", "HOME")
+_STARTUP_NAMES = ("PATH", "LANG", "TZDIR", "GLIBC_TUNABLES", "HOME", "XDG_CACHE_HOME", "TMPDIR")
 _STARTUP_PREFIXES = ("PYTHON", "LC_", "LD_", "DYLD_", "MALLOC_")
 
 _SEARCH = (

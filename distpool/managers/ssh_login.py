@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from distpool import config
-from distpool.errors import LaunchWorkerError
+from distpool.errors import DistpoolError, LaunchWorkerError, VersionMismatchError
 from distpool.managers.base import WorkerConfig
 from distpool.managers.login_protocol import EventReader, LoginSettings
 from distpool.managers.process import SIGKILL, LaunchedProcess, last_lines
@@ -33,6 +35,16 @@ _KILL_SECONDS = 5.0  # that a host has to report the end of a worker which was k
 _END_SECONDS = 5.0  # that a login may take to end
 _STATUS_SECONDS = 2.0  # for the exit status behind the end of the output
 _ERRORS_KEPT = 16384
+
+
+@dataclass
+class Order:
+    """What a login runs: the command, the bytes that it reads before its settings, and what it may ask for by digest
+    (`bootstrap`)."""
+
+    command: str
+    feed: bytes
+    parcel: Callable[[str], bytes]
 
 
 class RemoteProcess(LaunchedProcess):
@@ -82,7 +94,7 @@ class HostLogin:
         machine: str,
         settings: LoginSettings,
         connect: Callable[[float], Connection],
-        make_command: Callable[[Connection, float], tuple[str, bytes]],
+        make_command: Callable[[], Order],
         describe: Callable[[HostLogin, RemoteProcess], WorkerConfig],
         on_worker: Callable[[WorkerConfig], object],
         on_settled: Callable[[list[LaunchWorkerError]], object],
@@ -99,7 +111,9 @@ class HostLogin:
         self._describe = describe
         self._on_worker = on_worker
         self._on_settled = on_settled
+        self._order: Order | None = None
         self._session: Session | None = None
+        self._sending = ""  # what is on its way to the host, while it is
         self._events = EventReader()
         self._errors = b""
         self._errors_ended = threading.Event()
@@ -133,7 +147,8 @@ class HostLogin:
             self._start()
             self._serve()
         except LoginError as error:
-            self._settle(error.reason, error.output or self._said())
+            cause = error.__cause__ if isinstance(error.__cause__, DistpoolError) else None  # others hold on to frames
+            self._settle(error.reason, error.output or self._said(), cause)
         except Exception as error:  # the client's own, or bytes that are no events
             self._settle(f"{type(error).__name__}: {error}", self._said())
         finally:
@@ -144,12 +159,12 @@ class HostLogin:
 
     def _start(self) -> None:
         self.connection = self._connect(self._deadline)
-        command, feed = self._make_command(self.connection, self._deadline)
+        self._order = order = self._make_command()
         if self._closed:
             raise LoginError("it was given up")
-        self._session = session = self.connection.run(command, self._deadline)
+        self._session = session = self.connection.run(order.command, self._deadline)
         threading.Thread(target=self._read_errors, name="distpool-login-errors", daemon=True).start()
-        session.write(feed + self.settings.to_line())
+        session.write(order.feed + self.settings.to_line())
 
     def _serve(self) -> None:
         session = self._session
@@ -187,6 +202,16 @@ class HostLogin:
             process = self._processes.pop(event["exited"], None)
             if process is not None:
                 process.end(int(event["status"]))
+        elif "wants" in event:
+            self._send(event["wants"])
+        elif "mismatch" in event:
+            there, program = event["mismatch"], event.get("program")
+            here = ".".join(map(str, sys.version_info[:3]))
+            reason = (
+                f"the Python there ({program}) is {there}, that of this program {here}: the same minor version is "
+                "needed on both sides; name another one with exename="
+            )
+            raise LoginError(reason, self._said()) from VersionMismatchError(reason)
         elif "problem" in event:
             self._problems.append(LaunchWorkerError(self.machine, self._said(), str(event["problem"])))
             self._announced()
@@ -194,6 +219,20 @@ class HostLogin:
             self.address = str(event["address"])
             count = self.settings.count
             self._expected = int(event["cpus"]) if count == "auto" else int(count)
+
+    def _send(self, digests: list[str]) -> None:
+        """What is missing on that host. It takes as long as the line needs; `expire` ends it."""
+        session, order = self._session, self._order
+        assert session is not None and order is not None
+        for number, digest in enumerate(digests, 1):
+            data = order.parcel(digest)
+            for begin in range(0, len(data), _CHUNK):
+                if self._settled:
+                    return
+                sent = f"{begin / 1e6:.1f} of {len(data) / 1e6:.1f} MB"
+                self._sending = f"{sent} of archive {number} of {len(digests)} had been sent there"
+                session.write(data[begin : begin + _CHUNK])
+        self._sending = ""
 
     def _add(self, event: dict[str, Any]) -> None:
         address = ("tcp", str(event["host"]), int(event["port"]))
@@ -220,13 +259,15 @@ class HostLogin:
 
     # -- any thread --------------------------------------------------------------------------------------------
 
-    def _settle(self, reason: str = "", output: str = "") -> None:
+    def _settle(self, reason: str = "", output: str = "", cause: BaseException | None = None) -> None:
         with self._lock:
             if self._settled:
                 return
             self._settled = True
         if reason:
-            self._problems.append(LaunchWorkerError(self.machine, output, reason))
+            error = LaunchWorkerError(self.machine, output, reason)
+            error.__cause__ = cause
+            self._problems.append(error)
         self._on_settled(self._problems)
 
     def more(
@@ -268,6 +309,8 @@ class HostLogin:
         """The time is over: what has not come will not come."""
         if self.connection is None:
             reason = f"the login did not come about within {seconds:g} seconds"
+        elif self._sending:
+            reason = f"{self._sending} within {seconds:g} seconds: it needs more time (timeout=)"
         elif self._events.begun:
             reason = f"its workers did not start within {seconds:g} seconds"
         else:
@@ -366,4 +409,4 @@ def explain(status: int | None, said: str, settings: LoginSettings) -> str:
     return f"the login ended with exit code {status} before a worker had started"
 
 
-__all__ = ["HostLogin", "RemoteProcess", "explain"]
+__all__ = ["HostLogin", "Order", "RemoteProcess", "explain"]

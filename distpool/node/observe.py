@@ -14,6 +14,7 @@ Without a trace nothing is paid: `TaskRunner.find_function` is then the runner's
 from __future__ import annotations
 
 import collections
+import os
 import sys
 import threading
 import time
@@ -62,12 +63,38 @@ def stacks() -> str:
 
 def usage() -> tuple[float, float, int]:
     """Seconds since this process started, seconds of CPU that it has used, bytes resident."""
-    import psutil
-
+    try:
+        import psutil
+    except ImportError:  # on hosts that were sent distpool alone
+        return _usage_without_psutil()
     process = psutil.Process()
     with process.oneshot():
         times = process.cpu_times()
         return time.time() - process.create_time(), times.user + times.system, process.memory_info().rss
+
+
+_LOADED = time.monotonic()
+
+
+def _usage_without_psutil() -> tuple[float, float, int]:
+    """What the standard library knows: the age counts from when distpool was loaded (in a zygote, so a little more)."""
+    times = os.times()
+    return time.monotonic() - _LOADED, times.user + times.system, _resident()
+
+
+def _resident() -> int:
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            pages = int(file.read().split()[1])
+        return pages * int(os.sysconf("SC_PAGE_SIZE"))
+    except OSError:
+        pass  # not Linux: the most that it ever was
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 class Timeline:
