@@ -341,7 +341,7 @@ def test_what_a_host_wants_is_sent() -> None:
     bench = Bench()
     bench.session.say(b"Welcome\n" + MARK + pack_event(wants=["one", "two"]))
     bench.session.wait_for(b"<one><two>")
-    bench.begin()  # with a mark of its own
+    bench.session.say(b"\n" + MARK + pack_event(address="10.0.0.1", cpus=3))
     bench.worker()
     assert bench.settled.get(timeout=10) == []
     bench.finish()

@@ -292,8 +292,10 @@ def boot(offer: dict[str, Any], read: Callable[[int], bytes], arguments: list[st
 
 def _fits(offer: dict[str, Any]) -> bool:
     """Whether there is a distpool here that is the same, with a cloudpickle that can read what the master writes."""
-    same = version_of("distpool") == offer["distpool"]
-    return same and version_of("cloudpickle").split(".")[:2] == offer["cloudpickle"].split(".")[:2]
+    if version_of("distpool") != offer["distpool"]:
+        return False
+    there, here = (version.split(".")[:2] for version in (version_of("cloudpickle"), str(offer["cloudpickle"])))
+    return there == here
 
 
 def version_of(name: str) -> str:
