@@ -16,6 +16,8 @@ def main() -> None:
     workload, peer, workers, params = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
     if workload == "W1":
         from compat.benchmarks import start_up as module
+    elif workload.startswith("J"):
+        from compat.benchmarks import references as module  # type: ignore[no-redef]
     elif workload.startswith("X"):
         from compat.benchmarks import extras as module  # type: ignore[no-redef]
     else:

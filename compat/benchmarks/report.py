@@ -24,6 +24,10 @@ TITLES = {
     "X5": "X5: asyncio.run_in_executor",
     "X6": "X6: a done-callback on every future",
     "X7": "X7: lazy maps over a range",
+    "J1": "J1: remotecall_fetch of a no-op",
+    "J2": "J2: put and take between two processes",
+    "J3": "J3: 100,000 references made, forwarded and dropped",
+    "J4": "J4: 128 idle workers",
 }
 # (figure, column heading, True if more is better); the first one is compared with distpool's.
 COLUMNS: dict[str, list[tuple[str, str, bool]]] = {
@@ -57,6 +61,13 @@ COLUMNS: dict[str, list[tuple[str, str, bool]]] = {
         ("imap_unordered_cpu_us", "CPU per item, us", False),
         ("pmap_per_s", "pmap, items/s", True),
     ],
+    "J1": [("fetch_us", "from the master, us", False), ("worker_us", "from a worker, us", False),
+           ("executor_us", "the executor's lonely call, us", False)],
+    "J2": [("channel_per_s", "RemoteChannel, items/s", True), ("queue_per_s", "multiprocessing.Queue", True),
+           ("manager_per_s", "Manager().Queue()", True)],
+    "J3": [("per_s", "references/s", True), ("empty_s", "until the table is empty, s", False),
+           ("owner_growth_kb", "the owner's growth, KiB", False)],
+    "J4": [("threads", "threads of the master", False), ("idle_cpu_percent", "idle CPU, %", False)],
 }  # fmt: skip
 
 

@@ -44,6 +44,10 @@ FULL: Sizes = {
     "X5": {"tasks": 5000},
     "X6": {"tasks": 5000},
     "X7": {"tasks": 20000},
+    "J1": {"calls": 3000},
+    "J2": {"items": 30_000},
+    "J3": {"references": 100_000},
+    "J4": {"workers": 128, "idle_s": 5.0},
 }
 # distpool first: when time runs out in a quick run, a peer's cell is left out and not distpool's.
 QUICK_PEERS = ["distpool", "distpool-pool", "ppe", "pool", "loky"]
@@ -51,7 +55,7 @@ QUICK_LEFT_OUT = {("distpool-pool", f"W{number}") for number in (1, 2, 3, 5, 6, 
 QUICK_LEFT_OUT |= {("loky", "W7"), ("loky", "W8"), ("loky", "W9"), ("ppe", "W9"), ("pool", "W9")}
 FULL_PEERS = [name for name in PEERS if name not in ("ppe-spawn",)]
 MAIN_PEERS = ["ppe", "pool", "loky", "distpool", "distpool-pool"]
-REPEAT_LIMIT = {"W9": 3, "W8": 3, "X1": 1, "X2": 1, "X3": 1, "X4": 2, "X5": 2, "X6": 2, "X7": 2}
+REPEAT_LIMIT = {"W9": 3, "W8": 3, "X1": 1, "X2": 1, "X3": 1, "X4": 2, "X5": 2, "X6": 2, "X7": 2, "J3": 1, "J4": 1}
 # Cells that would eat the budget and say nothing new: the peer is measured there by its own rows only.
 SKIP = {(peer, "W9") for peer in ("dask", "ray", "joblib", "pathos", "mpire")}
 SKIP |= {("ppe-forkserver", "W8"), ("dask", "W4"), ("dask", "W6")}

@@ -94,6 +94,18 @@ TARGETS = [
     Target("W9", "USS <= 8 MB each", "uss_mb", 8, unit="MB"),
     ratio("W5", "TCP: >= 0.8 x a plain socket copy", "in_ms", 0.8, "distpool-tcp", at_least=True, speed=True,
           peer="distpool-tcp", other_figure="socket_ms"),
+    ratio("J1", "remotecall_fetch: <= 1.2 x the executor's lonely call", "fetch_us", 1.2, "distpool",
+          other_figure="executor_us"),
+    ratio("J1", "worker to worker: <= 1.2 x the executor's lonely call", "worker_us", 1.2, "distpool",
+          other_figure="executor_us"),
+    ratio("J2", "RemoteChannel: >= 10 x Manager().Queue()", "channel_per_s", 10, "distpool", at_least=True,
+          other_figure="manager_per_s"),
+    ratio("J2", "RemoteChannel: >= 0.7 x multiprocessing.Queue", "channel_per_s", 0.7, "distpool", at_least=True,
+          other_figure="queue_per_s"),
+    Target("J3", "owner's table empty <= 1 s after 100,000 references", "empty_s", 1.0, unit="s"),
+    Target("J3", "no growth of the owner (< 1 MiB)", "owner_growth_kb", 1024, unit="KiB"),
+    Target("J4", "<= 4 threads in the master", "threads", 4, unit="threads"),
+    Target("J4", "<= 2 % CPU idle", "idle_cpu_percent", 2, unit="%"),
 ]  # fmt: skip
 
 GROSS = [

@@ -1,0 +1,164 @@
+"""J1-J4: Julia's half: remote calls, channels, references, many idle workers. Only distpool has it: the peers within a
+row are its own executor and the queues of `multiprocessing`.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+import distpool
+from compat.benchmarks import tasks
+from compat.benchmarks.peers import NotApplicable
+from compat.benchmarks.workloads import Answer, Params, check
+
+
+def only_distpool(peer_name: str) -> None:
+    """No peer has references."""
+    if peer_name != "distpool":
+        raise NotApplicable("no references")
+
+
+def mean_us(call: Callable[[], object], count: int) -> float:
+    """Microseconds per call."""
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - begin) / count * 1e6
+
+
+def lonely(pid: int, count: int) -> float:
+    """On a worker: a no-op on another one, again and again."""
+    return mean_us(lambda: distpool.remotecall_fetch(tasks.noop, pid), count)
+
+
+def j1(peer_name: str, workers: int, params: Params) -> Answer:
+    """remotecall_fetch of a no-op from the master and from a worker, and the executor's lonely call, in turns."""
+    only_distpool(peer_name)
+    count = params["calls"] // 10
+    rounds: dict[str, list[float]] = {"fetch_us": [], "worker_us": [], "executor_us": []}
+    with distpool.ClusterExecutor(2) as executor:
+        executor.submit(tasks.noop).result()
+        while len(executor.workers) < 2:
+            executor.submit(tasks.noop).result()
+        one, two = executor.workers
+        distpool.remotecall_fetch(lonely, one, two, 50)
+        for _ in range(10):
+            rounds["executor_us"].append(mean_us(lambda: executor.submit(tasks.noop).result(), count))
+            rounds["fetch_us"].append(mean_us(lambda: distpool.remotecall_fetch(tasks.noop, one), count))
+            rounds["worker_us"].append(distpool.remotecall_fetch(lonely, one, two, count))
+    return {name: statistics.median(values) for name, values in rounds.items()}
+
+
+def feed(put: Callable[[Any], object], count: int) -> None:
+    """The producer's side."""
+    for number in range(count):
+        put(number)
+
+
+def drain(take: Callable[[], Any], count: int) -> float:
+    """The consumer's side: items per second from the first one on."""
+    check(take() == 0, "the first item is not 0")
+    begin = time.perf_counter()
+    for number in range(1, count):
+        check(take() == number, f"item {number} is not {number}")
+    return (count - 1) / (time.perf_counter() - begin)
+
+
+def between_processes(queue: Any, count: int) -> float:
+    """Items per second through a queue of multiprocessing, from one child process to another."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    producer = context.Process(target=feed, args=(queue.put, count))
+    consumer = context.Process(target=lambda: theirs.send(drain(queue.get, count)))
+    for process in (consumer, producer):
+        process.start()
+    rate = float(ours.recv())
+    for process in (consumer, producer):
+        process.join()
+    return rate
+
+
+def j2(peer_name: str, workers: int, params: Params) -> Answer:
+    """put and take between two processes: RemoteChannel (on the consumer), Manager().Queue(), multiprocessing.Queue."""
+    only_distpool(peer_name)
+    count, context = params["items"], multiprocessing.get_context("fork")
+    queue_rate = between_processes(context.Queue(), count)
+    with context.Manager() as manager:
+        manager_rate = between_processes(manager.Queue(), count // 10)
+    pids = distpool.addprocs(2)
+    rates = []
+    for _ in range(3):
+        channel = distpool.RemoteChannel(lambda: distpool.Channel(1000), pids[1])
+        taken = distpool.remotecall(lambda channel=channel: drain(channel.take, count), pids[1])
+        put = distpool.remotecall(lambda channel=channel: feed(channel.put, count), pids[0])
+        rates.append(taken.result())
+        put.wait()
+    distpool.rmprocs(pids)
+    return {"channel_per_s": statistics.median(rates), "queue_per_s": queue_rate, "manager_per_s": manager_rate}
+
+
+def pass_on(refs: list[Any]) -> int:
+    """On the third process: it had them, and drops them."""
+    return len(refs)
+
+
+def j3(peer_name: str, workers: int, params: Params) -> Answer:
+    """References made on one worker, forwarded to another one, dropped: time until the owner's table is empty."""
+    only_distpool(peer_name)
+    owner, third = distpool.addprocs(2)
+    count, size = params["references"], 1000
+
+    def round_trip(number: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(number // size):
+            refs = [distpool.remotecall(tasks.noop, owner) for _ in range(size)]
+            check(distpool.remotecall_fetch(pass_on, third, refs) == size, "references were lost")
+            del refs
+        return number / (time.perf_counter() - begin)
+
+    def emptied() -> float:
+        begin = time.perf_counter()
+        while distpool.debug.refs(owner):
+            gc.collect()
+            check(time.perf_counter() - begin < 30, "the owner's table does not become empty")
+            time.sleep(0.005)
+        return time.perf_counter() - begin
+
+    rss = psutil.Process(distpool.remotecall_fetch(os.getpid, owner)).memory_info
+    round_trip(count // 2)
+    emptied()
+    before = rss().rss
+    rate = round_trip(count - count // 2)
+    seconds = emptied()
+    growth = (rss().rss - before) / 1024
+    distpool.rmprocs(owner, third)
+    return {"per_s": rate, "empty_s": seconds, "owner_growth_kb": growth}
+
+
+def j4(peer_name: str, workers: int, params: Params) -> Answer:
+    """128 idle local workers: threads of the master, and CPU of everybody."""
+    only_distpool(peer_name)
+    pids = distpool.addprocs(params["workers"])
+    ospids = [distpool.remotecall_fetch(os.getpid, pid) for pid in pids]
+    time.sleep(11)  # library threads that have nothing to do end after 10 s
+    processes = [psutil.Process(), *map(psutil.Process, ospids)]
+    before = sum(sum(process.cpu_times()[:2]) for process in processes)
+    begin = time.perf_counter()
+    time.sleep(params["idle_s"])
+    wall = time.perf_counter() - begin
+    used = sum(sum(process.cpu_times()[:2]) for process in processes) - before
+    threads = threading.active_count()
+    distpool.rmprocs(pids)
+    return {"threads": threads, "idle_cpu_percent": used / wall * 100}
+
+
+WORKLOADS = {"J1": j1, "J2": j2, "J3": j3, "J4": j4}
