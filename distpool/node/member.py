@@ -114,6 +114,7 @@ class Member:
         self._registered = False
         self._exited = process is None
         self._link_ended = False
+        self._ended_by_us = False  # killed because it could not come up
         self._output_waited = False
         self._deadline: Any = None
 
@@ -380,6 +381,7 @@ class Member:
     def _kill_unlinked(self) -> None:
         if self._exited:
             return
+        self._ended_by_us = not self._registered
         if self.is_worker or not self._registered:
             self.kill("its connection was lost" if self._registered else "")
         if not self.is_worker:
@@ -430,6 +432,8 @@ class Member:
         code = self.exitcode
         if self.reason:
             return self.reason
+        if self._failure is not None and self._ended_by_us:
+            return str(self._failure)  # the signal was ours, and explains nothing
         status = "" if code is None else f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
         failure = str(self._failure) if self._failure is not None and not (self._registered and status) else ""
         return f"{failure} ({status})" if failure and status else failure or status
