@@ -20,8 +20,11 @@ from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
 
 
-def _ignored(member: Member, frame: Frame) -> None:
-    """Late answers to calls of an executor that has given the worker back."""
+def _late(member: Member, frame: Frame) -> None:
+    """Answers to an executor that has given the worker back. A RECALL that is answered is counted all the same: the
+    next one to borrow the worker would take it for one that does not answer, and send it nothing."""
+    if frame.kind == Kind.RECALLED and member.slot is not None:
+        member.slot.recall_answered()
 
 
 class BorrowedCrew(Crew):
@@ -75,7 +78,7 @@ class BorrowedCrew(Crew):
 
     def _give_back(self, member: Member) -> None:
         member.borrower = None
-        member.on_frame = _ignored
+        member.on_frame = _late
         member.on_gone = self._owners.pop(member.pid)
         self.members.pop(member.pid, None)
         self._slots.pop(member.pid, None)

@@ -83,14 +83,14 @@ class Reclaims:
 
     def answered(self, slot: Slot) -> None:
         """RECALLED has come."""
-        slot.answered += 1
-        if slot.answered >= slot.asked:
-            slot.deaf = False
+        slot.recall_answered()
 
     def _look(self, slot: Slot, asked: int) -> None:
         journal, link = slot.member.journal, slot.member.link
         if slot.gone or slot.deaf or slot.answered >= asked or journal is None or link is None:
             return
+        if self._scheduler.slots.get(slot.pid) is not slot:
+            return  # borrowed, and given back: what it has now are calls of somebody else
         with self._scheduler.lock:
             slot.deaf = True
             first, last = journal.started + 1, slot.last

@@ -94,6 +94,12 @@ class Slot:
         room = self.limit - self.load
         return room if self._remaining is None else min(room, self._remaining)
 
+    def recall_answered(self) -> None:
+        """RECALLED has come."""
+        self.answered += 1
+        if self.answered >= self.asked:
+            self.deaf = False
+
     # -- sending (scheduler's lock held) -----------------------------------------------------------------------
 
     def send(self, scheduler: Scheduler, entries: list[Any]) -> None:

@@ -127,3 +127,13 @@ def test_a_task_that_comes_right_behind_a_remote_call_waits_for_its_value() -> N
         for number in range(30):
             ref = distpool.remotecall(lambda number=number: number, pid)
             assert executor.submit(distpool.fetch, ref).result(20) == number
+
+
+def test_a_worker_that_was_given_back_at_once_serves_the_next_one(team: list[int]) -> None:
+    """Its answer to the RECALL of the first executor comes when nobody is there to hear it."""
+    for _ in range(8):
+        executor = ClusterExecutor(WorkerPool(team[:1]))
+        executor.submit(time.sleep, 0.05)
+        executor.kill_workers()
+        with ClusterExecutor(WorkerPool(team[:1])) as again:
+            assert again.submit(ident, 5).result(20) == 5
