@@ -69,6 +69,7 @@ def local_and_remote_workers(rig: Rig, order: str) -> None:
         assert remotecall_fetch(ask, pid, pids) == names
 
 
+@pytest.mark.slow
 def test_nobody_can_dial(rig: Rig) -> None:
     rig.call("hosts.test_links:nobody_can_dial")
 

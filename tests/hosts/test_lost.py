@@ -98,6 +98,7 @@ def a_host_that_crashes_is_missed_at_once(rig: Rig, encrypt: bool) -> None:
     assert isinstance(caught.value.captured.ex, ProcessExitedException)
 
 
+@pytest.mark.slow
 def test_a_map_goes_on_without_the_lost_host(rig: Rig) -> None:
     run(rig, "a_map_goes_on_without_the_lost_host")
 
