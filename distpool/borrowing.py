@@ -25,6 +25,8 @@ def _late(member: Member, frame: Frame) -> None:
     next one to borrow the worker would take it for one that does not answer, and send it nothing."""
     if frame.kind == Kind.RECALLED and member.slot is not None:
         member.slot.recall_answered()
+    elif frame.kind == Kind.INITIALIZED and member.slot is not None:
+        member.slot.initializing -= 1
 
 
 class BorrowedCrew(Crew):
@@ -72,9 +74,17 @@ class BorrowedCrew(Crew):
         self._slots[member.pid] = slot
         if self._initializer is not None:
             assert member.link is not None
+            slot.initializing += 1
             member.link.send(Kind.INITIALIZE, messages.Initialize("").pack(), self._initializer)
         else:
             self._ready(slot)
+
+    def _on_initialized(self, slot: Slot, frame: Frame) -> None:
+        """Answers come in order, and the first ones may be those to an executor that had the worker before."""
+        mine = self._initializer is not None and slot.initializing == 1
+        slot.initializing -= 1
+        if mine:
+            super()._on_initialized(slot, frame)
 
     def _give_back(self, member: Member) -> None:
         member.borrower = None

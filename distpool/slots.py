@@ -47,6 +47,7 @@ class Slot:
         self.pinned: collections.deque[Any] = collections.deque()
         self.retiring = False  # gets no more calls
         self.recalling = False
+        self.initializing = 0  # borrowed workers: initializers that were sent and have not been answered
         self.asked = self.answered = 0  # RECALL frames sent, RECALLED frames received
         self.deaf = False  # it does not answer, and gets nothing until it does
         self.early: set[int] = set()  # calls settled from its journal, whose results it will send as well
