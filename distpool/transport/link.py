@@ -29,6 +29,7 @@ from distpool.wire.protocol import Handshake, Role
 
 _SPARE_SECONDS = 1.0  # memory for big frames is kept for so long without any
 _SPARE_BYTES = 1 << 20
+_ROUNDS = 32  # reads of a big frame before other links have their turn
 _GATHER = 64  # buffers per sendmsg; Linux allows 1024
 
 
@@ -231,6 +232,7 @@ class Link:
     def _on_readable(self) -> None:
         if self._closed:
             return
+        rounds = _ROUNDS
         try:
             while True:
                 frames = self._read()
@@ -244,8 +246,14 @@ class Link:
                         else:
                             self._shake(frame)
                     frames = self._reader.feed(b"") if self._reader.again else []
-                if self._pending is None or self._closed or not self._pending():
+                rounds -= 1
+                if self._closed:
                     return
+                if self._pending is not None:
+                    if not self._pending():
+                        return
+                elif not rounds or self._reader.target() is None:
+                    return  # of a big frame, more has often come already: that saves turns of the loop
         except BlockingIOError:
             return
         except (ProtocolError, AuthenticationError, OSError) as error:
