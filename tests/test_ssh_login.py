@@ -249,8 +249,10 @@ def test_the_login_does_not_come_about(bench: Any) -> None:
     one = bench(connect)
     one.login.expire(3)
     assert one.settled.get(timeout=10)[0].reason == "the login did not come about within 3 seconds"
+    one.login.close()
     go_on.set()
     assert one.over.wait(10) and one.settled.empty()
+    assert closed.is_set(), "the login that came too late is not kept"
 
 
 def test_no_worker_reports(bench: Any) -> None:

@@ -160,11 +160,18 @@ class HostLogin:
     def _start(self) -> None:
         self.connection = self._connect(self._deadline)
         self._order = order = self._make_command()
-        if self._closed:
-            raise LoginError("it was given up")
+        self._check_wanted()
         self._session = session = self.connection.run(order.command, self._deadline)
+        self._check_wanted()
         threading.Thread(target=self._read_errors, name="distpool-login-errors", daemon=True).start()
         session.write(order.feed + self.settings.to_line())
+
+    def _check_wanted(self) -> None:
+        """LoginError if `close` has come meanwhile: it may not have seen the connection, or what runs through it."""
+        if self._closed:
+            if self.connection is not None:
+                self.connection.close()
+            raise LoginError("it was given up")
 
     def _serve(self) -> None:
         session = self._session
