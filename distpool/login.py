@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import importlib
 import json
 import os
 import select
@@ -142,6 +143,8 @@ class Agent:
         problem = zygote.preload(startup.ENTRY)
         if problem:
             raise RuntimeError(problem)
+        if self.settings.fetch:  # else each worker would load it
+            importlib.import_module("distpool.shipping")
         self.limit = zygote.raise_descriptor_limit()
         gc.collect()
         gc.freeze()

@@ -297,7 +297,12 @@ def run(listener: socket.socket, settings: dict[str, Any]) -> int:
 
         identity = Identity.from_settings(settings["tls"])
     worker = Worker(settings["cookie"], listener, identity=identity)
-    limit = (settings.get("extra") or {}).get("memory_limit")
+    extra = settings.get("extra") or {}
+    if "fetch" in extra:
+        from distpool import shipping
+
+        shipping.install(extra["fetch"])
+    limit = extra.get("memory_limit")
     if limit:
         limit_memory(int(limit))
         worker.memory_limit = int(limit)

@@ -76,7 +76,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("managers.archive", "managers.bootstrap", "managers.unpacking"),
         *("managers.ssh_client", "managers.ssh_config", "managers.ssh_paramiko", "managers.ssh_binary"),
     ),
-    9: ("joining", "adding", "cluster", "supply", "crew", "borrowing", "hosts", "exits"),
+    9: ("joining", "adding", "cluster", "supply", "crew", "borrowing", "hosts", "exits", "shipping"),
     10: (
         *("executor", "submitter", "mapresults", "nested"),
         *("pool", "pool_maps", "pool_runs", "pool_results", "pool_callbacks", "pool_input"),

@@ -154,6 +154,27 @@ def test_many_at_once(cache: Cache) -> None:
     assert [writer.exitcode for writer in writers] == [0] * 4 and len(os.listdir(cache.root)) == 1
 
 
+def _store_and_prune(root: str, start: object, number: int) -> None:
+    unpacking.KEPT = 1
+    start.wait()  # type: ignore[attr-defined]
+    for round in range(20):
+        each = Archive([(f"f{number}", False, f"{number} {round}".encode())])
+        place = Cache(root).store(each.digest, each.data)
+        assert Path(place, f"f{number}").read_text() == f"{number} {round}"
+
+
+def test_what_has_just_been_stored_is_not_pruned(cache: Cache) -> None:
+    context = multiprocessing.get_context("spawn")
+    start = context.Event()
+    writers = [context.Process(target=_store_and_prune, args=(cache.root, start, number)) for number in range(4)]
+    for writer in writers:
+        writer.start()
+    start.set()
+    for writer in writers:
+        writer.join(40)
+    assert [writer.exitcode for writer in writers] == [0] * 4
+
+
 def test_whoever_is_killed_leaves_nothing_that_could_be_used(cache: Cache) -> None:
     """It stops behind the first file of its archive, which never becomes visible, and goes after a day."""
     code = (
@@ -195,6 +216,19 @@ def test_old_ones_go_but_not_those_in_use(cache: Cache) -> None:
     again(cache).prune()
     left = set(os.listdir(cache.root))
     assert left == {archives[0].digest, *(each.digest for each in archives[-KEPT:])}
+
+
+def test_large_ones_go_sooner(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpacking, "KEPT_BYTES", 10)
+    for number in range(4):
+        each = archive_of(a=str(number) * 4)
+        place = cache.store(each.digest, each.data)
+        os.utime(place, (number + 1, number + 1))
+        for descriptor in cache._held:
+            os.close(descriptor)
+        cache._held.clear()
+    cache.prune()
+    assert {Path(cache.root, name, "a").read_text() for name in os.listdir(cache.root)} == {"2222", "3333"}
 
 
 def held(root: str) -> set[int]:

@@ -31,7 +31,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 FILES = ".distpool-files"
-KEPT = 16  # archives that stay in the cache, most recently used first; those in use stay in any case
+KEPT = 64  # archives that stay in the cache, most recently used first; those in use stay in any case
+KEPT_BYTES = 1 << 29  # ... and how large they may be together
 STALE = 24 * 3600.0  # seconds after which what somebody left unfinished goes
 
 _ATTEMPTS = 5
@@ -114,13 +115,25 @@ class Cache:
 
     def _publish(self, fresh: str, digest: str) -> str:
         place = os.path.join(self.root, digest)
-        for _ in range(_ATTEMPTS):
-            with contextlib.suppress(OSError):  # there is one already
-                os.rename(fresh, place)
-            found = self.find(digest)
-            if found is not None:  # ours, or that of somebody who was faster
-                return found
-            self._discard(place)
+        # Locked before anybody else can see it: who prunes at this moment must not take it for unused.
+        descriptor = os.open(os.path.join(fresh, FILES), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        try:
+            _lock(descriptor, exclusive=False)
+            for _ in range(_ATTEMPTS):
+                try:
+                    os.rename(fresh, place)
+                except OSError:  # there is one already
+                    found = self.find(digest)
+                    if found is not None:  # of somebody who was faster
+                        return found
+                    self._discard(place)
+                else:
+                    self._held.append(descriptor)
+                    descriptor = -1
+                    return place
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
         raise OSError(f"{place} cannot be put in its place")
 
     def _discard(self, place: str) -> None:
@@ -143,8 +156,11 @@ class Cache:
                         complete.append((changed, entry.path))
                     elif changed < time.time() - STALE:
                         shutil.rmtree(entry.path, ignore_errors=True)
-            for _, place in sorted(complete, reverse=True)[KEPT:]:
-                self._discard_unused(place)
+            total = 0
+            for number, (_, place) in enumerate(sorted(complete, reverse=True)):
+                total += _size(place)
+                if number >= KEPT or (number and total > KEPT_BYTES):
+                    self._discard_unused(place)
         except OSError:
             pass  # others prune as well
 
@@ -152,7 +168,7 @@ class Cache:
         descriptor = -1
         try:
             descriptor = os.open(os.path.join(place, FILES), os.O_RDONLY)
-            if not _lock(descriptor, exclusive=True):
+            if not _lock(descriptor, exclusive=True) or not _is_at(descriptor, place):
                 return
         except OSError:
             pass  # nothing that anybody could use
@@ -179,10 +195,24 @@ def _lock(descriptor: int, exclusive: bool) -> bool:
     return True
 
 
+def _is_at(descriptor: int, place: str) -> bool:
+    """Whether the open list of files is still the one of this directory."""
+    return os.path.samestat(os.fstat(descriptor), os.stat(os.path.join(place, FILES)))
+
+
+def _size(place: str) -> int:
+    """Bytes of an archive, by its list of files; 0 if that cannot be read."""
+    try:
+        with open(os.path.join(place, FILES), encoding="utf-8") as file:
+            return sum(map(int, json.load(file).values()))
+    except (OSError, ValueError):
+        return 0
+
+
 def _is_complete(place: str, descriptor: int) -> bool:
     """Whether this is what once was unpacked there. Locked before, so nobody takes it away meanwhile."""
     try:
-        if os.fstat(descriptor).st_ino != os.stat(os.path.join(place, FILES)).st_ino:
+        if not _is_at(descriptor, place):
             return False
         with open(descriptor, encoding="utf-8", closefd=False) as file:
             files = json.load(file)

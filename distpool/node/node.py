@@ -74,6 +74,7 @@ class Node:
         self.monitor: Any = None  # master: the Monitor
         self.top: Any = None  # master: the endpoint that DISTPOOL_TOP wants, or why there is none
         self.tracer: Any = None  # master: of a running `trace()`
+        self.offered: dict[str, Any] = {}  # master: archives that workers may ask for (shipping)
         self.crews: set[Any] = set()  # master: the workers of living executors
         self.exports: Any = None  # executors that tasks know by key (nested)
         self.requests: Any = None  # workers: calls submitted through handles (nested)

@@ -376,3 +376,39 @@ def test_a_package_that_is_not_there(server: Server, ssh: Any) -> None:
     with pytest.raises(ValueError, match="bootstrap must be 'auto', True or False"):
         addprocs(["host1"], **options(server, ssh, bootstrap="yes"))
     assert server.logins() == began and threading.active_count() >= 1
+
+
+# -- modules that are fetched ------------------------------------------------------------------------------------
+
+
+def test_modules_are_fetched(start: Start, mine: Path, home: Home, tmp_path: Path) -> None:
+    import my_shipped
+    import my_single
+
+    pids = start([("host1", 2)], dir=str(tmp_path), ship="auto")
+    for pid in pids:
+        assert remotecall_fetch(my_single.f, pid, 4) == 8
+        assert remotecall_fetch(my_shipped.both, pid) == ("1 2 3", "1 2 3", 7)
+    assert len(home.archives()) == 3, "distpool, and each of the two once"
+    with pytest.raises(distpool.RemoteException, match="No module named 'psutil'"):
+        remotecall_fetch(where, pids[0], "psutil")
+
+
+def test_modules_are_fetched_by_executors(server: Server, ssh: Any, mine: Path, home: Home, tmp_path: Path) -> None:
+    import my_single
+
+    given = options(server, ssh, env=home.env, ship=["auto", "my_shipped"], dir=str(tmp_path))
+    with distpool.ClusterExecutor([("host1", 2), "host2"], **given) as executor:
+        assert list(executor.map(my_single.f, range(12))) == [2 * a for a in range(12)]
+        assert executor.submit(lambda: __import__("my_shipped").inner.VALUE).result(30) == 7
+
+
+def test_modules_are_fetched_where_there_is_no_cache(start: Start, mine: Path, home: Home, tmp_path: Path) -> None:
+    import my_single
+
+    (home.path / ".cache").write_text("")
+    (pid,) = start(dir=str(tmp_path), ship="auto")
+    assert remotecall_fetch(my_single.f, pid, 4) == 8
+    place = remotecall_fetch(where, pid, "my_single")
+    rmprocs(pid)
+    wait_until(lambda: not Path(place).exists())
