@@ -9,6 +9,7 @@ a name there are all that one has to know to reach a worker, so that is what the
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 import subprocess
@@ -124,6 +125,9 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["hub", endpoint]:
             star.be_hub(endpoint)
+            shutil.rmtree(
+                os.path.dirname(endpoint.removeprefix("ipc://")), ignore_errors=True
+            )  # the master may be gone
         case ["worker", endpoint, name]:
             be_worker(endpoint, name)
         case _:
