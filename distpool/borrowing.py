@@ -70,7 +70,8 @@ class BorrowedCrew(Crew):
         slot = member.slot
         if slot is None:  # calls of one link are numbered through, whoever sends them
             slot = member.slot = Slot(member)
-        slot.retiring = slot.recalling = False
+        slot.retiring = slot.recalling = slot.deaf = False
+        slot.asked = slot.answered = 0  # whoever had it before has gone, and with him those who heard the answers
         self._slots[member.pid] = slot
         if self._initializer is not None:
             assert member.link is not None
@@ -91,8 +92,9 @@ class BorrowedCrew(Crew):
         member.on_frame = _late
         member.on_gone = self._owners.pop(member.pid)
         self.members.pop(member.pid, None)
-        self._slots.pop(member.pid, None)
-        self.scheduler.slots.pop(member.pid, None)
+        slot = self._slots.pop(member.pid, None)
+        if slot is not None:
+            self.scheduler.give_up(slot)
 
     # -- what a Crew does by launching and ending --------------------------------------------------------------
 
