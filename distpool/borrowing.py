@@ -70,8 +70,7 @@ class BorrowedCrew(Crew):
         slot = member.slot
         if slot is None:  # calls of one link are numbered through, whoever sends them
             slot = member.slot = Slot(member)
-        slot.retiring = slot.recalling = slot.deaf = False
-        slot.asked = slot.answered = 0  # whoever had it before has gone, and with him those who heard the answers
+        slot.retiring = slot.recalling = False
         self._slots[member.pid] = slot
         if self._initializer is not None:
             assert member.link is not None

@@ -132,6 +132,8 @@ def at(executor: ClusterExecutor, count: int) -> dict[str, set[int]]:
 def test_an_opaque_manager(make: Callable[..., ClusterExecutor]) -> None:
     manager = ByCommand(2)
     executor = make(manager, env={"A": "b"})
+    while len(executor.workers) < 2:  # one of two that is late might find that the other has run both
+        executor.submit(abs, 1).result(PATIENCE)
     assert len(all_at_once(executor, 2)) == 2
     assert manager.params["env"] == {"A": "b"} and manager.params["topology"] == "all_to_all"
     assert executor._max_workers == 2
