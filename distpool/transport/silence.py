@@ -8,7 +8,7 @@ The peer's kernel answers, not its process: a worker that is stopped, or holds t
 Two cases. *Nothing is under way*: keepalive probes, wholly the kernel's. *Bytes are under way*: then the kernel sends
 no probes and goes on trying for a quarter of an hour. TCP_USER_TIMEOUT would end that, but it also ends connections
 whose peer acknowledges everything and only has no room to receive, which is just what a stopped worker with a full
-buffer does (tried: a SIGSTOP of half a minute while 100 MB were being sent killed the worker). So `Watch` asks the
+buffer does (so its documentation says; not tried). So `Watch` asks the
 kernel now and then when the last acknowledgement came, and for what it still waits.
 
 Where the system does not tell (TCP_INFO of Linux), its own limit for retransmissions is set if there is one (macOS).
