@@ -16,6 +16,7 @@ import pytest
 
 import distpool
 from distpool import LaunchWorkerError, addprocs, remotecall_fetch, rmprocs
+from distpool.hostcheck import check_hosts
 
 from .sshd import Server, missing, options
 from .test_failures import with_shell
@@ -142,6 +143,12 @@ def test_another_version_is_not_used(start: Start, home: Home, tmp_path: Path) -
     assert remotecall_fetch(where, pid, "distpool").startswith(str(home.cache))
 
 
+def test_the_report_of_a_bare_host(server: Server, ssh: Any, bare: str, home: Home) -> None:
+    (report,) = check_hosts(["host1"], options(server, ssh, exename=bare, env=home.env), 30)
+    assert report.error == "" and report.distpool == distpool.__version__ and bare in report.python
+    assert report.memory > report.free > 0 and report.cores > 0
+
+
 def test_without_bootstrap_it_is_missing(start: Start, home: Home) -> None:
     error = error_of(lambda: start(bootstrap=False))
     assert "distpool is not installed for the Python there" in str(error) and "bootstrap" in str(error)
@@ -208,15 +215,31 @@ def test_through_a_tunnel(start: Start) -> None:
 # -- disks -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def read_only_cache(home: Home) -> Iterator[None]:
+    (home.path / ".cache").mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "none", str(home.path / ".cache")], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield
+    subprocess.run(["umount", "-l", str(home.path / ".cache")], check=True)
+
+
 def temporary(directory: Path) -> list[Path]:
     return list(directory.glob("distpool-*"))
 
 
-@pytest.mark.parametrize("how", ["file", "somebody else's"])
-def test_a_home_that_cannot_be_written(start: Start, home: Home, tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("how", ["file", "read-only", "somebody else's"])
+def test_a_home_that_cannot_be_written(
+    start: Start, home: Home, tmp_path: Path, how: str, request: pytest.FixtureRequest
+) -> None:
     """The archive goes into a temporary directory, which is gone with the workers."""
     if how == "file":
         (home.path / ".cache").write_text("")
+    elif how == "read-only":
+        request.getfixturevalue("read_only_cache")
     elif os.geteuid() != 0:
         pytest.skip("needs root")
     else:
@@ -365,6 +388,23 @@ def test_packages_where_distpool_is_installed(server: Server, ssh: Any, mine: Pa
         assert list(executor.map(my_single.f, range(4))) == [0, 2, 4, 6]
         place = executor.submit(where, "distpool").result(30)
     assert not place.startswith(str(home.path)) and len(home.archives()) == 1
+
+
+def test_extension_modules_of_the_same_platform(start: Start, home: Home) -> None:
+    """psutil is one that needs no further library."""
+    (pid,) = start(ship=["psutil"])
+    assert remotecall_fetch(where, pid, "psutil").startswith(str(home.cache))
+    assert remotecall_fetch(lambda: __import__("psutil").Process().pid, pid) == remotecall_fetch(os.getpid, pid)
+
+
+def test_a_large_package_through_a_tunnel(start: Start, mine: Path, home: Home, tmp_path: Path) -> None:
+    data = os.urandom(20 << 20)
+    (mine / "my_shipped" / "data" / "large.bin").write_bytes(data)
+    (pid,) = start(dir=str(tmp_path), ship=["my_shipped"], tunnel=True)
+    read = lambda: (
+        __import__("importlib.resources").resources.files("my_shipped").joinpath("data/large.bin").read_bytes()
+    )
+    assert remotecall_fetch(read, pid) == data
 
 
 def test_a_package_that_is_not_there(server: Server, ssh: Any) -> None:
