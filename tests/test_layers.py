@@ -213,7 +213,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         *(("managers.ssh", f"managers.{name}") for name in ("base", "local", "specs", "login_protocol")),
         *(("managers.ssh", f"managers.ssh_{name}") for name in ("binary", "client", "command", "config", "login")),
         ("managers.ssh", "managers.ssh_paramiko"),
-        ("managers.ssh", "managers.bootstrap"),
+        *(("managers.ssh", f"managers.{name}") for name in ("archive", "bootstrap")),
         ("managers.local", "managers.archive"),
         ("managers.archive", "managers.unpacking"),
         *(("managers.bootstrap", f"managers.{name}") for name in ("archive", "unpacking", "login_protocol")),

@@ -95,16 +95,15 @@ class Parcels:
         return b"%012d" % len(found.data) + found.data
 
 
-def check(bootstrap: Any, ship: Any) -> None:
-    """ValueError, TypeError: arguments that cannot be. Nothing is read but directories."""
+def check(bootstrap: Any) -> None:
+    """ValueError: an argument that cannot be."""
     if bootstrap not in MODES:
         raise ValueError(f"bootstrap must be 'auto', True or False, not {bootstrap!r}")
-    archive.wishes(ship)
 
 
-def parcels(bootstrap: Any, ship: Any) -> Parcels:
-    """What these keywords of `addprocs` mean. ValueError, TypeError; OSError: a file cannot be read."""
-    sources, fetches = archive.wishes(ship)
+def parcels(bootstrap: Any, sources: Sequence[archive.Source], fetches: bool) -> Parcels:
+    """What these keywords of `addprocs` mean; the others are what `archive.wishes` made of `ship`. OSError: a file
+    cannot be read."""
     shipped = [archive.pack(source) for source in sources]
     base = archive.own() if bootstrap else None
     found = {each.digest: each for each in [*shipped, *([base] if base else [])]}

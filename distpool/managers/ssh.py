@@ -19,7 +19,7 @@ from typing import Any
 
 from distpool import config
 from distpool.errors import CompositeException, DistpoolError
-from distpool.managers import bootstrap
+from distpool.managers import archive, bootstrap
 from distpool.managers.base import ClusterManager, WorkerConfig
 from distpool.managers.local import here, pairs
 from distpool.managers.login_protocol import LOGIN_ARGUMENTS, LoginSettings
@@ -46,6 +46,7 @@ class SSHManager(ClusterManager):
     def __init__(self, machines: Iterable[Any]) -> None:
         self.machines = merge(machines)
         self._kept: _Kept | None = None
+        self._found: tuple[Any, tuple[list[archive.Source], bool]] | None = None  # `ship`, and what it means
 
     def __repr__(self) -> str:
         return f"SSHManager(machines={ {_name(spec): count for spec, count in self.machines.items()} })"
@@ -80,6 +81,7 @@ class SSHManager(ClusterManager):
     def _only(self, spec: Spec, count: Any) -> SSHManager:
         manager = type(self)(())
         manager.machines = {spec: count}
+        manager._found = self._found
         return manager
 
     def default_addprocs_params(self) -> dict[str, Any]:
@@ -115,8 +117,15 @@ class SSHManager(ClusterManager):
             raise ValueError("ssh must be None (the client in this process) or name a program")
         sshflags(params["sshflags"])
         command_line(params["shell"], params["exename"], params["exeflags"], pairs(params["env"]))
-        bootstrap.check(params["bootstrap"], params["ship"])
+        bootstrap.check(params["bootstrap"])
+        self._find(params["ship"])
         wishes(params)
+
+    def _find(self, ship: Any) -> tuple[list[archive.Source], bool]:
+        """Where the packages are, as of the first time: a host may be replaced when the program works elsewhere."""
+        if self._found is None or self._found[0] != ship:
+            self._found = (ship, archive.wishes(ship))
+        return self._found[1]
 
     def launch_seconds(self, params: dict[str, Any]) -> float:
         """How long a launch may bring nothing: every round of `max_parallel` logins has its own deadline."""
@@ -129,7 +138,7 @@ class SSHManager(ClusterManager):
         if self._kept is not None and (yield from self._launch_more(self._kept, params)):
             return
         clients = client(params)
-        parcels = bootstrap.parcels(params["bootstrap"], params["ship"])
+        parcels = bootstrap.parcels(params["bootstrap"], *self._find(params["ship"]))
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         waiting = [self._login(spec, count, params, clients, parcels, events) for spec, count in self.machines.items()]
         running: dict[HostLogin, float] = {}

@@ -407,6 +407,24 @@ def test_a_large_package_through_a_tunnel(start: Start, mine: Path, home: Home, 
     assert remotecall_fetch(read, pid) == data
 
 
+def test_relative_paths_are_those_of_the_call(
+    server: Server, ssh: Any, mine: Path, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when a login is made anew while the program works elsewhere."""
+    import my_single
+
+    given = options(server, ssh, env=home.env, ship=["./my_single.py"], dir=str(tmp_path))
+    monkeypatch.chdir(mine)
+    with distpool.ClusterExecutor(["host1"], **given) as executor:
+        assert executor.submit(my_single.f, 4).result(30) == 8
+        login = executor.submit(os.getppid).result(30)
+        monkeypatch.chdir(home.path)
+        os.kill(login, 9)
+        patient = executor.options(retries=3)
+        wait_until(lambda: patient.submit(os.getppid).result(30) != login)
+        assert patient.submit(my_single.f, 5).result(30) == 10
+
+
 def test_a_package_that_is_not_there(server: Server, ssh: Any) -> None:
     began = server.logins()
     with pytest.raises(ValueError, match="cannot ship 'no_such_package'"):
