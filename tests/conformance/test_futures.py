@@ -379,6 +379,7 @@ def test_cancel_of_a_remote_call_is_false(w: list[int]) -> None:
 
 def test_C035_executors_inside_tasks_pass_references_on() -> None:
     """Arguments and results that carry references go through the executor's owner: alive, then freed everywhere."""
+    before = distpool.debug.refs(1)  # the default pool, for one
     with distpool.ClusterExecutor(2) as executor:
 
         def use(ref: Any) -> Any:
@@ -393,11 +394,12 @@ def test_C035_executors_inside_tasks_pass_references_on() -> None:
             ref = remotecall(make_noticed, executor.workers[number % len(executor.workers)], f"n{number}")
             assert executor.submit(act, ref).result(20) == f"n{number} n{number}"
             del ref
-        wait_until(lambda: own_nothing([1, *executor.workers]))
+        wait_until(lambda: own_nothing([1, *executor.workers], before))
 
 
 def test_C035_a_value_that_carries_references(w: list[int]) -> None:
     """A Future set with references, read by several processes: each has its own, and in the end nobody has any."""
+    before = distpool.debug.refs(1)
     ref = remotecall(make_noticed, w[0], "inside")
     box = Future(w[1])
     remotecall_wait(lambda box, ref: (box.put([ref]), None)[1], w[2], box, ref)
@@ -406,4 +408,4 @@ def test_C035_a_value_that_carries_references(w: list[int]) -> None:
         assert remotecall_fetch(lambda box: fetch(fetch(box)[0]).name, pid, box) == "inside"
     assert fetch(fetch(box)[0]).name == "inside"
     del box
-    wait_until(lambda: own_nothing([1, *w]))
+    wait_until(lambda: own_nothing([1, *w], before))

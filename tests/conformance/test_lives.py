@@ -133,6 +133,7 @@ def test_C061_a_channel_among_workers(w: list[int]) -> None:
 
 def test_C035_C058_references_that_are_passed_on(w: list[int]) -> None:
     """A reference goes from P1 over two workers into a channel of a third, and back: alive all the time, then freed."""
+    before = distpool.debug.refs(1)
     store = RemoteChannel(lambda: Channel(100), w[3])
     for number in range(40):
         ref = remotecall(make_noticed, w[0], f"value {number}")
@@ -142,7 +143,7 @@ def test_C035_C058_references_that_are_passed_on(w: list[int]) -> None:
         assert remotecall_fetch(lambda ref: fetch(ref).name, w[2], back) == f"value {number}"
         del back
     store.finalize()
-    wait_until(lambda: own_nothing([1, *w]), 20)
+    wait_until(lambda: own_nothing([1, *w], before), 20)
 
 
 # -- deaths ----------------------------------------------------------------------------------------------------------
