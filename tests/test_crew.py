@@ -143,6 +143,7 @@ def test_shutdown_at_once_waits_for_nobody(make: Callable[..., ClusterExecutor])
 
 
 def test_the_topology_is_what_was_asked_for(make: Callable[..., ClusterExecutor]) -> None:
+    distpool.rmprocs(*(pid for pid in distpool.workers() if pid != 1)).result(PATIENCE)  # of tests that ran before
     executor = make(2, topology="master_worker")
     all_at_once(executor, 2)
     one, other = executor.workers
@@ -159,6 +160,7 @@ def test_the_topology_is_what_was_asked_for(make: Callable[..., ClusterExecutor]
 
 
 def test_a_topology_ends_with_its_executor() -> None:
+    distpool.rmprocs(*(pid for pid in distpool.workers() if pid != 1)).result(PATIENCE)
     for topology in ("master_worker", "all_to_all"):
         with ClusterExecutor(1, topology=topology) as executor:
             assert executor.submit(abs, -1).result(PATIENCE) == 1

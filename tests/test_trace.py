@@ -339,7 +339,7 @@ def test_a_real_trace_is_drawn(tmp_path: Path) -> None:
         ex.submit(fail).exception()
     distpool.plot_trace(tmp_path / "in.json", tmp_path / "out.svg")
     root = ElementTree.parse(tmp_path / "out.svg").getroot()
-    tips = list(bars(root))
+    tips = [str(rect[0].text) for rect in root.iter(f"{SVG}rect") if len(rect)]  # two of them may read the same
     assert sum("nap" in tip for tip in tips) == 10
     assert sum("raised" in tip for tip in tips) == 1
     assert sum(text.startswith("worker ") for text in texts(root)) == 2
