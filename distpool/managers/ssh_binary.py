@@ -31,6 +31,7 @@ from distpool.managers.ssh_client import LoginError
 
 _FAILED = 255  # what ssh exits with for errors of its own; and for commands that a signal ended
 _JANITOR = '"$@"; status=$?; rm -rf -- "$0"; exit $status'
+_LONGEST_DIRECTORY = 70  # bytes: the path of a Unix socket has 104 to 108, and ssh adds 17 of its own to the name
 _END_SECONDS = 2.0  # that the program has to end by itself
 
 _TEXTS = (  # what ssh prints, and what it means; the first one found counts
@@ -65,10 +66,19 @@ def connect(spec: Spec, program: list[str], flags: list[str], tunnels: bool, dea
     directory = ""
     if tunnels:
         try:
-            directory = tempfile.mkdtemp(prefix="distpool-ssh-")
+            directory = _socket_directory()
         except OSError as error:
             raise LoginError(f"no directory for the control socket: {error}") from error
     return BinaryConnection(spec, program, flags, directory, deadline)
+
+
+def _socket_directory() -> str:
+    """A new private directory whose path leaves room for the names of sockets. OSError."""
+    directory = tempfile.mkdtemp(prefix="distpool-ssh-")
+    if len(os.fsencode(directory)) <= _LONGEST_DIRECTORY or not os.path.isdir("/tmp"):
+        return directory
+    os.rmdir(directory)
+    return tempfile.mkdtemp(prefix="distpool-ssh-", dir="/tmp")
 
 
 class BinaryConnection:

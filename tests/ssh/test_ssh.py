@@ -8,9 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 
 import distpool
 from distpool import SSHManager, remotecall, remotecall_fetch, rmprocs
+from distpool.managers import ssh_binary
 
 from .sshd import ADDRESSES, Server, free_port, has_ipv6, options
 
@@ -320,27 +322,51 @@ time.sleep(60)
 """
 
 
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory for temporary files whose name is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="dp-") as name:
+        yield Path(name)
+
+
+@pytest.mark.parametrize("length", [10, 200])
+def test_a_long_name_of_the_directory_for_temporary_files(
+    length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sockets do not fit below it."""
+    below = tmp_path / ("x" * length)
+    below.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(below))
+    made = Path(ssh_binary._socket_directory())
+    try:
+        assert len(str(made)) <= 70 or made.parent == below
+        assert length < 200 or made.parent == Path("/tmp")
+        assert length < 200 or not list(below.iterdir())
+    finally:
+        made.rmdir()
+
+
 @pytest.mark.parametrize("tunnel", [False, True])
-def test_the_master_is_killed(server: Server, ssh: Any, tunnel: bool, tmp_path: Path) -> None:
+def test_the_master_is_killed(server: Server, ssh: Any, tunnel: bool, short: Path) -> None:
     code = MASTER.replace("{options}", repr(options(server, ssh, tunnel=tunnel)))
-    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    env = {**os.environ, "TMPDIR": str(short)}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
     assert process.stdout is not None
     with process, process.stdout:
         assert process.stdout.readline().startswith("ready")
         process.kill()
     wait_until(lambda: not sessions(server))
-    wait_until(lambda: not list(tmp_path.glob("distpool-ssh-*")))
+    wait_until(lambda: not list(short.glob("distpool-ssh-*")))
 
 
 @pytest.mark.parametrize("tunnel", [False, True])
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_the_program_ends(server: Server, ssh: Any, tunnel: bool, interrupted: bool, tmp_path: Path) -> None:
+def test_the_program_ends(server: Server, ssh: Any, tunnel: bool, interrupted: bool, short: Path) -> None:
     """With a call that still runs; by itself, or by Ctrl-C."""
     code = MASTER.replace("{options}", repr(options(server, ssh, tunnel=tunnel)))
     code = code.replace("ctypes.PyDLL(None).sleep(60)  # holds the GIL", "time.sleep(60)")
     code = code if interrupted else code.rpartition("time.sleep(60)")[0]
-    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    env = {**os.environ, "TMPDIR": str(short)}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
     assert process.stdout is not None and process.stderr is not None
     with process, process.stdout, process.stderr:
@@ -352,7 +378,7 @@ def test_the_program_ends(server: Server, ssh: Any, tunnel: bool, interrupted: b
         assert time.monotonic() - begin < 10
         said = process.stderr.read().decode()
         assert said.rstrip().endswith("KeyboardInterrupt") if interrupted else said == ""
-    assert not list(tmp_path.glob("distpool-ssh-*")), "nothing is left when it has ended"
+    assert not list(short.glob("distpool-ssh-*")), "nothing is left when it has ended"
     wait_until(lambda: not sessions(server))
 
 
