@@ -393,8 +393,15 @@ def test_answers_are_json_lines() -> None:
     address = free_address()
     host, _, port = address.rpartition(":")
     with program(address), socket.create_connection((host, int(port)), 10) as client, client.makefile("rwb") as stream:
-        for _ in range(2):
+
+        def ask() -> Any:
             stream.write(b"stats\n")
             stream.flush()
-            answer = json.loads(stream.readline())
+            return json.loads(stream.readline())
+
+        end = time.monotonic() + 20
+        while len(ask()["workers"]) < 2:  # the second one may still be coming up
+            assert time.monotonic() < end
+        for _ in range(2):
+            answer = ask()
             assert [entry["pid"] for entry in answer["workers"]] == [2, 3]
