@@ -133,6 +133,7 @@ class Store:
         self._node = node
         self._blobs: dict[int, _Blob] = {}  # changed on the leader, read anywhere
         self._to_pass: dict[int, list[int]] = {}  # number -> children of a function of which nothing has come yet
+        self._begun: dict[int, threading.Event] = {}  # number -> set when its blob is there; dict operations are atomic
         node.handlers[Kind.PIECE] = self._on_piece
         node.handlers[Kind.FORWARD] = self._on_forward
 
@@ -142,6 +143,9 @@ class Store:
         if blob is None:
             blob = self._blobs[message.number] = _Blob(message.sizes)
             blob.children += self._to_pass.pop(message.number, [])
+            begun = self._begun.pop(message.number, None)
+            if begun is not None:
+                begun.set()
         if blob.take(message.index, message.offset, frame.body):
             for child in blob.children:
                 self._node.peers.send(child, Kind.PIECE, frame.control, bytes(frame.body))
@@ -162,6 +166,7 @@ class Store:
         """It is not needed any more, or the task that needed it has its buffers."""
         self._blobs.pop(number, None)
         self._to_pass.pop(number, None)
+        self._begun.pop(number, None)
 
     def wait(self, number: int) -> list[Any]:
         """The buffers, once they are all there. On a task's thread.
@@ -170,12 +175,13 @@ class Store:
         """
         began, asked = time.monotonic(), 0
         while True:
+            begun = self._begun.setdefault(number, threading.Event())  # before the look: nothing comes between the two
             blob = self._blobs.get(number)
             if blob is not None and blob.complete.wait(0.25):
                 self._node.loop.call_later(KEPT, lambda: self.drop(number))  # until then others may get it from here
                 return list(blob.buffers)
             if blob is None:
-                time.sleep(0.01)  # its first piece is on its way behind the function itself
+                begun.wait(0.25)  # its first piece is on its way behind the function itself
             quiet = time.monotonic() - max(began, blob.moved if blob is not None else 0.0)
             if quiet > PATIENCE:
                 if asked == 2:
