@@ -39,7 +39,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the verdicts there")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds per test (default 60)")
     parser.add_argument("-j", type=int, default=2, help="tests at the same time (default 2)")
-    parser.add_argument("-v", action="store_true", help="print the traceback of every failure")
     return parser.parse_args()
 
 
@@ -84,15 +83,16 @@ def main() -> int:
             verdicts.append(verdict)
             where = f"{verdict.suite}: {verdict.test}"
             print(f"{verdict.status:15} {verdict.seconds:5.1f} s  {where:75} {verdict.reason}", flush=True)
-            if options.v and verdict.status == "fail":
-                print(verdict.text)
     print("\n| suite | public tests | pass | fail | not applicable |\n| --- | --- | --- | --- | --- |")
     for suite in dict.fromkeys(verdict.suite for verdict in verdicts):
         mine = [verdict.status for verdict in verdicts if verdict.suite == suite]
         count = {status: mine.count(status) for status in ("pass", "fail", "not applicable")}
         public = count["pass"] + count["fail"]
         print(f"| {suite} | {public} | {count['pass']} | {count['fail']} | {count['not applicable']} |")
-    failed = sum(verdict.status == "fail" for verdict in verdicts)
+    failures = [verdict for verdict in verdicts if verdict.status == "fail"]
+    for verdict in failures:  # last, where the end of a long log still has them
+        print(f"\nfail: {verdict.suite}: {verdict.test} after {verdict.seconds:.1f} s\n{verdict.text[-2000:]}")
+    failed = len(failures)
     print(f"\n{sum(verdict.status == 'pass' for verdict in verdicts)} passed, {failed} failed")
     if options.json:
         options.json.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1))
