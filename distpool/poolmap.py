@@ -34,6 +34,7 @@ from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
 _MAX_BATCH = 64
 _PATIENCE = 1.0  # seconds that a map inside a call waits for a worker before it shares one
 _Element = tuple[int, Any]
+_Failure = tuple[int, Outcome]
 
 
 class PoolCarrier:
@@ -55,6 +56,7 @@ class PoolCarrier:
         self._again: collections.deque[_Element] = collections.deque()  # retries go alone
         self._asked = 0  # workers that have been asked for
         self._asking: set[Future[Any]] = set()  # their futures, which nobody else holds
+        self._stranded: collections.deque[_Failure] = collections.deque()  # no worker is left for these; `_lock`
         self._closed = False
         self._mean = -1.0  # measured seconds per element
         self.sent = 0  # messages, and how many of them have not been answered
@@ -143,16 +145,36 @@ class PoolCarrier:
             self._give_up(error)
             return
         pid = future.result()
-        self.send(pid, lambda: self._pool.put(pid))
+        self.send(pid, lambda: self._put(pid))
+
+    def _put(self, pid: int) -> None:
+        try:
+            self._pool.put(pid)
+        except ProcessExitedException:
+            pass  # the pool has died; that is the next taker's error, not that of the elements which have ended
 
     def _give_up(self, error: BaseException) -> None:
-        """No worker is left, or nobody can give one out: what waits has failed."""
+        """No worker is left, or nobody can give one out: what waits has failed.
+
+        The pool hears of a death no later than those do whose call died: what is in flight ends soon and says why the
+        pool is empty, so it comes first. (Not if it is the pool that has died: then its workers live on.)
+        """
         self.usable = False
         with self._lock:
-            lost = [*self._again, *self._waiting]
+            for index, _ in (*self._again, *self._waiting):
+                self._stranded.append((index, Outcome(RAISED_HERE, error, (), 0)))
             self._again.clear()
             self._waiting.clear()
-        self._fail(lost, error)
+            now = not self.inflight or isinstance(error, ProcessExitedException)
+            if now:
+                self._fail_stranded()
+        if now:
+            self._changed.set()
+
+    def _fail_stranded(self) -> None:
+        """`_lock` is held."""
+        self.failed.extend(self._stranded)
+        self._stranded.clear()
 
     # -- running (library threads) -----------------------------------------------------------------------------
 
@@ -185,10 +207,9 @@ class PoolCarrier:
                 self._give_up(error)
             return False
         except Exception as error:
-            with self._lock:
-                self.inflight -= 1
             give_back()
             self._fail(elements, error)
+            self._landed()
             self._ask()
             return False
         future.add_done_callback(lambda ended: self._ended(ended, elements, batched, begin, give_back, function))
@@ -228,21 +249,26 @@ class PoolCarrier:
                 outcomes = [Outcome(RAISED_HERE, error, (), 0)] * len(elements)
         else:
             outcomes = [future.outcome()]
-        with self._lock:
-            self.inflight -= 1
         give_back()
         for (index, _), outcome in zip(elements, outcomes, strict=True):
             if outcome.status in (VALUE, LOCAL_VALUE):
                 self.results[index] = outcome
             else:
                 self.failed.append((index, outcome))
-        self._changed.set()
+        self._landed()
         self._ask()
+
+    def _landed(self) -> None:
+        """A message is not in flight any more, and what became of its elements is known."""
+        with self._lock:
+            self.inflight -= 1
+            if not self.inflight:
+                self._fail_stranded()
+        self._changed.set()
 
     def _fail(self, elements: list[_Element], error: BaseException) -> None:
         for index, _ in elements:
             self.failed.append((index, Outcome(RAISED_HERE, error, (), 0)))
-        self._changed.set()
 
 
 class _Lane:

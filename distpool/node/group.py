@@ -131,8 +131,7 @@ class Group:
         """The member is gone (leader): everybody hears of it."""
         self.members.pop(member.pid, None)
         with self._claiming:
-            if not self.members and not self._claims:
-                self.topology = "all_to_all"  # nobody is left whom another one was promised to
+            self._reset_topology()
         self.drop_default(member.pid)
         for watcher in list(self.gone_watchers):
             watcher(member)
@@ -179,7 +178,7 @@ class Group:
             raise TypeError(f"lazy must be a bool, not {type(lazy).__name__}")
         lazy = lazy and topology == "all_to_all"
         with self._claiming:
-            if not self._claims and not self.members:
+            if self._is_free():
                 self.topology, self.lazy = topology, lazy
             elif topology != self.topology:
                 raise RuntimeError(
@@ -193,8 +192,20 @@ class Group:
         """A launch has ended: from now on its members hold the topology, if there are any."""
         with self._claiming:
             self._claims -= 1
-            if not self._claims and not self.members:
-                self.topology = "all_to_all"
+            self._reset_topology()
+
+    def _is_free(self) -> bool:
+        """Whether nobody holds the topology; `_claiming` is held.
+
+        Who is on the way out does not: `workers()` does not list him any more, so no user could know how long to wait.
+        """
+        members = list(self.members.values())
+        return not self._claims and all(member.removed or member.state is State.LEAVING for member in members)
+
+    def _reset_topology(self) -> None:
+        """Forget the topology when nobody is left to whom it was promised; `_claiming` is held."""
+        if self._is_free():
+            self.topology = "all_to_all"
 
     def may_connect(self, one: int, other: int) -> bool:
         """Whether the topology lets these two processes have a link."""

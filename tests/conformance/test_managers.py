@@ -367,6 +367,20 @@ def test_C241_idents_that_never_come() -> None:
     wait_until(lambda: others() == [])
 
 
+def test_C239_who_is_leaving_does_not_hold_the_topology() -> None:
+    """A worker that nobody lists any more may take its time: it is nobody's business which topology comes next."""
+    manager = ByCommand(1)
+    (pid,) = addprocs(manager, topology="master_worker")
+    manager.processes[0].send_signal(signal.SIGSTOP)
+    left = rmprocs(pid, waitfor=0)
+    assert others() == []
+    (new,) = addprocs(1)
+    manager.processes[0].kill()
+    left.result(30)
+    one, two = [new, *addprocs(1)]
+    assert remotecall_fetch(remotecall_fetch, one, distpool.myid, two) == two
+
+
 def test_C212_streams_of_start_worker() -> None:
     code = "import sys, distpool; distpool.start_worker(close_stdin={}, stderr_to_stdout={})"
     for close_stdin in (True, False):
@@ -378,21 +392,28 @@ def test_C212_streams_of_start_worker() -> None:
                 stderr=subprocess.PIPE,
             )
             assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-            process.stdin.write(distpool.cluster_cookie().encode() + b"\nmore\n")
-            process.stdin.flush()
+            try:
+                check_streams(process, close_stdin, to_stdout)
+            finally:
+                process.kill()  # where it has failed
+                process.stdin.close()
+                process.stderr.close()
 
-            class Mine(Recording):
-                def launch(self, params: dict[str, Any], process: Any = process) -> list[WorkerConfig]:
-                    return [WorkerConfig(io=process.stdout, process=process)]
 
-            (pid,) = addprocs(Mine())
-            assert remotecall_fetch(lambda: os.fstat(1) == os.fstat(2), pid) == to_stdout
-            said = remotecall_fetch(lambda: os.read(0, 100), pid)
-            assert said == (b"" if close_stdin else b"more\n")
-            rmprocs(pid)
-            assert process.wait(10) == 0
-            process.stdin.close()
-            process.stderr.close()
+def check_streams(process: Any, close_stdin: bool, to_stdout: bool) -> None:
+    process.stdin.write(distpool.cluster_cookie().encode() + b"\nmore\n")
+    process.stdin.flush()
+
+    class Mine(Recording):
+        def launch(self, params: dict[str, Any]) -> list[WorkerConfig]:
+            return [WorkerConfig(io=process.stdout, process=process)]
+
+    (pid,) = addprocs(Mine())
+    assert remotecall_fetch(lambda: os.fstat(1) == os.fstat(2), pid) == to_stdout
+    said = remotecall_fetch(lambda: os.read(0, 100), pid)
+    assert said == (b"" if close_stdin else b"more\n")
+    rmprocs(pid)
+    assert process.wait(10) == 0
 
 
 def test_C209_a_worker_that_nobody_wants() -> None:

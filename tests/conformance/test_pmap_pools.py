@@ -26,6 +26,7 @@ from distpool import (
     pmap,
     remotecall_fetch,
 )
+from distpool.poolmap import PoolCarrier
 
 from .conftest import wait_until
 from .helpers import ident, own_nothing
@@ -268,6 +269,59 @@ def test_C131_C137_a_worker_dies(tmp_path: Path, kind: str, batch: int, team: li
     assert info.value.worker_id in extra
     with pytest.raises((ProcessExitedException, RuntimeError)):  # nobody is left: an error, not a hang
         pmap(lambda i: os._exit(1), range(10), pool=WorkerPool(distpool.addprocs(1)), retry_delays=[0] * 3)
+
+
+def test_the_death_that_emptied_the_pool_comes_before_its_emptiness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are told on library threads; here the death is told last."""
+    given_up = threading.Event()
+    give_up, ended = PoolCarrier._give_up, PoolCarrier._ended
+
+    def noted(self: Any, error: BaseException) -> None:
+        give_up(self, error)
+        given_up.set()
+
+    def late(self: Any, *args: Any) -> None:
+        assert given_up.wait(30)
+        ended(self, *args)
+
+    monkeypatch.setattr(PoolCarrier, "_give_up", noted)
+    monkeypatch.setattr(PoolCarrier, "_ended", late)
+    pool = WorkerPool(distpool.addprocs(1))
+    with pytest.raises(ProcessExitedException):
+        pmap(lambda i: os._exit(3), range(10), pool=pool)
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(
+            pmap, lambda i: os._exit(3), range(3), pool=WorkerPool(distpool.addprocs(1)), on_error=ident
+        )
+        errors = future.result(30)
+    assert [type(error) for error in errors] == [ProcessExitedException, RuntimeError, RuntimeError]
+
+
+def test_the_owner_of_the_pool_dies(team: list[int]) -> None:
+    """What its workers had been given still ends; there is nobody who could give out a worker for the rest."""
+    (owner,) = distpool.addprocs(1)
+    pool = remotecall_fetch(WorkerPool, owner, team[:1])
+    arrived, go = RemoteChannel(lambda: Channel(1)), RemoteChannel(lambda: Channel(1))
+
+    def hold(i: int) -> int:
+        arrived.put(i)
+        return int(go.fetch(timeout=30)) + i
+
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(pmap, hold, range(3), pool=pool, on_error=ident)
+        arrived.take(timeout=30)
+        distpool.rmprocs(owner)
+        go.put(5)
+        first, *rest = future.result(30)
+    assert first == 5
+    assert [error.worker_id for error in rest] == [owner] * 2
+
+
+def test_a_pool_of_another_process_that_has_no_worker_left(team: list[int]) -> None:
+    (member,) = distpool.addprocs(1)
+    pool = remotecall_fetch(WorkerPool, team[0], [member])
+    values = pmap(lambda i: os._exit(3), range(3), pool=pool, on_error=ident)
+    assert [type(error) for error in values] == [ProcessExitedException, RuntimeError, RuntimeError]
 
 
 def outer(i: int, pool: Any = None) -> int:
