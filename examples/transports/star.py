@@ -8,6 +8,7 @@ know. It ends with the process that started it; who loses it ends all its connec
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import sys
@@ -142,8 +143,10 @@ def be_hub(endpoint: str) -> None:
     while sys.stdin.fileno() not in (ready := dict(poller.poll())):
         if router in ready:
             sender, to, connection, kind, data = router.recv_multipart()
-            try:
-                router.send_multipart([to, sender, connection, kind, data])
-            except zmq.ZMQError:
-                if kind != END:
-                    router.send_multipart([sender, to, connection, END, b""])
+            with contextlib.suppress(zmq.ZMQError):  # both may have left meanwhile
+                try:
+                    router.send_multipart([to, sender, connection, kind, data])
+                except zmq.ZMQError:
+                    if kind != END:
+                        router.send_multipart([sender, to, connection, END, b""])
+    context.destroy(linger=0)  # by itself it would wait until everybody has read everything
