@@ -135,18 +135,15 @@ def be_hub(endpoint: str) -> None:
     context = zmq.Context()
     router = context.socket(zmq.ROUTER)
     router.set_hwm(0)
+    router.setsockopt(zmq.LINGER, 0)  # at its end it does not wait until everybody has read everything
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error for unknown names, instead of silence
     router.bind(endpoint)
-    poller = zmq.Poller()
-    for source in (router, sys.stdin.fileno()):
-        poller.register(source, zmq.POLLIN)
-    while sys.stdin.fileno() not in (ready := dict(poller.poll())):
-        if router in ready:
-            sender, to, connection, kind, data = router.recv_multipart()
-            with contextlib.suppress(zmq.ZMQError):  # both may have left meanwhile
-                try:
-                    router.send_multipart([to, sender, connection, kind, data])
-                except zmq.ZMQError:
-                    if kind != END:
-                        router.send_multipart([sender, to, connection, END, b""])
-    context.destroy(linger=0)  # by itself it would wait until everybody has read everything
+    poller, stdin = zmq.Poller(), sys.stdin.fileno()
+    poller.register(router, zmq.POLLIN)
+    poller.register(stdin, zmq.POLLIN)
+    while stdin not in dict(poller.poll()):
+        sender, to, connection, kind, data = router.recv_multipart()
+        for message in ([to, sender, connection, kind, data], [sender, to, connection, END, b""]):
+            with contextlib.suppress(zmq.ZMQError):  # gone: its peer hears of that, unless it is gone as well
+                router.send_multipart(message)
+                break
