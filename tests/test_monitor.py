@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from faults.helpers import Gate, hold_in_c
 
 import distpool
 from distpool import monitor
@@ -43,13 +44,6 @@ def spin_here_for(seconds: float) -> None:
 
 def fail() -> None:
     raise KeyError("x")
-
-
-def hold_the_lock(seconds: int) -> None:
-    """Sleep in C without giving up the interpreter lock."""
-    import ctypes
-
-    ctypes.PyDLL(None).sleep(seconds)
 
 
 @pytest.fixture
@@ -204,7 +198,7 @@ def test_stats_while_calls_fly(executor: distpool.ClusterExecutor) -> None:
 
 def test_workers_elsewhere_are_asked(executor: distpool.ClusterExecutor) -> None:
     """A worker whose memory we do not share is taken for one on another host."""
-    members = list(executor._crew.members.values())
+    members, gate = list(executor._crew.members.values()), Gate()
     local = {row["pid"]: row for row in executor.stats()}
     for member in members:
         member.link.shares_memory = False
@@ -212,13 +206,15 @@ def test_workers_elsewhere_are_asked(executor: distpool.ClusterExecutor) -> None
         for row in executor.stats():
             assert row["memory"] == pytest.approx(local[row["pid"]]["memory"], rel=0.5)
             assert row["cpu"] is not None
-        held = executor.options(pids=members[0].pid).submit(hold_the_lock, 3)
+        held = executor.options(pids=members[0].pid).submit(hold_in_c, gate.address)
+        gate.arrival()
         wait_until(lambda: row_of(executor.stats(), members[0].pid)["cpu"] is None)
         begin = time.monotonic()
         row = row_of(executor.stats(), members[0].pid)
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 10, "it is not waited for until it can answer"
         assert row["memory"] is None
     finally:
+        gate.close()
         for member in members:
             member.link.shares_memory = True
     held.result()
@@ -273,13 +269,18 @@ def test_chosen_workers_and_this_process(executor: distpool.ClusterExecutor) -> 
 
 def test_a_worker_that_holds_the_interpreter_lock(executor: distpool.ClusterExecutor) -> None:
     pid, other = executor.workers
-    future = executor.options(pids=pid).submit(hold_the_lock, 3)
-    wait_until(lambda: "did not answer" in distpool.dump_stacks(pid, timeout=0.2)[pid])
-    begin = time.monotonic()
-    texts = distpool.dump_stacks([pid, other], timeout=0.5)
-    assert time.monotonic() - begin < 2
-    assert "did not answer within 0.5 seconds" in texts[pid]
-    assert "MainThread" in texts[other]
+    gate = Gate()
+    future = executor.options(pids=pid).submit(hold_in_c, gate.address)
+    try:
+        gate.arrival()  # it takes the lock in the next moment
+        wait_until(lambda: "did not answer" in distpool.dump_stacks(pid, timeout=0.5)[pid])
+        begin = time.monotonic()
+        texts = distpool.dump_stacks([pid, other], timeout=3)
+        assert time.monotonic() - begin < 10
+        assert "did not answer within 3 seconds" in texts[pid]
+        assert "MainThread" in texts[other]
+    finally:
+        gate.close()
     future.result()
     assert "MainThread" in distpool.dump_stacks(pid)[pid], "the late answer went to nobody"
 

@@ -12,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from faults.helpers import Gate, hold_in_c
 
 import distpool
 from distpool import traceplot
@@ -167,12 +168,6 @@ def test_what_still_runs_when_the_trace_ends(tmp_path: Path) -> None:
     assert 200_000 < event["dur"] < 900_000
 
 
-def hold_the_lock(seconds: int) -> None:
-    import ctypes
-
-    ctypes.PyDLL(None).sleep(seconds)
-
-
 def test_a_worker_that_cannot_answer_holds_the_end_up_but_not_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,16 +175,17 @@ def test_a_worker_that_cannot_answer_holds_the_end_up_but_not_for_long(
 
     monkeypatch.setattr(importlib.import_module("distpool.tracing"), "_PATIENCE", 0.5)
     path = tmp_path / "trace.json"
+    gate = Gate()
     with distpool.ClusterExecutor(1) as ex:
-        ex.submit(fail).exception()  # this module is imported there
         with distpool.trace(path):
-            future = ex.submit(hold_the_lock, 4)
-            time.sleep(0.5)
+            future = ex.submit(hold_in_c, gate.address)
+            gate.arrival()
             begin = time.monotonic()
-        assert time.monotonic() - begin < 2.5
+        assert time.monotonic() - begin < 10, "it is not waited for until it can answer"
+        gate.close()
         future.result()
     (event,) = calls(path)
-    assert event["args"]["status"] == "running" and event["name"].endswith("hold_the_lock")
+    assert event["args"]["status"] == "running" and event["name"].endswith("hold_in_c")
 
 
 def test_only_what_was_sent_in_it(tmp_path: Path) -> None:
