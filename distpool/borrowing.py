@@ -10,8 +10,8 @@ worker, as everywhere. Everything runs on the leader unless it says otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 
+from distpool import errors
 from distpool.crew import Crew
 from distpool.node.group import Member
 from distpool.node.node import Node
@@ -56,7 +56,9 @@ class BorrowedCrew(Crew):
             if member is not None and member.listed and member.borrower is None and not self._dismissed:
                 self._adopt(member)
         if not self.members and not self._dismissed:
-            self.fail(lambda: BrokenProcessPool(f"none of the workers {self._pids} lives and is free to be borrowed"))
+            self.fail(
+                lambda: errors.BrokenProcessPool(f"none of the workers {self._pids} lives and is free to be borrowed")
+            )
         self._changed.set()
         self.scheduler.check_done()
         self._check_finished()
@@ -125,7 +127,7 @@ class BorrowedCrew(Crew):
 
     def kill(self, signum: int) -> None:
         """The workers are not ours to kill: what runs is given up."""
-        self.fail(lambda: BrokenProcessPool("the executor has given its borrowed workers back"))
+        self.fail(lambda: errors.BrokenProcessPool("the executor has given its borrowed workers back"))
 
     def _end(self) -> None:
         self._dismissed = True

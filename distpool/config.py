@@ -33,6 +33,11 @@ PROOF_SECONDS = 10.0
 #: Last lines of a worker's output that `ProcessExitedException.output` carries.
 OUTPUT_LINES = 20
 
+#: What workers may need, but not to come up and not for simple calls (15 ms of work): loaded by a zygote or a worker
+#: that has rested for so many seconds.
+PRELOAD = ("cloudpickle", "multiprocessing", "encodings.ascii", "distpool.wire.byvalue")
+REST_SECONDS = 0.05
+
 
 def worker_timeout() -> float:
     """Seconds that launch and connection of a worker may take (`DISTPOOL_WORKER_TIMEOUT`, default 60)."""

@@ -12,11 +12,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
 from typing import Any
 
-from distpool import config
-from distpool.errors import ProcessExitedException
+from distpool import config, errors
 from distpool.joining import launcher
 from distpool.node.group import Member, State
 from distpool.node.node import Node
@@ -28,7 +26,6 @@ from distpool.wire.failures import failure_info
 from distpool.wire.frames import Frame, Kind
 
 log = logging.getLogger("distpool.crew")
-remote_traceback: Any = _RemoteTraceback  # typeshed has its argument wrong
 
 _PATIENCE = 5.0  # seconds that a worker has to exit when asked
 
@@ -165,8 +162,10 @@ class Crew:
         log.critical("Exception in initializer:\n%s", info.traceback)
 
         def make_error() -> BaseException:
-            error = BrokenProcessPool(f"the initializer failed on worker {slot.pid}: {info.type_name}: {info.message}")
-            error.__cause__ = remote_traceback(f'\n"""\n{info.traceback}"""')
+            error = errors.BrokenProcessPool(
+                f"the initializer failed on worker {slot.pid}: {info.type_name}: {info.message}"
+            )
+            error.__cause__ = errors.remote_traceback(f'\n"""\n{info.traceback}"""')
             return error
 
         self._break(make_error)
@@ -206,8 +205,8 @@ class Crew:
         info = failure_info(data)
 
         def make_error() -> BaseException:
-            error = BrokenProcessPool(f"a worker could not load a call: {info.type_name}: {info.message}")
-            error.__cause__ = remote_traceback(f'\n"""\n{info.traceback}"""')
+            error = errors.BrokenProcessPool(f"a worker could not load a call: {info.type_name}: {info.message}")
+            error.__cause__ = errors.remote_traceback(f'\n"""\n{info.traceback}"""')
             return error
 
         self.node.loop.call_soon(lambda: self._break(make_error))
@@ -217,7 +216,7 @@ class Crew:
         """Break mode: a result could not be loaded in this process (any thread). Returns what its future raises."""
 
         def make_error() -> BaseException:
-            broken = BrokenProcessPool(f"a result could not be loaded: {type(error).__name__}: {error}")
+            broken = errors.BrokenProcessPool(f"a result could not be loaded: {type(error).__name__}: {error}")
             broken.__cause__ = error
             return broken
 
@@ -231,7 +230,7 @@ class Crew:
             return
         if not self._replace:
             text = "A process in the process pool was terminated abruptly while the future was running or pending."
-            self.broken = BrokenProcessPool(text)
+            self.broken = errors.BrokenProcessPool(text)
             unsent = self.scheduler.failure = lambda: self._exit_error(member, False)  # nothing goes elsewhere
             self.scheduler.lost(slot, lambda ran: self._exit_error(member, ran))
             self._break(lambda: self._exit_error(member, True), unsent)
@@ -240,10 +239,10 @@ class Crew:
         self.scheduler.lost(slot, lambda ran: self._exit_error(member, ran))
 
     def _exit_error(self, member: Member, ran: bool) -> BaseException:
-        return ProcessExitedException(member.pid, member.exitcode, ran, member.last_output, member.reason)
+        return errors.ProcessExitedException(member.pid, member.exitcode, ran, member.last_output, member.reason)
 
     def _died_in_initializer(self, member: Member) -> BaseException:
-        error = BrokenProcessPool(f"worker {member.pid} died in the initializer")
+        error = errors.BrokenProcessPool(f"worker {member.pid} died in the initializer")
         error.__cause__ = self._exit_error(member, True)
         return error
 
@@ -334,7 +333,7 @@ class Crew:
         if not self._dismissed or self.members or self.finished.is_set() or not self.supply.abandon():
             return
         if self.scheduler.failure is None:
-            self.scheduler.fail_all(lambda: BrokenProcessPool("the executor was shut down"))
+            self.scheduler.fail_all(lambda: errors.BrokenProcessPool("the executor was shut down"))
         self.supply.close()
         if self.claims_topology:
             self.node.group.release_topology()

@@ -174,7 +174,9 @@ class CompositeException(DistpoolError, ExceptionGroup):
 
 
 if TYPE_CHECKING:
-    from concurrent.futures.process import BrokenProcessPool
+    from concurrent.futures.process import BrokenProcessPool as BrokenProcessPool
+
+    remote_traceback: Any  # its argument is wrong in typeshed
 
     class ProcessExitedException(DistpoolError, BrokenProcessPool):
         """A worker process is gone; see `_make_process_exited`."""
@@ -240,7 +242,15 @@ def _make_process_exited() -> type:
 
 
 def __getattr__(name: str) -> Any:
+    """What needs `concurrent.futures.process`, which imports half of multiprocessing (5 ms, in each process): made when
+    it is first asked for, so write `errors.BrokenProcessPool` where programs that meet no error come by."""
     if name == "ProcessExitedException":
-        made = globals()[name] = _make_process_exited()
-        return made
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        made: Any = _make_process_exited()
+    elif name in ("BrokenProcessPool", "remote_traceback"):
+        from concurrent.futures import process
+
+        made = process.BrokenProcessPool if name == "BrokenProcessPool" else process._RemoteTraceback
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = made
+    return made

@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from distpool.managers.base import ClusterManager
@@ -51,7 +50,7 @@ def manager_for(machines: Any, options: dict[str, Any]) -> ClusterManager:
         machines = usable_cpus()
     if isinstance(machines, int):
         return LocalManager(machines, options.get("restrict", True))
-    if isinstance(machines, Path):
+    if isinstance(machines, os.PathLike):
         return ssh_manager(load_machine_file(machines))
     if isinstance(machines, Iterable) and not isinstance(machines, str | bytes):
         return ssh_manager(list(machines))
@@ -111,7 +110,7 @@ def manager_of(hosts: Any) -> ClusterManager:
         return hosts
     if isinstance(hosts, str):
         return _named(hosts)
-    if isinstance(hosts, Path):
+    if isinstance(hosts, os.PathLike):
         machines: list[Any] = list(load_machine_file(hosts))
         if not machines:
             raise ValueError(f"{hosts}: no machine in this file")

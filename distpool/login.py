@@ -140,7 +140,7 @@ class Agent:
         """Start the workers and serve. In this process it ends with `os._exit`."""
         gc.disable()
         zygote.default_signals()
-        problem = zygote.preload(startup.ENTRY)
+        problem = zygote.preload([startup.ENTRY.partition(":")[0], *config.PRELOAD])
         if problem:
             raise RuntimeError(problem)
         if self.settings.fetch:  # else each worker would load it

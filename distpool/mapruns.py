@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _BLOCK = 4096  # scalar elements that are kept together
 _MOST_AHEAD = 512
+_SMALL = 64  # elements of a chunk
+_TOGETHER = 1024  # elements in chunks that are serialised before the first of them is sent
 _SHORT = 0.002  # seconds: longer calls never travel together in one record
 
 
@@ -236,9 +238,20 @@ class MapRun:
         """Add several chunks at once, which may then travel in one frame."""
         self._append_records([self._chunk_record(chunk) for chunk in chunks])
 
+    def feed_cut(self, items: list[Any], chunksize: int) -> None:
+        """Add the chunks of an input that lies in memory: small ones of scalars together, which saves a turn of the
+        scheduler for each; others one by one, so that workers begin before the last of them is serialised."""
+        if not items:
+            return
+        group = chunksize * max(1, _TOGETHER // chunksize) if _all_scalars(items[:1], self.single) else chunksize
+        for begin in range(0, len(items), group):
+            end = min(begin + group, len(items))
+            self.feed_chunks([items[start : min(start + chunksize, end)] for start in range(begin, end, chunksize)])
+
     def _chunk_record(self, chunk: list[Any]) -> Any:
         flags = CHUNK_OF_SCALARS if self.single else CHUNK
-        if _all_scalars(chunk, self.single):
+        # To look at each of many elements takes longer than to give them to the pickler that needs not ask.
+        if len(chunk) < _SMALL and _all_scalars(chunk, self.single):
             return self._record(lambda: (dumps(chunk, 5), ()), flags)
         seen: list[Any] = []
         return self._record(lambda: codec.encode(chunk, None, seen), flags, seen)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
-import secrets
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -206,6 +206,8 @@ class _Requests:
 class _Request:
     """The call behind a future of a handle."""
 
+    brisk = False  # others may run what it waits for on this very processor
+
     def __init__(self, requests: _Requests, number: int) -> None:
         self._requests = requests
         self._number = number
@@ -356,7 +358,7 @@ def arrive(key: str, size: int, options: dict[str, Any] | None) -> Any:
 def reduce_executor(executor: Any, peer: Any) -> tuple[Any, ...]:
     """For `codec.register_reducer`: a `ClusterExecutor` on its way to another process."""
     if executor._key is None:
-        executor._key = secrets.token_hex(8)
+        executor._key = os.urandom(8).hex()
         _export(executor, executor._key)
     return arrive, (executor._key, executor._max_workers, None)
 

@@ -18,15 +18,13 @@ from typing import Any
 
 from distpool.crew import Crew
 from distpool.executor import LOOK_AHEAD
-from distpool.mapruns import SCALARS, MapRun, look_ahead
+from distpool.mapruns import MapRun, look_ahead
 from distpool.pool_callbacks import Callbacks
 from distpool.pool_input import PLAIN, Feed, Inputs
 from distpool.pool_results import IMapIterator, IMapUnorderedIterator, MapResult
 from distpool.pool_runs import PolicyRun, chained, star_arguments
 from distpool.progress import Progress, make_progress
 from distpool.work import Policy
-
-_TOGETHER = 1000  # scalars that are serialised before the first of them is sent
 
 
 class PoolMaps(stdlib.Pool):
@@ -141,11 +139,7 @@ class PoolMaps(stdlib.Pool):
         elif chunksize == 1:
             run.feed(items if items is not iterable else list(items))
         else:
-            # Small chunks of scalars together; others one by one, so that workers begin before the last is serialised.
-            group = chunksize * max(1, _TOGETHER // chunksize) if type(items[0]) in SCALARS else chunksize
-            for begin in range(0, len(items), group):
-                end = min(begin + group, len(items))
-                run.feed_chunks([items[start : min(start + chunksize, end)] for start in range(begin, end, chunksize)])
+            run.feed_cut(items, chunksize)
         return result
 
     def _chunksize(self, length: int, chunksize: int | None) -> int:

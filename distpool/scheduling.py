@@ -297,6 +297,10 @@ class Scheduler:
         """Whether something waits in the queue."""
         return bool(self._queue)
 
+    def quiet(self, alone: Slot) -> bool:
+        """Whether nothing waits and no other worker than this has calls. A hint: read without the lock."""
+        return not self._queue and not any(slot.load for slot in list(self.slots.values()) if slot is not alone)
+
     @property
     def busy(self) -> bool:
         """Whether calls wait or run."""

@@ -133,6 +133,10 @@ class Submitter(concurrent.futures.Executor):
         if chunksize == 1:
             run.feed(list(source))
             total = run.fed
+        elif all(type(iterable) in _AT_HAND for iterable in iterables):
+            items = list(source)
+            total = len(items)
+            run.feed_cut(items, chunksize)
         else:
             total = 0
             while chunk := list(itertools.islice(source, chunksize)):

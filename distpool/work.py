@@ -126,6 +126,12 @@ class Call:
         """The loop whose leader settles the future."""
         return self.scheduler.loop
 
+    @property
+    def brisk(self) -> bool:
+        """Whether nothing else of the executor waits or runs."""
+        slot = self.slot
+        return slot is not None and slot.load == 1 and self.scheduler.quiet(slot)
+
     def cancel(self) -> bool:
         """Recall the call; True if it will not run."""
         return self.scheduler.cancel(self)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import signal
 import socket
 import sys
@@ -27,7 +26,6 @@ from distpool.node import node as nodes
 from distpool.node.bulk import Store
 from distpool.node.observe import Observer
 from distpool.node.tasks import TaskRunner
-from distpool.siblings import Siblings
 from distpool.startup import finish
 from distpool.transport.door import Door
 from distpool.transport.journal import Journal
@@ -200,7 +198,7 @@ class Worker:
         text = versions.mismatch(versions.read(frame.control, 1), "the master")
         if text:
             self._complain_of(text)
-            link.send(Kind.JOINED, messages.Joined(versions.own(), os.getpid(), platform.node(), False).pack())
+            link.send(Kind.JOINED, messages.Joined(versions.own(), os.getpid(), socket.gethostname(), False).pack())
             self.loop.call_later(_FAREWELL, lambda: os._exit(_LOST_MASTER))
         return not text
 
@@ -240,13 +238,13 @@ class Worker:
                 Kind.SHUTDOWN: self._on_shutdown,
                 Kind.INTERRUPT: lambda _, frame: self.interrupt(),
                 Kind.CONNECT: self._on_connect,
+                Kind.LAUNCH: self._on_launch,
                 Kind.SEGMENTS_FREE: lambda _, frame: segments.on_free(
                     messages.SegmentsFree.unpack(frame.control).segments
                 ),
             }
         )
-        Siblings(node, link, self._bound_to())
-        answer = messages.Joined(versions.own(), os.getpid(), platform.node(), shares, problem)
+        answer = messages.Joined(versions.own(), os.getpid(), socket.gethostname(), shares, problem)
         link.send(Kind.JOINED, answer.pack())
         self._joined.set()
 
@@ -267,6 +265,13 @@ class Worker:
         """The address of our listener if it is one that others may bind to as well."""
         name = self._listener.getsockname() if self._listener is not None else ""
         return str(name[0]) if isinstance(name, tuple) else ""
+
+    def _on_launch(self, link: Link, frame: Frame) -> None:
+        """The first of its kind brings the module, whose imports other workers need not pay."""
+        from distpool.siblings import Siblings
+
+        Siblings(self.node, link, self._bound_to())
+        self.node.dispatch(link, frame)
 
     def _on_connect(self, link: Link, frame: Frame) -> None:
         """Links that are not lazy."""

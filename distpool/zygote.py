@@ -27,23 +27,23 @@ import socket
 import struct
 import sys
 import traceback
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Iterable
+from typing import Any, NamedTuple, NoReturn
 
+from distpool import config
 from distpool.startup import address_of, become_worker, listen, remove, unix_path
 
 if sys.platform != "win32":
     import resource
 
-PRELOAD = ("cloudpickle", "multiprocessing", "encodings.ascii", "distpool.wire.byvalue")
-"""What workers use besides their entry point, but only from their first call on (10 ms in each of them otherwise)."""
+FEW = 4
+"""Workers that are forked before all is loaded, at most: they load the rest themselves when they have time."""
 
 FRAME = struct.Struct("!I")
 """Length of a control message in front of its JSON."""
 
 
-@dataclass
-class Birth:
+class Birth(NamedTuple):
     """What a newly forked child needs to become a worker."""
 
     listener: socket.socket
@@ -52,8 +52,7 @@ class Birth:
     lifeline: int
 
 
-@dataclass
-class Child:
+class Child(NamedTuple):
     """What the zygote keeps of a living worker."""
 
     lifeline: int
@@ -71,11 +70,10 @@ def main(control: int, master: int, directory: str, entry: str, own_path: list[s
     """
     gc.disable()
     default_signals()
-    problem = preload(entry)
+    problem = preload([entry.partition(":")[0]])
     limit = raise_descriptor_limit()
     _stdio_to_null()
     os.chdir("/")  # a zygote keeps no directory busy
-    gc.collect()
     gc.freeze()
     birth = Zygote(control, master, directory, problem).serve()
     # Only children come here. The frozen objects stay frozen: unfreezing would let every full collection write to the
@@ -86,11 +84,10 @@ def main(control: int, master: int, directory: str, entry: str, own_path: list[s
     become_worker(birth.listener, birth.settings, birth.output, birth.lifeline, own_path)
 
 
-def preload(entry: str) -> str:
+def preload(names: Iterable[str]) -> str:
     """Import what workers need; the text of the problem if that fails (each request is answered with it)."""
     try:
-        importlib.import_module(entry.partition(":")[0])
-        for name in PRELOAD:
+        for name in names:
             importlib.import_module(name)
     except Exception:
         return traceback.format_exc()
@@ -138,6 +135,7 @@ class Zygote:
         self.wake_read, self.wake_write = os.pipe()
         os.set_blocking(self.wake_read, False)
         os.set_blocking(self.wake_write, False)
+        self.complete = False  # all that workers may need is loaded
         self.poll = select.poll()
         self.poll.register(self.control, select.POLLIN)
         self.poll.register(self.wake_read, select.POLLIN)
@@ -155,7 +153,10 @@ class Zygote:
     def serve(self) -> Birth:
         """Answer requests until the master is gone (then exit), or until this is a new child."""
         while True:
-            for descriptor, _ in self.poll.poll():
+            ready = self.poll.poll(None if self.complete else config.REST_SECONDS * 1000)
+            if not ready:
+                self._complete()
+            for descriptor, _ in ready:
                 if descriptor == self.wake_read:
                     self._reap()
                 elif descriptor == self.master_gone:
@@ -164,6 +165,14 @@ class Zygote:
                     birth = self._receive()
                     if birth is not None:
                         return birth
+
+    def _complete(self) -> None:
+        """Load the rest, once: with it each worker would start 10 ms later, and without it each would load its own."""
+        if not self.complete:
+            self.complete = True
+            self.problem = self.problem or preload(config.PRELOAD)
+            gc.collect()
+            gc.freeze()
 
     def _receive(self) -> Birth | None:
         try:
@@ -199,6 +208,8 @@ class Zygote:
 
     def _fork(self, request: dict[str, Any]) -> Birth | None:
         """Fork `count` workers, answering for each as soon as it lives."""
+        if request["count"] > FEW:
+            self._complete()
         for done in range(request["count"]):
             try:
                 if self.problem:

@@ -228,11 +228,13 @@ class Office:
         self.scheduler.enqueue(call)
         return future
 
-    def run(self, items: list[Any], function: Callable[..., Any], ordered: bool = True) -> MapRun:
+    def run(
+        self, items: list[Any], function: Callable[..., Any], ordered: bool = True, chunked: bool = False
+    ) -> MapRun:
         encoded = self.node.encoder.encode(function)
         if encoded.mean < 0:
             encoded.mean = KNOWN
-        made = MapRun(self.scheduler, encoded, single=True, ordered=ordered)
+        made = MapRun(self.scheduler, encoded, single=True, ordered=ordered, chunked=chunked)
         made.feed(items)
         return made
 

@@ -54,3 +54,9 @@ def busy(listener: socket.socket, settings: dict) -> int:
     print("busy", flush=True)
     BUSY[settings["extra"]["busy"]]()
     return 0
+
+
+def loaded(listener: socket.socket, settings: dict) -> int:
+    """Print which of the named modules this process was born with."""
+    print(*sorted(set(settings["extra"]["names"]) & set(sys.modules)), flush=True)
+    return 0

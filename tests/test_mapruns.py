@@ -36,6 +36,19 @@ def test_scalars_and_objects_travel_alike(office: Office) -> None:
     assert values(run, len(items)) == items and run.fed == run.settled == len(items)
 
 
+@pytest.mark.parametrize("chunksize", [2, 7, 100, 5000])
+@pytest.mark.parametrize("kind", ["scalars", "objects"])
+def test_an_input_is_cut_into_chunks(office: Office, chunksize: int, kind: str) -> None:
+    worker = office.worker(2)
+    items: list[Any] = list(range(2500)) if kind == "scalars" else [[number] for number in range(2500)]
+    run = office.run([], fresh(), chunked=True)
+    run.feed_cut(items, chunksize)
+    while worker.inbox:
+        office.finish(worker)
+    assert run.fed == run.settled == -(-len(items) // chunksize)
+    assert [value for chunk in values(run, run.fed) for value in chunk] == items
+
+
 def test_what_cannot_be_serialised_is_that_elements_outcome(office: Office) -> None:
     worker = office.worker(2)
     run = office.run([[1], threading.Lock(), [3], threading.Lock()], fresh())

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from wires import PATIENCE, Bench, bench, until
 
+from distpool import config
 from distpool.wire import codec, messages
 from distpool.wire.failures import failure_info
 from distpool.wire.frames import Kind
@@ -163,6 +164,20 @@ def test_a_forgotten_function_is_gone(runner: Bench) -> None:
     runner.master.link.send(Kind.FORGET, messages.Forget([number, 12345]).pack())
     first = runner.send(runner.one(note, 1))
     assert isinstance(runner.collect(1)[first], Exception) and ran == []
+
+
+def loaded() -> bool:
+    return "wave" in sys.modules
+
+
+def test_a_worker_at_rest_loads_what_it_was_born_without(runner: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    sys.modules.pop("wave", None)
+    monkeypatch.setattr(config, "PRELOAD", ("no_such_module", "wave"))  # what is not there hinders nobody
+    until(loaded, "it loads nothing")
+    sys.modules.pop("wave")
+    first = runner.send(runner.one(note, 3))
+    assert runner.collect(1) == {first: 9}  # it runs on, and looks only once
+    assert not loaded()
 
 
 def test_shutdown_comes_after_the_calls(runner: Bench) -> None:

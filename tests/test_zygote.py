@@ -18,8 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
-from distpool import startup
+from distpool import config, startup
 from distpool.managers.process import PACKAGE, LaunchSpec, boot_code
+from distpool.zygote import FEW
 
 FRAME = struct.Struct("!I")
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -167,6 +168,39 @@ def test_failing_preload_is_the_answer_to_each_request(directory: Path) -> None:
         peer.control.sendall(peer.request(1, number))
         answer = peer.read()
         assert answer["id"] == number and "No module named 'no_such_module'" in answer["error"]
+    peer.close()
+
+
+def modules_of_newborns(peer: Peer, count: int) -> list[str]:
+    """Which of the modules that few need each of `count` new workers was born with."""
+    names = {"names": ["cloudpickle", "multiprocessing"]}
+    peer.control.sendall(peer.request(count, entry="launch_entries:loaded", extra=names))
+    found = []
+    for _ in range(count):
+        while peer.read().get("fds") is None:
+            pass  # the end of one that came before
+        with open(peer.descriptors.pop(0), "rb") as output:
+            found.append(output.read().decode().strip())
+        for descriptor in peer.descriptors:  # pidfd
+            os.close(descriptor)
+        peer.descriptors.clear()
+    return found
+
+
+def test_the_first_workers_do_not_wait_for_what_few_need(directory: Path) -> None:
+    peer = Peer(directory, "launch_entries:loaded")
+    assert modules_of_newborns(peer, 2) == ["", ""]
+    assert modules_of_newborns(peer, FEW + 1) == ["cloudpickle multiprocessing"] * (FEW + 1)
+    assert modules_of_newborns(peer, 1) == ["cloudpickle multiprocessing"]
+    peer.close()
+
+
+def test_a_zygote_at_rest_loads_the_rest(directory: Path) -> None:
+    peer = Peer(directory, "launch_entries:loaded")
+    deadline = time.monotonic() + 20
+    while modules_of_newborns(peer, 1) != ["cloudpickle multiprocessing"]:
+        assert time.monotonic() < deadline
+        select.select([], [], [], 2 * config.REST_SECONDS)  # it must have been left alone for so long
     peer.close()
 
 

@@ -12,7 +12,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -178,6 +177,8 @@ def import_path(wanted: dict[str, str], foreign: bool, moved: bool) -> list[str]
 
 def installation() -> set[str]:
     """Directories (and the zip) of this interpreter's own library and of its installed packages."""
+    import sysconfig  # few need it, and it takes its time
+
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     found = {sysconfig.get_path(name) for name in names}
     archive = f"python{sys.version_info[0]}{sys.version_info[1]}.zip"

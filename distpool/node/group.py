@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from distpool.errors import ProcessExitedException
+from distpool import errors
 from distpool.node.member import Member, State
 from distpool.node.node import Node
 from distpool.node.output import OutputHook
@@ -99,7 +99,7 @@ class Group:
         if dead is not None:
             raise dead()
         if pid in range(2, self.last_pid + 1):
-            raise ProcessExitedException(pid, None, False)
+            raise errors.ProcessExitedException(pid, None, False)
         raise ValueError(f"no process with id {pid} exists")
 
     def introduce(self, member: Member) -> None:
@@ -144,7 +144,7 @@ class Group:
         """Every process of the group hears of the death, with what is known of it."""
         pid, code, output, reason = member.pid, member.exitcode, member.last_output, member.reason
         peers = self.node.peers
-        peers.mark_dead(pid, lambda: ProcessExitedException(pid, code, True, output, reason))
+        peers.mark_dead(pid, lambda: errors.ProcessExitedException(pid, code, True, output, reason))
         peers.broadcast_dead(pid, code, reason)
 
     def _call_hooks(self, hooks: list[Callable[[WorkerInfo], object]], info: WorkerInfo) -> None:

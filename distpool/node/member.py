@@ -20,8 +20,8 @@ from __future__ import annotations
 import contextlib
 import enum
 import multiprocessing
-import platform
 import signal
+import socket
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -133,7 +133,7 @@ class Member:
         """Whether the process that we can see is the worker, and not something that started it."""
         if self.process is None:
             return False
-        joined = self._registered and self.host == platform.node()
+        joined = self._registered and self.host == socket.gethostname()
         return bool(self.process.is_worker or (joined and self.process.ospid == self.ospid))
 
     @property

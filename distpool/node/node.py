@@ -14,7 +14,6 @@ import contextlib
 import importlib
 import itertools
 import os
-import secrets
 import threading
 import traceback
 from collections.abc import Callable
@@ -165,7 +164,7 @@ def current() -> Node:
         with _making:
             node = _node
             if node is None:
-                node = Node(1, secrets.token_hex(16))
+                node = Node(1, os.urandom(16).hex())
                 node.loop.start()
                 _node = node
     return node

@@ -21,8 +21,8 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from distpool import config
-from distpool.errors import ProcessExitedException, ProtocolError, TopologyError
+from distpool import config, errors
+from distpool.errors import ProtocolError, TopologyError
 from distpool.node.requests import Requests
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
@@ -204,7 +204,7 @@ class Peers:
         if message.problem == "":
             self._dial(pid, message.address, message.shares_memory, lambda text: self._not_reached(pid, text, message))
         elif message.problem == "gone":
-            self.mark_dead(pid, lambda: ProcessExitedException(pid, None, False, "", message.detail))
+            self.mark_dead(pid, lambda: errors.ProcessExitedException(pid, None, False, "", message.detail))
         elif message.problem == "topology":
             self._give_up(pid, lambda: TopologyError(message.detail))
         elif message.problem == "unreachable":
@@ -379,7 +379,7 @@ class Peers:
         if self._links.get(pid) is link:
             del self._links[pid]
             text = f"its connection to process {self._node.pid} was lost" + (f": {reason}" if reason else "")
-            self.requests.fail(pid, lambda: ProcessExitedException(pid, None, True, "", text))
+            self.requests.fail(pid, lambda: errors.ProcessExitedException(pid, None, True, "", text))
             make = self._doubted.pop(pid, None)
             if make is not None:
                 make()
@@ -400,7 +400,7 @@ class Peers:
         """Worker: pid 1 says that a process is gone."""
         message = messages.Dead.unpack(frame.control)
         code, reason = message.exitcode, message.reason
-        self.mark_dead(message.pid, lambda: ProcessExitedException(message.pid, code, True, "", reason))
+        self.mark_dead(message.pid, lambda: errors.ProcessExitedException(message.pid, code, True, "", reason))
 
     def mark_dead(self, pid: int, make_error: Callable[[], BaseException]) -> None:
         """The process is gone for good: idempotent."""
@@ -427,7 +427,7 @@ class Peers:
 
 def _unstarted(error: BaseException) -> BaseException:
     """The error of a call that was never sent."""
-    if isinstance(error, ProcessExitedException):
+    if isinstance(error, errors.ProcessExitedException):
         error.maybe_ran = False
         error.args = (*error.args[:2], False, *error.args[3:])
     return error

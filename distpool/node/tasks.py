@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import importlib
 import itertools
 import threading
 import time
@@ -73,6 +74,8 @@ class TaskRunner:
         self._offered: collections.deque[Any] = collections.deque()  # remote calls for the main thread; `lock`
         self._beside = 0  # remote calls that were given to other threads and have not ended; `lock`
         self._idle = False  # the main thread waits for work; `lock`
+        self._warm = False  # all that calls may need is loaded; main thread
+        self._brisk = False  # the last call came alone: the next may come as soon as its result is out; a hint
         self._sleeping = False  # it does so without leading, on `_work`
         self._work = threading.Event()
         self._spawn = spawn
@@ -99,6 +102,7 @@ class TaskRunner:
             items.append(Item(sequence, number, elements, flags, payload, buffers[:parts]))
             if parts:
                 del buffers[:parts]
+        self._brisk = count == 1
         with self.lock:
             self._inbox.extend(items)
             self._brought()
@@ -203,10 +207,20 @@ class TaskRunner:
                 return 0
             else:
                 self._idle = True
-                if not loop.lead(self._has_work):
+                rested = None if self._warm else time.monotonic() + config.REST_SECONDS
+                if not loop.lead(self._has_work, rested, self._brisk):
                     self._sleep()  # another thread of this process leads: it waits for an answer of its own
+                elif not self._warm and not self._has_work():
+                    self._warm_up()
                 with self.lock:
                     self._idle = False
+
+    def _warm_up(self) -> None:
+        """Nobody wants anything of this process at the moment: load what its zygote has left out to be quick."""
+        self._warm = True
+        for name in config.PRELOAD:
+            with contextlib.suppress(Exception):  # whoever needs it will hear of it
+                importlib.import_module(name)
 
     def _sleep(self) -> None:
         """The main thread waits without leading. Who brings work looks at `_sleeping` after putting the work down."""
@@ -327,7 +341,7 @@ class TaskRunner:
     def offer(self, work: Callable[[Any], object], name: str) -> None:
         """Leader: run `work(call)` on the main thread if that is idle, else on a thread of its own, at once."""
         with self.lock:
-            on_main = self._idle and not self._offered and not self._inbox
+            self._brisk = on_main = self._idle and not self._offered and not self._inbox
             if on_main:
                 self._offered.append((work, name))
                 self._brought()

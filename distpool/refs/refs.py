@@ -84,6 +84,11 @@ class PendingCall(Protocol):
         """The loop whose leader settles the future."""
         ...
 
+    @property
+    def brisk(self) -> bool:
+        """Whether the call is the only one, so that whoever waits for it may look for a moment before sleeping."""
+        ...
+
     def cancel(self) -> bool:
         """Recall the call; True if it will not run."""
         ...
@@ -414,7 +419,7 @@ class Future(concurrent.futures.Future[T]):
             node = nodes.existing()
             return self._sleep(deadline, None if node is None else node.loop)
         with call.waiting():
-            if call.loop.lead(self.done, deadline):
+            if call.loop.lead(self.done, deadline, call.brisk):
                 return self.done()
             return self._sleep(deadline, call.loop)
 

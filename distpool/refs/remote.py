@@ -39,6 +39,8 @@ SET_TWICE = "Future can be set only once"
 class _Waiting:
     """The `_call` of a pending RemoteFuture: where its waiters wait."""
 
+    brisk = True
+
     def __init__(self, refs: Refs) -> None:
         self._node = refs.node
 

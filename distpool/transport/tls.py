@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -134,6 +133,8 @@ def _as_file(text: str) -> Iterator[str]:
         path = f"/proc/self/fd/{descriptor}"
         remove: Callable[[], object] = lambda: None  # noqa: E731
     else:
+        import tempfile
+
         descriptor, path = tempfile.mkstemp(prefix="distpool-")  # readable by us only
         remove = lambda: os.unlink(path)  # noqa: E731
     try:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import ClassVar
 
 from distpool.wire.frames import Kind
 from distpool.wire.messages import Message
 
 
-@dataclasses.dataclass(slots=True)
 class Piece(Message):
     """Master or worker -> worker: part of buffer `index` of the function `number` (body); `sizes` of its buffers."""
 
@@ -20,7 +18,6 @@ class Piece(Message):
     sizes: list[int]
 
 
-@dataclasses.dataclass(slots=True)
 class Forward(Message):
     """Master -> worker: pass the pieces of the function `number` on to the worker `pid`."""
 
@@ -29,7 +26,6 @@ class Forward(Message):
     pid: int
 
 
-@dataclasses.dataclass(slots=True)
 class Wanted(Message):
     """Worker -> master: no pieces of the function `number` come to me."""
 
