@@ -21,9 +21,9 @@ READ_SIZE = 65536
 #: A thread that waits for results leads the I/O loop itself; the I/O thread comes back after this many seconds.
 GRACE = 0.005
 #: A worker's window of calls sent ahead is worth this many seconds of running time.
-WINDOW_SECONDS = 0.004
+WINDOW_SECONDS = 0.008
 #: Results wait at most this long in a worker before they are sent.
-FLUSH_SECONDS = 0.001
+FLUSH_SECONDS = 0.004
 #: Bytes of a worker's journal of results (shared with the master on the same host).
 JOURNAL_SIZE = 1 << 18
 #: Connections at a time that have not proved yet that they belong to the cluster.

@@ -201,8 +201,8 @@ class Scheduler:
 
     def _share(self, slot: Slot, head: Any) -> int:
         room = slot.room(head.timing.mean)
-        if room <= 0:
-            return 0
+        if room <= 0 or (slot.load > slot.blocked and 2 * room < slot.limit - slot.blocked):
+            return 0  # it has enough for now: half a window at a time costs half of the frames
         if head.policy is not None if type(head) is Call else False:
             return 1 if slot.load == 0 else 0
         waiting = head.remaining if type(head) is MapRun else len(self._queue)

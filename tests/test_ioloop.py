@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from distpool.transport import ioloop
+from distpool.transport import polling
 from distpool.transport.ioloop import IoLoop
 
 PATIENCE = 30.0
@@ -27,8 +27,8 @@ PATIENCE = 30.0
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[IoLoop]:
     """A loop without its thread; both pollers."""
     if request.param == "selector":
-        monkeypatch.setattr(ioloop, "_Epoll", ioloop._Selector)
-    elif not hasattr(ioloop.select, "epoll"):
+        monkeypatch.setattr(polling, "Epoll", polling.Selector)
+    elif not hasattr(polling.select, "epoll"):
         pytest.skip("no epoll here")
     made = IoLoop("test-io")
     yield made
@@ -477,64 +477,6 @@ def test_a_handler_of_the_users_own_keeps_the_main_thread_from_leading() -> None
         print("well")
     """)
     assert (done.stdout, done.stderr) == ("well\n", "")
-
-
-# -------------------------------------------------------------------------------------------- a look before sleeping
-
-
-class Scripted:
-    """A poller that answers its n-th blocking poll after so many seconds, and each look with what it is told."""
-
-    def __init__(self, seconds: list[float]) -> None:
-        self.seconds = seconds
-        self.looks = 0
-        self.found: list[tuple[int, int]] = []
-        self.now = 0.0
-
-    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
-        if timeout == 0:
-            self.looks += 1
-            self.now += 10e-6
-            return self.found
-        self.now += self.seconds.pop(0)
-        return [(1, 1)]
-
-
-@pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def make(seconds: list[float]) -> tuple[Scripted, Any]:
-        poller = Scripted(seconds)
-        monkeypatch.setattr(ioloop.time, "perf_counter", lambda: poller.now)
-        return poller, ioloop._Glances(poller)
-
-    return make
-
-
-def test_only_who_has_been_answered_soon_looks_before_sleeping(scripted: Any) -> None:
-    poller, glances = scripted([50e-6] * ioloop._TRUST)
-    for _ in range(ioloop._TRUST):
-        glances.poll(None)
-    assert poller.looks == 0
-    poller.found = [(7, 1)]
-    assert glances.poll(None) == [(7, 1)] and poller.looks == 1
-
-
-def test_a_look_in_vain_costs_all_trust(scripted: Any) -> None:
-    poller, glances = scripted([50e-6] * ioloop._TRUST + [1.0, 1.0])
-    for _ in range(ioloop._TRUST + 1):
-        glances.poll(None)
-    looks = poller.looks
-    assert 0 < looks < 20  # it has an end
-    glances.poll(None)
-    assert poller.looks == looks
-
-
-def test_no_look_where_the_wait_is_short_anyway(scripted: Any) -> None:
-    poller, glances = scripted([50e-6] * (ioloop._TRUST + 1))
-    for _ in range(ioloop._TRUST):
-        glances.poll(None)
-    glances.poll(ioloop._GLANCE / 2)
-    assert poller.looks == 0
 
 
 def test_workers_own_their_interrupts() -> None:

@@ -28,7 +28,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     2: (
         *("transport.stream", "transport.ioloop", "transport.link", "transport.pump", "transport.segments"),
         *("transport.shm", "transport.views", "transport.memfile", "transport.liveness", "transport.journal"),
-        *("transport.silence", "transport.tls", "transport.door"),
+        *("transport.silence", "transport.tls", "transport.door", "transport.polling"),
     ),
     3: (
         *(
@@ -105,6 +105,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("wire.fingerprint", "wire.codec"),
         ("wire.functions", "wire.codec"),
         ("wire.functions", "wire.fingerprint"),
+        ("transport.ioloop", "transport.polling"),
         ("transport.stream", "transport.ioloop"),
         ("transport.stream", "transport.pump"),
         ("transport.stream", "transport.tls"),

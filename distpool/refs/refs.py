@@ -82,24 +82,19 @@ class PendingCall(Protocol):
     @property
     def loop(self) -> IoLoop | None:
         """The loop whose leader settles the future."""
-        ...
 
     @property
     def brisk(self) -> bool:
         """Whether the call is the only one, so that whoever waits for it may look for a moment before sleeping."""
-        ...
 
     def cancel(self) -> bool:
         """Recall the call; True if it will not run."""
-        ...
 
     def started(self) -> bool:
         """Whether the call is known to have left the queue."""
-        ...
 
     def waiting(self) -> AbstractContextManager[object]:
         """Entered by a thread that waits for this call (inside tasks: gives the slot away)."""
-        ...
 
 
 class Future(concurrent.futures.Future[T]):

@@ -25,9 +25,7 @@ import contextlib
 import heapq
 import itertools
 import logging
-import os
 import select
-import selectors
 import socket
 import threading
 import time
@@ -35,15 +33,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from distpool import config
+from distpool.transport import polling
 
 log = logging.getLogger("distpool.ioloop")
-_yield: Callable[[], object] = getattr(os, "sched_yield", lambda: None)
 _SIGINT = 2
 _MAX_CRASHES = 10  # of the I/O thread itself: a poller that is broken for good must not spin
 _LONGEST = 86400.0  # seconds of one poll: epoll refuses more than 24 days; waits and timers look again
-_GLANCE = 100e-6  # seconds: how long a brisk leader looks before it sleeps
-_TRUST = 4  # waits in a row that have ended so soon, before it looks; one that has not costs all trust
-_MOST_EVENTS = 128  # of one poll; epoll's own default allocates 12 kB for each
 
 
 class Timer:
@@ -98,36 +93,6 @@ class _Interrupts:
             raise KeyboardInterrupt
 
 
-class _Glances:
-    """Looks again and again for a moment before it sleeps, where that has paid lately (adaptive spinning).
-
-    To wake a process that sleeps on another CPU takes 20 to 50 us, on both sides of a lonely call most of its time.
-    Only for waits that are said to be brisk (one call is out and somebody waits for it; a worker that gets calls one by
-    one): elsewhere whoever looks takes the processor from those that compute. `sched_yield` lets others run first, so
-    that the peer gets on also where both share one CPU. Used by the leader only.
-    """
-
-    def __init__(self, poller: Any) -> None:
-        self._poller = poller
-        self._trust = 0
-
-    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
-        """As the poller's."""
-        poller, clock = self._poller, time.perf_counter
-        begin = clock()
-        if self._trust >= _TRUST and (timeout is None or timeout > _GLANCE):
-            end = begin + _GLANCE
-            while clock() < end:
-                ready: list[tuple[int, int]] = poller.poll(0)
-                if ready:
-                    return ready
-                _yield()
-            self._trust = 0
-        ready = poller.poll(timeout)
-        self._trust = min(_TRUST, self._trust + 1) if clock() - begin < 3 * _GLANCE else 0  # it had to be woken
-        return ready
-
-
 class Guard(Protocol):
     """Keeps interrupts of the user's calls out of the library: see `node.interrupts`, which is it in workers."""
 
@@ -140,8 +105,8 @@ class IoLoop:
 
     def __init__(self, name: str = "distpool-io") -> None:
         self._name = name
-        self._poller: Any = _Epoll() if hasattr(select, "epoll") else _Selector()
-        self._glances = _Glances(self._poller)
+        self._poller: Any = polling.Epoll() if hasattr(select, "epoll") else polling.Selector()
+        self._glances = polling.Glances(self._poller)
         self._leading = threading.Lock()  # held by the leader while it polls and runs handlers
         self._handlers: dict[int, Callable[[int], None]] = {}  # descriptor -> handler; changed by any thread (atomic)
         self._soon: collections.deque[Callable[[], object]] = collections.deque()
@@ -193,7 +158,7 @@ class IoLoop:
 
     def _changed(self) -> None:
         """A poll that is under way sees the change with epoll, but not with select."""
-        if type(self._poller) is not _Epoll and not self.leads:
+        if not self._poller.live and not self.leads:
             self.wake()
 
     def unregister(self, source: Any) -> None:
@@ -273,7 +238,7 @@ class IoLoop:
     def lead(self, until: Callable[[], bool], deadline: float | None = None, brisk: bool = False) -> bool:
         """Run the loop in this thread until `until()` holds or `deadline` (monotonic seconds) has passed.
 
-        `brisk`: what is waited for may come so soon that it is worth a look before sleeping (`_Glances`).
+        `brisk`: what is waited for may come so soon that it is worth a look before sleeping (`polling`).
 
         False: this thread may not lead now (another claimant does, or it is the main thread and Ctrl-C belongs to the
         user): the caller has to wait by other means, and the I/O thread will run the handlers. KeyboardInterrupt: it
@@ -467,50 +432,3 @@ class IoLoop:
         """End of what `enter_critical` began; raises a KeyboardInterrupt that came meanwhile."""
         if not self.owns_interrupts and threading.current_thread() is threading.main_thread():
             self._interrupts.leave()
-
-
-class _Epoll:
-    """epoll itself: `selectors` costs 3-5 us more per round."""
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-
-    def add(self, descriptor: int) -> None:
-        self._epoll.register(descriptor, select.EPOLLIN)
-
-    def modify(self, descriptor: int, writing: bool) -> None:
-        self._epoll.modify(descriptor, select.EPOLLIN | (select.EPOLLOUT if writing else 0))
-
-    def remove(self, descriptor: int) -> None:
-        self._epoll.unregister(descriptor)
-
-    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
-        found = self._epoll.poll(timeout, _MOST_EVENTS)
-        out = select.EPOLLOUT
-        return [(fd, (1 if events & ~out else 0) | (2 if events & out else 0)) for fd, events in found]
-
-    def close(self) -> None:
-        self._epoll.close()
-
-
-class _Selector:
-    """The portable poller (kqueue, poll, select)."""
-
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-
-    def add(self, descriptor: int) -> None:
-        self._selector.register(descriptor, selectors.EVENT_READ)
-
-    def modify(self, descriptor: int, writing: bool) -> None:
-        self._selector.modify(descriptor, selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0))
-
-    def remove(self, descriptor: int) -> None:
-        self._selector.unregister(descriptor)
-
-    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
-        return [(key.fd, events & 3) for key, events in self._selector.select(timeout)]
-
-    def close(self) -> None:
-        if os.name == "posix":
-            self._selector.close()
