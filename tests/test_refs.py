@@ -63,6 +63,8 @@ class FakeCall:
     def started(self) -> bool:
         return self.has_started
 
+    brisk = False
+
     def waiting(self) -> contextlib.AbstractContextManager[object]:
         self.waits += 1
         return contextlib.nullcontext()
