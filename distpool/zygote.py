@@ -30,7 +30,7 @@ import traceback
 from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
-from distpool import config
+from distpool import config, directories
 from distpool.startup import address_of, become_worker, listen, remove, unix_path
 
 if sys.platform != "win32":
@@ -225,6 +225,8 @@ class Zygote:
     def _fork_one(self, request: dict[str, Any]) -> Birth | None:
         """One worker: `None` in the zygote, which has answered; the `Birth` in the child. OSError: nothing is left."""
         settings = request["settings"]
+        if settings["transport"] == "unix" and not directories.make(settings["directory"]):  # mostly it is there
+            settings = {**settings, "transport": "tcp"}
         self.count += 1
         opened: list[int] = []
         listener = listen(settings, f"{os.getpid()}-{self.count}")

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 import pytest
 
+from distpool import directories
 from distpool.errors import LaunchWorkerError
 from distpool.managers import executed
 from distpool.managers.launch import LaunchedProcess, Launcher, LaunchSpec
@@ -637,10 +638,7 @@ def test_long_temporary_directory(launcher: Launcher, tmp_path: Path, monkeypatc
 
 
 def test_no_room_for_a_directory(launcher: Launcher, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**_: Any) -> str:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(directories, "choose", lambda: "/proc/distpool-cannot-be-made")
     (process,) = launcher.launch(make())
     assert process.address[0] == "tcp"
     assert Caller(process).run("result = 1") == 1
@@ -653,7 +651,7 @@ def test_directory_that_vanished(launcher: Launcher, by_method: Make) -> None:
     os.unlink(first.address[1])
     os.rmdir(directory)
     (second,) = launcher.launch(by_method())
-    assert second.address[0] == "tcp"
+    assert os.path.dirname(second.address[1]) == directory  # made again: temporary files may be cleaned up
     assert Caller(second).run("result = 1") == 1
     finish([first, second])
 

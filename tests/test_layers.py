@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent / "distpool"
 
 LAYERS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "config"),
+    0: ("errors", "config", "directories"),
     1: (
         *("wire.frames", "wire.messages", "wire.records", "wire.protocol", "wire.versions", "wire.pieces"),
         *("wire.codec", "wire.byvalue", "wire.failures", "wire.fingerprint", "wire.functions"),

@@ -162,6 +162,24 @@ def test_request_that_cannot_be_served(peer: Peer) -> None:
     assert peer.read()["id"] == 6
 
 
+def test_without_a_private_directory_workers_listen_on_the_loopback(directory: Path) -> None:
+    taken = directory / "taken"
+    taken.mkdir(mode=0o755)  # anybody may look into it
+    peer = Peer(taken)
+    peer.control.sendall(peer.request(1))
+    assert peer.read()["address"][:2] == ["tcp", "127.0.0.1"]
+    peer.close()
+
+
+def test_the_zygote_makes_the_directory_and_takes_it_away(directory: Path) -> None:
+    made = directory / "made"
+    peer = Peer(made)
+    peer.control.sendall(peer.request(1))
+    assert peer.read()["address"][0] == "unix" and made.is_dir()
+    peer.close()
+    assert not made.exists()
+
+
 def test_failing_preload_is_the_answer_to_each_request(directory: Path) -> None:
     peer = Peer(directory, "no_such_module:run")
     for number in (1, 2):

@@ -15,23 +15,18 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+from distpool import directories
 from distpool.errors import LaunchWorkerError
 from distpool.managers import executed
 from distpool.managers.forked import ForkServer, Gone, key_of
 from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, unlink
 
 __all__ = ["LaunchSpec", "LaunchedProcess", "Launcher"]
-
-SUN_PATH = 104
-"""Bytes of a Unix socket's path, terminator included (Linux: 108, macOS: 104)."""
-
-LONGEST_NAME = "4194304-1000000.sock"
 
 JANITOR = 'read -r nothing; rm -rf -- "$0"'
 
@@ -129,9 +124,9 @@ class Launcher:
         if spec.transport != "unix" or spec.directory:
             return
         with self._lock:
-            if not self._directory:
-                self._directory = make_directory()
-            if not self._directory:
+            self._directory = self._directory or directories.choose()
+            if not self._directory or (spec.method == "exec" and not directories.make(self._directory)):
+                self._directory = ""
                 spec.transport = "tcp"
                 return
             if spec.method == "exec":
@@ -212,16 +207,3 @@ class Launcher:
             self._janitor.returncode = 0
         self.__init__(self._loop)  # type: ignore[misc]
         self._closed = True
-
-
-def make_directory() -> str:
-    """A new private directory whose path leaves room for a socket's name; empty if there is no place for one."""
-    for parent in (None, "/tmp"):
-        try:
-            path = tempfile.mkdtemp(prefix="distpool-", dir=parent)
-        except OSError:
-            continue
-        if len(os.fsencode(os.path.join(path, LONGEST_NAME))) < SUN_PATH:
-            return path
-        os.rmdir(path)
-    return ""

@@ -1,0 +1,66 @@
+"""The private directory: where it may be, how it is made, and whose it must be."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from distpool import directories
+
+
+@pytest.fixture(autouse=True)
+def fresh_tempdir(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
+def test_a_chosen_name_is_new_and_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    names = {directories.choose() for _ in range(100)}
+    assert len(names) == 100
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_long_path_has_no_room_for_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("d" * 80)
+    deep.mkdir()
+    monkeypatch.setenv("TMPDIR", str(deep))
+    chosen = directories.choose()
+    assert os.path.dirname(chosen) == "/tmp"
+    assert len(os.path.join(chosen, directories.LONGEST_NAME)) < directories.SUN_PATH
+
+
+def test_no_place_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert directories.choose() == ""
+
+    def nowhere() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    assert directories.choose() == ""
+
+
+def test_made_for_us_alone_and_by_whoever_comes_first(tmp_path: Path) -> None:
+    path = str(tmp_path / "private")
+    assert directories.make(path)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o700
+    assert directories.make(path)  # a second zygote of the same program
+
+
+@pytest.mark.parametrize("what", ["open to others", "a link", "a file", "no parent"])
+def test_what_is_not_ours_alone_is_refused(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "private"
+    if what == "open to others":
+        path.mkdir(mode=0o755)
+    elif what == "a link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        path.symlink_to(tmp_path / "elsewhere")
+    elif what == "a file":
+        path.touch(mode=0o600)
+    else:
+        path = tmp_path / "nowhere" / "private"
+    assert not directories.make(str(path))
