@@ -21,8 +21,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from typing import IO
+from collections.abc import Callable, Iterator
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -214,3 +214,34 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
             end(process)
         if session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+# --- fixtures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Any]]:
+    """Executors of a test's own, ended by force if the test has not ended them."""
+    from distpool import ClusterExecutor
+
+    made: list[ClusterExecutor] = []
+
+    def one(*args: Any, **options: Any) -> ClusterExecutor:
+        made.append(ClusterExecutor(*args, **options))
+        return made[-1]
+
+    yield one
+    for executor in made:
+        executor.kill_workers()
+        executor.shutdown()
+
+
+@pytest.fixture
+def gate() -> Iterator[Any]:
+    """Where tasks show that they run (`faults.helpers.Gate`). It is closed before the executors and runners of a test
+    that asks for it last are: whoever is held goes on."""
+    from faults.helpers import Gate
+
+    made = Gate()
+    yield made
+    made.close()

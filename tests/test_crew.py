@@ -7,44 +7,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 import pytest
-from faults.helpers import Gate, hold, note, noted
+from faults.helpers import Gate, all_at_once, hold, note, noted
 
 import distpool
 from distpool import ClusterExecutor, LaunchWorkerError, ProcessExitedException
 from distpool.node import node as nodes
 
 PATIENCE = 30.0
-
-
-@pytest.fixture
-def make() -> Iterator[Callable[..., ClusterExecutor]]:
-    made: list[ClusterExecutor] = []
-
-    def one(*args: Any, **options: Any) -> ClusterExecutor:
-        made.append(ClusterExecutor(*args, **options))
-        return made[-1]
-
-    yield one
-    for executor in made:
-        executor.kill_workers()
-        executor.shutdown()
-
-
-def all_at_once(executor: ClusterExecutor, count: int) -> set[int]:
-    """That many tasks run at the same time; the processes that run them."""
-    gate = Gate()
-    futures = [executor.submit(hold, gate.address) for _ in range(count)]
-    found = {arrival.ospid for arrival in gate.arrivals(count)}
-    gate.close()
-    for future in futures:
-        future.result(PATIENCE)
-    return found
 
 
 def test_killed_workers_are_replaced_one_for_one(make: Callable[..., ClusterExecutor]) -> None:

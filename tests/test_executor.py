@@ -46,28 +46,6 @@ def shared() -> Iterator[ClusterExecutor]:
         yield executor
 
 
-@pytest.fixture
-def make() -> Iterator[Callable[..., ClusterExecutor]]:
-    """Executors of a test's own, ended by force if the test has not ended them."""
-    made: list[ClusterExecutor] = []
-
-    def one(*args: Any, **options: Any) -> ClusterExecutor:
-        made.append(ClusterExecutor(*args, **options))
-        return made[-1]
-
-    yield one
-    for executor in made:
-        executor.kill_workers()
-        executor.shutdown()
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    made = Gate()
-    yield made
-    made.close()
-
-
 def run_program(text: str, *arguments: str, timeout: float = 40.0) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(text), *arguments], capture_output=True, text=True, timeout=timeout

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from conformance.clusters import ENVIRONMENT, ByCommand, Recording, start
-from faults.helpers import Gate, hold
+from faults.helpers import Gate, all_at_once, hold
 
 from distpool import (
     ClusterExecutor,
@@ -43,31 +43,6 @@ WORKER = [sys.executable, "-m", "distpool", "worker", "--bind-to", "127.0.0.1"]
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The workers are no local ones of distpool's: they find this folder only by their environment."""
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", os.pathsep.join([str(HERE), ENVIRONMENT["PYTHONPATH"]]))
-
-
-@pytest.fixture
-def make() -> Iterator[Callable[..., ClusterExecutor]]:
-    made: list[ClusterExecutor] = []
-
-    def one(*args: Any, **options: Any) -> ClusterExecutor:
-        made.append(ClusterExecutor(*args, **options))
-        return made[-1]
-
-    yield one
-    for executor in made:
-        executor.kill_workers()
-        executor.shutdown()
-
-
-def all_at_once(executor: Any, count: int) -> set[int]:
-    """That many tasks run at the same time; the processes that run them."""
-    gate = Gate()
-    futures = [executor.submit(hold, gate.address) for _ in range(count)]
-    found = {arrival.ospid for arrival in gate.arrivals(count, PATIENCE)}
-    gate.close()
-    for future in futures:
-        future.result(PATIENCE)
-    return found
 
 
 def where() -> tuple[str, int]:

@@ -10,37 +10,15 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import psutil
-import pytest
 from faults.helpers import Gate, arrive, hold
 
 from distpool import ClusterExecutor
 
 PATIENCE = 30.0
-
-
-@pytest.fixture
-def make() -> Iterator[Callable[..., ClusterExecutor]]:
-    made: list[ClusterExecutor] = []
-
-    def one(*args: Any, **options: Any) -> ClusterExecutor:
-        made.append(ClusterExecutor(*args, **options))
-        return made[-1]
-
-    yield one
-    for executor in made:
-        executor.kill_workers()
-        executor.shutdown()
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    made = Gate()
-    yield made
-    made.close()
 
 
 class ByHand:

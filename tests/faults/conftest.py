@@ -45,14 +45,6 @@ def make_runner(kind: str) -> Iterator[Callable[..., Runner]]:
 
 
 @pytest.fixture
-def gate() -> Iterator[Gate]:
-    """Where tasks show that they run. It is closed before the runners are: whoever is held goes on."""
-    made = Gate()
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def runner(make_runner: Callable[..., Runner], gate: Gate) -> Iterator[Runner]:
     """Two workers. At the end of a passed test, everything must be able to finish by itself."""
     made = make_runner()

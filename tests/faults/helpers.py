@@ -479,3 +479,14 @@ def square_or_return(number: int, bad: int, which: str) -> Any:
 
 def square_or_unpicklable(number: int, bad: int, which: str) -> Any:
     return make_unpicklable(which) if number == bad else number * number
+
+
+def all_at_once(executor: Any, count: int) -> set[int]:
+    """That many tasks run at the same time; the processes that run them."""
+    gate = Gate()
+    futures = [executor.submit(hold, gate.address) for _ in range(count)]
+    found = {arrival.ospid for arrival in gate.arrivals(count)}
+    gate.close()
+    for future in futures:
+        future.result(PATIENCE)
+    return found
