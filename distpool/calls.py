@@ -20,12 +20,13 @@ from distpool.node import node as nodes
 from distpool.node import reach
 from distpool.node.node import Node
 from distpool.refs import channelserver, gc
+from distpool.refs.ahead import settle_puts
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.refs.remote import RemoteFuture, _Waiting, stable
 from distpool.refs.serving import serving
 from distpool.transport.link import Link
-from distpool.wire import codec, messages
+from distpool.wire import codec, structs
 from distpool.wire.failures import captured, encode_exception
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.functions import decode_function
@@ -125,7 +126,7 @@ def remotecall_fetch(f: Callable[..., Any], where: Where, /, *args: Any, **kwarg
         return reply.result()
     finally:
         if node.peers.requests.forget(number):  # interrupted: the answer is not wanted any more
-            node.peers.send(where, Kind.CANCEL_REQUEST, messages.CancelRequest(number).pack())
+            node.peers.send(where, Kind.CANCEL_REQUEST, structs.CancelRequest(number).pack())
 
 
 def remotecall_wait(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -174,9 +175,10 @@ def _send(
     seen: list[Any] = []
     data, buffers = codec.encode_args(args, kwargs, pid, seen)
     gc.of(node).lend((*function.references, *seen), pid)
-    message = messages.Request(
+    message = structs.Request(
         number, mode, *rrid, function.name, len(function.data), len(function.buffers), function.reusable
     )
+    settle_puts(pid)
     if not waits:  # fresh memory for copies is dear
         buffers = stable(buffers)
     node.peers.send(pid, Kind.REQUEST, message.pack(), function.data + data, [*function.buffers, *buffers])
@@ -193,6 +195,8 @@ def _run_here(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         return Outcome(LOCAL_VALUE, f(*args, **kwargs), (), node.pid)
     except BaseException as error:
         return Outcome(RAISED_HERE, _wrapped(node, error), (), node.pid)
+    finally:
+        settle_puts()
 
 
 def _do(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -304,7 +308,7 @@ class Callee:
         node.handlers[Kind.RELAY] = peers.on_relay
 
     def _on_request(self, link: Link, frame: Frame) -> None:
-        message = messages.Request.unpack(frame.control)
+        message = structs.Request.unpack(frame.control)
         pid = int(link.peer)
         buffers = [link.segments.open(buffer) for buffer in frame.buffers]
         body = bytes(frame.body)

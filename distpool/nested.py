@@ -29,6 +29,7 @@ from distpool.mapresults import check_map, map_by_futures, unordered_futures
 from distpool.node import node as nodes
 from distpool.node.node import Node
 from distpool.policy import make_policy
+from distpool.refs.ahead import settle_puts
 from distpool.refs.owner import carries_references
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.wire import codec, messages
@@ -230,6 +231,7 @@ class _Request:
         node = self._requests.node
         event, answer = threading.Event(), list[bool]()
         self._requests.cancels[self._number] = event, answer
+        settle_puts(1)
         node.master_link.send(Kind.CANCEL, messages.Cancel(self._number).pack())  # type: ignore[union-attr]
         with self.waiting():
             if not node.loop.lead(event.is_set):
@@ -289,6 +291,7 @@ class ExecutorHandle(concurrent.futures.Executor):
             self._options,
         )
         assert node.master_link is not None
+        settle_puts(1)
         node.master_link.send(Kind.SUBMIT, message.pack(), function.data + data, parts)
         return future
 

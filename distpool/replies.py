@@ -12,6 +12,7 @@ from typing import Any
 
 from distpool.calls import _node, _Reply, _run_here, _send
 from distpool.refs import gc
+from distpool.refs.ahead import settle_puts
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.refs.remote import _Waiting
@@ -62,6 +63,8 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], p
     except BaseException as error:  # as on any other process: it is the call's outcome
         note_traceback(error)
         return Outcome(RAISED_HERE, error, (), pid)
+    finally:
+        settle_puts()
 
 
 def note_traceback(error: BaseException) -> None:

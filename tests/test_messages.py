@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from distpool.errors import ProtocolError
-from distpool.wire import messages, pieces
+from distpool.wire import messages, pieces, structs
 from distpool.wire.frames import Kind
 from distpool.wire.messages import CALL, RESULT, Message, call_records, result_records
 
@@ -70,13 +70,14 @@ def test_fields_and_defaults() -> None:
 
 
 def test_one_kind_one_message() -> None:
-    assert len(MESSAGES) == len(set(MESSAGES.values()))
-    for number, cls in MESSAGES.items():
+    known = {**MESSAGES, **structs.MESSAGES}
+    assert len(known) == len(set(known.values())) == len(MESSAGES) + len(structs.MESSAGES)
+    for number, cls in known.items():
         assert cls.kind == Kind(number)
-    names = {**vars(messages), **vars(pieces)}
+    names = {**vars(messages), **vars(pieces), **vars(structs)}
     classes = [value for value in names.values() if isinstance(value, type)]
-    defined = {cls for cls in classes if issubclass(cls, Message) and cls is not Message}
-    assert defined == set(MESSAGES.values()), "every message is in the table"
+    defined = {cls for cls in classes if issubclass(cls, Message) and cls not in (Message, structs.Packed)}
+    assert defined == set(known.values()), "every message is in the table"
 
 
 def call(number: int, elements: int, payload: bytes, buffers: int = 0, flags: int = messages.ONE) -> bytes:

@@ -34,7 +34,7 @@ from distpool import (
 )
 from distpool.errors import ProtocolError
 from distpool.node import node as nodes
-from distpool.wire import messages, versions
+from distpool.wire import messages, structs, versions
 from distpool.wire.frames import HEADER, Frame, FrameReader, Kind, pack_frame
 from distpool.wire.protocol import MAGIC, NONCE, Handshake, Role
 
@@ -123,7 +123,7 @@ def alive(pids: list[int]) -> None:
 
 def test_nothing_is_unpickled_for_strangers(pids: list[int], tmp_path: Path) -> None:
     bomb = pickle.dumps(Bomb(tmp_path / "trace"))
-    request = messages.Request(1, "fetch", 1, 1, "f", len(bomb), 0, False).pack()
+    request = structs.Request(1, "fetch", 1, 1, "f", len(bomb), 0, False).pack()
     for data in (
         bomb,
         b"".join(map(bytes, pack_frame(Kind.REQUEST, request, bomb * 2))),

@@ -43,6 +43,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.main = False  # user code runs on the main thread: SIGINT may raise there
+        self.finish: Callable[[], object] | None = None  # what each call ends with, as if it were its last line
         self._main_thread = threading.main_thread().ident or 0
         self._beside: set[int] = set()  # other threads that run user code; _lock
         self._inside: dict[int, Inside] = {}  # _lock; the main thread's own entry is its own (atomic)
@@ -58,8 +59,12 @@ class Interrupts:
         try:
             return function(*args, **kwargs)
         finally:
-            self.main = False
-            self._inside.pop(self._main_thread, None)
+            try:
+                if self.finish is not None:
+                    self.finish()
+            finally:
+                self.main = False
+                self._inside.pop(self._main_thread, None)
 
     def call_beside(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same on another thread, where `strike` may raise at any bytecode."""
@@ -69,7 +74,11 @@ class Interrupts:
         try:
             return function(*args, **kwargs)
         finally:
-            self._cover(thread)
+            try:
+                if self.finish is not None:
+                    self.finish()
+            finally:
+                self._cover(thread)
 
     def _cover(self, thread: int) -> None:
         """From the return on, nothing can strike this thread: what comes meanwhile is the call's own outcome."""

@@ -54,6 +54,7 @@ class Node:
         self.peers = Peers(self)
         self.remote_calls_loaded = False
         self.refs: Any = None  # references that this process holds or owns (refs.gc)
+        self.ahead: Any = None  # workers: what was put ahead into channels of others (refs.ahead)
         self.serving: Any = None  # the owner's side of references (refs.remote)
         self.callee: Any = None  # the callee's side of remote calls (calls)
         self.default_pool: Any = None  # master: the default WorkerPool, once somebody has asked for it (pools)

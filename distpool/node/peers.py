@@ -379,7 +379,8 @@ class Peers:
         if self._links.get(pid) is link:
             del self._links[pid]
             text = f"its connection to process {self._node.pid} was lost" + (f": {reason}" if reason else "")
-            self.requests.fail(pid, lambda: errors.ProcessExitedException(pid, None, True, "", text))
+            lost = self.dead.get(pid) or (lambda: errors.ProcessExitedException(pid, None, True, "", text))
+            self.requests.fail(pid, lost)
             make = self._doubted.pop(pid, None)
             if make is not None:
                 make()
@@ -407,6 +408,9 @@ class Peers:
         if pid in self.dead:
             return
         self.dead[pid] = make_error
+        link = self._links.get(pid)
+        if link is not None and link is not self._node.master_link and not self._node.is_master:
+            link.read_rest()  # pid 1 may be quicker than its last words, among them items that it has put ahead
         link = self._links.pop(pid, None)
         if link is not None and link is not self._node.master_link and not self._node.is_master:
             with contextlib.suppress(OSError):

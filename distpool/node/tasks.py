@@ -89,6 +89,7 @@ class TaskRunner:
         self._waits: dict[int, int] = {}  # thread id -> its waits that have given its slot away; each its own thread's
         self.helpers = 0  # helper threads that consume the inbox; protected by `lock`
         self._initializer: _Received | None = None
+        self.settle: Callable[[float | None], object] = lambda timeout: None  # set by `refs.ahead`
         self.find_function: Callable[[Item], Any] = self.function_of  # a trace puts its own here
 
     # -- frames (leader) ---------------------------------------------------------------------------------------
@@ -203,6 +204,7 @@ class TaskRunner:
             elif self._offered:
                 self._run_on_main()
             elif self._may_leave():
+                self.settle(config.worker_timeout())
                 self.link.drain(config.worker_timeout())
                 return 0
             else:
@@ -458,6 +460,7 @@ class TaskRunner:
             del arguments
             self.results.succeed(item.sequence, value)
             return begin
+        self.settle(None)  # while elements run, nothing is put ahead (`refs.ahead`)
         run_span(self, item, function, begin)
         return time.perf_counter()
 

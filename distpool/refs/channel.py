@@ -6,22 +6,28 @@
 costs the owner of the channel no thread. Items that came from other processes stay serialised until somebody here
 takes them.
 
-`_lock` protects items and waiters; callbacks run outside of it, in the thread that made them due (possibly the leader),
-and only settle futures or send frames.
+Producers elsewhere may have reserved some of the room (`refs.room`). While they may still have put something, a closed
+channel that is empty keeps its takers waiting; and a put whose time is up while reserved room is being called back
+waits for that answer: the room may be there.
+
+`_lock` protects items, waiters and `_room`; callbacks run outside of it, in the thread that made them due (possibly the
+leader), and only settle futures or send frames.
 """
 
 from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from distpool.errors import ChannelClosedError, RemoteException
 from distpool.node import node as nodes
 from distpool.refs import gc
+from distpool.refs.ahead import settle_puts
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.refs.remote import _Waiting
+from distpool.refs.room import SMALLEST, Due, Room
 from distpool.wire import codec
 from distpool.wire.failures import captured
 from distpool.wire.messages import ERROR, UNSENDABLE
@@ -37,7 +43,7 @@ Callback = Callable[[Outcome], object]
 class Waiter:
     """Somebody who waits at a channel: `kind` is take, fetch, wait or put."""
 
-    __slots__ = ("callback", "item", "kind", "live", "pid")
+    __slots__ = ("callback", "item", "kind", "late", "live", "pid")
 
     def __init__(self, kind: str, callback: Callback, item: Any = None, pid: int = 0) -> None:
         self.kind = kind
@@ -45,6 +51,7 @@ class Waiter:
         self.item = item
         self.pid = pid
         self.live = True
+        self.late = False  # its time is up, but room is being called back
 
 
 class Handed(Outcome):
@@ -93,6 +100,7 @@ class Channel:
         self._takers: collections.deque[Waiter] = collections.deque()  # take and fetch, in order of arrival
         self._watchers: list[Waiter] = []  # wait
         self._putters: collections.deque[Waiter] = collections.deque()
+        self._room: Room | None = None  # made when another process puts something
         self._closed: BaseException | None = None
         self._lock = threading.Lock()
 
@@ -122,6 +130,17 @@ class Channel:
         self._call(due)
         return waiter
 
+    def expire(self, waiter: Waiter) -> bool:
+        """Its time is up; False if it was served before, or will hear within `room.PATIENCE`."""
+        with self._lock:
+            room = self._room
+            if room is not None and waiter.kind == "put" and waiter.live and room.is_coming_free:
+                waiter.late = len(self._items) < self.maxsize
+            if waiter.late:
+                return False
+            was, waiter.live = waiter.live, False
+            return was
+
     def withdraw(self, waiter: Waiter) -> bool:
         """The waiter has given up; False if it was served before."""
         with self._lock:
@@ -138,12 +157,14 @@ class Channel:
     def _match(self) -> list[tuple[Waiter, Outcome]]:
         """Bring items and waiters together. Called with the lock held; returns what is due outside of it."""
         due: list[tuple[Waiter, Outcome]] = []
+        room = self._room
+        size = self.maxsize if room is None else self.maxsize - room.taken
         progress = True
         while progress:
             progress = False
             self._putters = _living(self._putters)
             self._takers = _living(self._takers)
-            while self._putters and len(self._items) < self.maxsize:
+            while self._putters and len(self._items) < size:
                 putter = self._served(self._putters.popleft())
                 self._items.append(putter.item)
                 due.append((putter, _DONE))
@@ -163,12 +184,30 @@ class Channel:
         if self._watchers and (self._items or self._putters):
             due.extend((self._served(watcher), _DONE) for watcher in self._watchers if watcher.live)
             self._watchers = []
-        if self._closed is not None and not self._items:
+        if room is not None:
+            due.extend(self._match_room(room))
+        if self._closed is not None and not self._items and (room is None or not room.may_come):
             error = _failed(self._closed_error())
             due.extend((self._served(waiter), error) for waiter in (*self._takers, *self._watchers) if waiter.live)
             self._takers.clear()
             self._watchers = []
         return due
+
+    def _match_room(self, room: Room) -> list[tuple[Waiter, Outcome]]:
+        """Called with the lock held, when puts and takes have been brought together."""
+        due: list[tuple[Waiter, Outcome]] = []
+        told: list[Due] = []
+        if self._putters and not room.is_coming_free:
+            due = [(self._served(putter), _failed(TimeoutError())) for putter in self._putters if putter.late]
+        if self._closed is not None or (self._putters and room.taken):
+            told = room.call_back()
+        if room.held and self._space(room) >= room.enough:
+            told.extend(room.let_go())
+        due.extend(map(_telling, told))
+        return due
+
+    def _space(self, room: Room) -> float:
+        return self.maxsize - len(self._items) - room.taken
 
     @staticmethod
     def _served(waiter: Waiter) -> Waiter:
@@ -176,7 +215,7 @@ class Channel:
         return waiter
 
     @staticmethod
-    def _call(due: list[tuple[Waiter, Outcome]]) -> None:
+    def _call(due: Iterable[tuple[Waiter, Outcome]]) -> None:
         for waiter, outcome in due:
             waiter.callback(outcome)
 
@@ -195,6 +234,72 @@ class Channel:
             for waiter in (*self._takers, *self._watchers, *self._putters):
                 if waiter.pid == pid:
                     waiter.live = False
+            if self._room is None:
+                return
+        self.answered(pid)
+
+    # -- items that other processes put ahead (leader, unless it says otherwise) --------------------------------
+
+    def reserve(self, pid: int, ask: Callable[[int, int], object]) -> tuple[int, int]:
+        """Any thread: room for items that `pid` may put ahead, and the epoch of that credit. See `refs.room`."""
+        if self.maxsize < SMALLEST or self.type is not object or type(self) is not Channel:
+            return 0, 0
+        with self._lock:
+            room = self._room
+            if room is None:
+                room = self._room = Room(self.maxsize, ask)
+            busy = self._closed is not None or any(putter.live for putter in self._putters)
+            return room.grant(pid, 0 if busy else self._space(room))
+
+    def arrive(self, pid: int, items: list[Outcome]) -> bool:
+        """What `pid` has put ahead; False if the channel was closed, and not expecting it."""
+        with self._lock:
+            room = self._room
+            if self._closed is not None and (room is None or not room.may_come):
+                return False
+            if room is not None:
+                room.use(pid, len(items))
+            self._items.extend(items)
+            due = self._match() if self._takers or self._watchers or self._putters or self._closed is not None else ()
+        self._call(due)
+        return True
+
+    def answered(self, pid: int) -> None:
+        """All that `pid` had put has come: its room is free."""
+        self._change_room(lambda room: room.answered(pid))
+
+    def give_back(self, pid: int) -> None:
+        """`pid` will not use its credit."""
+        self._change_room(lambda room: room.give_back(pid))
+
+    def overdue(self, pid: int, epoch: int) -> None:
+        """`pid` should have answered by now."""
+        self._change_room(lambda room: room.overdue(pid, epoch))
+
+    def _change_room(self, change: Callable[[Room], object]) -> None:
+        with self._lock:
+            if self._room is None:
+                return
+            change(self._room)
+            due = self._match()
+        self._call(due)
+
+    def hold(self, answer: Due) -> bool:
+        """Any thread: the answer to a put that had to wait. True: it is the first one that is held back."""
+        with self._lock:
+            room = self._room
+            if room is not None and self._closed is None and self._space(room) < room.enough:
+                room.held.append(answer)
+                return len(room.held) == 1
+        answer()
+        return False
+
+    def let_go(self) -> None:
+        """Answers have been held back for long enough."""
+        with self._lock:
+            held = self._room.let_go() if self._room is not None else []
+        for answer in held:
+            answer()
 
     # -- blocking methods --------------------------------------------------------------------------------------
 
@@ -202,12 +307,61 @@ class Channel:
         """Add an item, waiting for room; returns the channel. `TimeoutError` after `timeout` seconds, and then the
         item will not arrive."""
         self.check_type(value)
-        self._wait(lambda callback: self.offer(Outcome(LOCAL_VALUE, value, (), 0), callback), timeout)
+        settle_puts()
+        item = Outcome(LOCAL_VALUE, value, (), 0)
+        if type(self) is not Channel or not self._put_now(item):
+            self._wait(lambda callback: self.offer(item, callback), timeout)
         return self
+
+    def _put_now(self, item: Outcome) -> bool:
+        """If there is room, and nobody waits."""
+        with self._lock:
+            taken = 0 if self._room is None else self._room.taken
+            if (
+                len(self._items) + taken >= self.maxsize
+                or self._closed is not None
+                or self._putters
+                or self._takers
+                or self._watchers
+            ):
+                return False
+            self._items.append(item)
+            return True
 
     def take(self, *, timeout: float | None = None) -> Any:
         """Remove and return the first item, waiting for one."""
+        settle_puts()
+        if self._items and type(self) is Channel:
+            found, value = self._take_now()
+            if found:
+                return value
         return self._wait(lambda callback: self.request("take", callback), timeout)
+
+    def _take_now(self) -> tuple[bool, Any]:
+        """The first item, if there is one and nobody waits for it.
+
+        `del` and the assignment behind it cannot be torn by KeyboardInterrupt, which is raised behind calls and
+        backward jumps only: whatever is raised before the value is decoded finds out whether the item was removed.
+        """
+        item: Outcome | None = None
+        removed = False
+        try:
+            with self._lock:
+                if not self._items or self._takers:
+                    return False, None
+                item = self._items[0]
+                del self._items[0]
+                removed = True
+                due = self._match() if self._putters or (self._room is not None and self._room.held) else ()
+            if due:
+                self._call(due)
+            if item.status == LOCAL_VALUE:
+                return True, item.data
+            return True, codec.decode(item.data, item.buffers)
+        except KeyboardInterrupt:
+            if removed and item is not None:
+                self.restore(item)
+            raise
 
     def fetch(self, *, timeout: float | None = None) -> Any:
         """Return the first item without removing it, waiting for one. RuntimeError on a rendezvous channel."""
@@ -225,7 +379,9 @@ class Channel:
             reply._call = _Waiting(gc.of(node))
         waiter = start(lambda outcome: reply._settle(outcome))
         try:
-            return reply.result(timeout)
+            if timeout is None or reply.done() or reply._await(timeout) or not self.expire(waiter):
+                return reply.result()  # one that is late will hear soon
+            raise TimeoutError
         except BaseException:
             if self.withdraw(waiter) or not reply.done():
                 raise
@@ -245,14 +401,19 @@ class Channel:
 
     def close(self, error: BaseException | None = None) -> None:
         """No more items; waiters are woken once it is drained. With `error`, that is what they get. Idempotent."""
+        settle_puts()
         with self._lock:
             if self._closed is not None:
                 return
             self._closed = error if error is not None else ChannelClosedError(_CLOSED)
             failed = [(self._served(putter), _failed(self._closed_error())) for putter in self._putters if putter.live]
+            failed.extend(map(_telling, self._held_back()))
             self._putters.clear()
             due = self._match()
         self._call(failed + due)
+
+    def _held_back(self) -> list[Due]:
+        return self._room.let_go() if self._room is not None else []
 
     def check_type(self, value: Any) -> None:
         """TypeError if `value` is not what this channel is for."""
@@ -277,6 +438,11 @@ class Channel:
         with self._lock:
             items = [_opened(item) for item in self._items]
         return _rebuild_channel, (self.maxsize, self.type, items, self._closed is not None)
+
+
+def _telling(tell: Due) -> tuple[Waiter, Outcome]:
+    """Something that is due outside of the lock, as if somebody had waited for it."""
+    return Waiter("room", lambda outcome: tell()), _DONE
 
 
 def _rebuild_channel(maxsize: int, kind: type, items: list[Any], closed: bool) -> Channel:

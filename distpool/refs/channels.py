@@ -14,14 +14,16 @@ from distpool.errors import ChannelClosedError
 from distpool.node import node as nodes
 from distpool.node.node import Node
 from distpool.refs import gc
+from distpool.refs.ahead import Ahead, group_of, settle_puts
 from distpool.refs.channel import Channel, ChannelReply
 from distpool.refs.gc import Handle
 from distpool.refs.owner import RRID, carries_references
 from distpool.refs.refs import RAISED_HERE, Future, Outcome
 from distpool.refs.remote import _Waiting, stable
-from distpool.wire import codec, messages
+from distpool.wire import codec, structs
 from distpool.wire.frames import Kind
 from distpool.wire.messages import VALUE
+from distpool.wire.structs import CREDIT
 
 
 class RemoteChannel:
@@ -36,6 +38,7 @@ class RemoteChannel:
 
     _handle: Handle | None
     _finalized = False
+    _ahead: Ahead | None = None  # once the owner has reserved room for items of this process
 
     def __init__(self, factory: Callable[[], Any] | int | None = None, pid: int | None = None) -> None:
         if isinstance(factory, int):
@@ -107,7 +110,19 @@ class RemoteChannel:
 
     def put(self, *values: Any, timeout: float | None = None) -> RemoteChannel:
         """Add an item, waiting for room (extra arguments go to a channel class of your own); returns the channel."""
-        self._do("put", values, timeout)
+        handle = self._live()
+        if len(values) != 1 or handle.where == self._refs.node.pid:
+            self._do("put", values, timeout)
+            return self
+        seen: list[Any] = []
+        data, buffers = codec.encode(values[0], handle.where, seen)
+        ahead = self._ahead
+        if ahead is not None and not buffers and not seen:
+            if ahead.put(data, self):
+                return self
+            ahead.check()
+        self._refs.lend(seen, handle.where)
+        self._perform("put", data, stable(buffers), timeout, 1)
         return self
 
     def take(self, *arguments: Any, timeout: float | None = None) -> Any:
@@ -162,10 +177,12 @@ class RemoteChannel:
             entry = self._refs.owner.get(handle.rrid)
             if entry is None or entry.channel is None:
                 raise RuntimeError("this channel does not exist any more")
+            settle_puts()
             return run_here(self._refs.node, entry.channel, op, arguments, timeout)
+        if not arguments:
+            return self._perform(op, b"", [], timeout, 0)
         seen: list[Any] = []
-        value = arguments[0] if op == "put" and len(arguments) == 1 else arguments
-        data, buffers = codec.encode(value, handle.where, seen) if arguments else (b"", [])
+        data, buffers = codec.encode(arguments, handle.where, seen)
         self._refs.lend(seen, handle.where)
         return self._perform(op, data, stable(buffers), timeout, len(arguments))
 
@@ -192,15 +209,28 @@ class RemoteChannel:
         if dead is not None:
             raise dead()
 
+        settle_puts(where)
+
         def answer(status: int, body: Any, parts: Any) -> None:
+            if reply.op == "put" and status == VALUE and len(body) == CREDIT.size:  # not a class of the user's
+                self._may_put(body)
+                body = _NONE
             if reply._settle(Outcome(status, body, parts, where)):
                 node.deliver(reply._run_callbacks)
 
         reply.number = node.peers.requests.new(where, answer, lambda error: answer(RAISED_HERE, error, ()))
-        message = messages.ChannelOp(reply.number, reply.op, *handle.rrid, timeout, count)
+        message = structs.ChannelOp(reply.number, reply.op, *handle.rrid, timeout, count)
         node.peers.send(where, Kind.CHANNEL, message.pack(), data, buffers)
         if where in node.peers.dead:
             node.peers.requests.fail(where, node.peers.dead[where])
+
+    def _may_put(self, body: bytes) -> None:
+        """Leader: the answer to a put, with a credit perhaps."""
+        credit, epoch = CREDIT.unpack(body)
+        group = group_of(self._refs.node) if credit and not self._finalized else None
+        if group is not None:
+            with group.lock:
+                group.of(self, epoch).grant(credit, epoch)
 
     def _owner_lost(self, make_error: Callable[[], BaseException]) -> None:
         """Requests that wait have failed already; later ones will."""
@@ -211,6 +241,8 @@ class RemoteChannel:
 
 #: The owner ends an operation at its time-out; the asker waits this much longer for the answer before it gives up.
 _OWNER_GRACE = 5.0
+
+_NONE = codec.encode(None)[0]
 
 
 class _RemoteReply(ChannelReply):
@@ -237,7 +269,7 @@ class _RemoteReply(ChannelReply):
         """Ask the owner to forget the request; an item that is on its way goes back."""
         node = self._channel._refs.node
         where = self._channel.where
-        node.peers.send(where, Kind.CANCEL_REQUEST, messages.CancelRequest(self.number).pack())
+        node.peers.send(where, Kind.CANCEL_REQUEST, structs.CancelRequest(self.number).pack())
         if self.op == "take":
             channel = self._channel
             self.add_done_callback(lambda late: _give_back(channel, late))

@@ -10,20 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 from distpool.errors import ChannelClosedError
 from distpool.refs import gc
+from distpool.refs.ahead import on_revoke, settle_puts
 from distpool.refs.channel import PLAIN_ERROR, Channel, Handed, Waiter
 from distpool.refs.channels import run_here
 from distpool.refs.owner import RRID, carries_references
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
+from distpool.refs.room import HOLD, PATIENCE
 from distpool.refs.serving import Serving, serving
-from distpool.wire import codec, messages
+from distpool.wire import codec, structs
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.messages import VALUE
+from distpool.wire.structs import CREDIT, REPLY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from distpool.node.node import Node
     from distpool.transport.link import Link
+
+
+_GONE = "this channel does not exist any more"
 
 
 class _Requests:
@@ -36,15 +42,17 @@ class _Requests:
         self._waiters: dict[tuple[int, int], tuple[Channel, Waiter]] = {}  # (pid, request) -> who waits
         node.handlers[Kind.CHANNEL] = self._on_channel
         node.handlers[Kind.CANCEL_REQUEST] = self._on_cancel
+        node.handlers[Kind.PUTS] = self._on_puts
+        node.handlers[Kind.REVOKE] = lambda link, frame: on_revoke(node, link, frame)
 
     def _on_cancel(self, link: Link, frame: Frame) -> None:
-        number = messages.CancelRequest.unpack(frame.control).request
+        number = structs.CancelRequest.unpack(frame.control).request
         found = self._waiters.pop((int(link.peer), number), None)
         if found is not None and found[0].withdraw(found[1]):
             self._plain_error(int(link.peer), number, TimeoutError())  # ends the asker's request
 
     def _on_channel(self, link: Link, frame: Frame) -> None:
-        message = messages.ChannelOp.unpack(frame.control)
+        message = structs.ChannelOp.unpack(frame.control)
         pid = int(link.peer)
         buffers = [link.segments.open(buffer) for buffer in frame.buffers]
         body = bytes(frame.body)
@@ -93,13 +101,67 @@ class _Requests:
         self._answers.reply(pid, message.request, VALUE, codec.encode(None)[0])
 
     def _put(self, channel: Channel, message: Any, pid: int, item: Outcome) -> None:
-        key = (pid, message.request)
+        key, rrid = (pid, message.request), RRID(message.whence, message.ident)
+        waited = False
+
+        def answer() -> None:
+            self._accept(channel, rrid, pid, message.request)
 
         def accepted(outcome: Outcome) -> None:
             self._waiters.pop(key, None)
-            self._send(pid, message.request, outcome)
+            if outcome.status == RAISED_HERE:
+                self._plain_error(pid, message.request, outcome.data)
+            elif not waited or pid == 1:
+                answer()
+            elif channel.hold(answer):
+                self._node.loop.call_later(HOLD, channel.let_go)
 
-        self._keep(key, channel, channel.offer(item, accepted, pid), message.timeout)
+        waiter = channel.offer(item, accepted, pid)
+        waited = True
+        self._keep(key, channel, waiter, message.timeout)
+
+    # -- items that are put ahead (`refs.room`) ------------------------------------------------------------------
+
+    def _accept(self, channel: Channel, rrid: RRID, pid: int, request: int) -> None:
+        """Any thread: what `pid` has put is in; it may put some more without asking."""
+        credit = (0, 0)
+        if pid != 1 and "by_callbacks" in vars(type(channel)):  # the master asks for each: see `refs.ahead`
+            credit = channel.reserve(pid, lambda whom, epoch: self._revoke(channel, rrid, whom, epoch))
+        self._node.peers.send(pid, Kind.REPLY, REPLY.pack(request, VALUE), CREDIT.pack(*credit))
+
+    def _on_puts(self, link: Link, frame: Frame) -> None:
+        message, pid = structs.Puts.unpack(frame.control), int(link.peer)
+        if not message.count:
+            self._give_back(RRID(message.whence, message.ident), pid)
+            return
+        items = [Outcome(VALUE, data, (), pid) for data in structs.unpack_items(bytes(frame.body), message.count)]
+        rrid = RRID(message.whence, message.ident)
+        entry = self._refs.owner.get(rrid)
+        channel: Any = entry.channel if entry is not None else None
+        if type(channel) is not Channel:
+            error = RuntimeError(_GONE)
+            self._node.deliver(lambda: self._answers.reply_error(pid, message.request, error))
+        elif channel.arrive(pid, items):
+            self._accept(channel, rrid, pid, message.request)
+        else:
+            self._plain_error(pid, message.request, ChannelClosedError("Channel is closed."))
+
+    def _give_back(self, rrid: RRID, pid: int) -> None:
+        """`pid` holds the channel no more."""
+        entry = self._refs.owner.get(rrid)
+        if entry is not None and type(entry.channel) is Channel:
+            entry.channel.give_back(pid)
+
+    def _revoke(self, channel: Channel, rrid: RRID, pid: int, epoch: int) -> None:
+        """Any thread: call the credit of `pid` back."""
+        peers = self._node.peers
+        number = peers.requests.new(
+            pid, lambda status, data, buffers: channel.answered(pid), lambda error: channel.answered(pid)
+        )
+        peers.send(pid, Kind.REVOKE, structs.Revoke(number, *rrid, epoch).pack())
+        self._node.loop.call_later(PATIENCE, lambda: channel.overdue(pid, epoch))
+        if pid in peers.dead:
+            peers.requests.fail(pid, peers.dead[pid])
 
     def _keep(self, key: tuple[int, int], channel: Channel, waiter: Waiter, timeout: float | None) -> None:
         if not waiter.live:
@@ -108,7 +170,8 @@ class _Requests:
         if timeout is not None:
 
             def expire() -> None:
-                if self._waiters.pop(key, None) is not None and channel.withdraw(waiter):
+                if channel.expire(waiter):
+                    self._waiters.pop(key, None)
                     self._plain_error(*key, TimeoutError())
 
             self._node.loop.call_later(timeout, expire)
@@ -139,11 +202,12 @@ class _Requests:
                 value: Any = None
             else:
                 if channel is None:
-                    raise RuntimeError("this channel does not exist any more")
+                    raise RuntimeError(_GONE)
                 arguments = codec.decode(body, buffers) if message.arguments else ()
                 if message.op == "put" and message.arguments == 1:
                     arguments = (arguments,)
                 value = run_here(self._node, channel, message.op, tuple(arguments), message.timeout)
+                settle_puts()  # the class is the user's own, or his code may have done something meanwhile
                 if message.op in ("put", "wait", "close"):
                     value = None
         except (ChannelClosedError, TimeoutError, TypeError) as error:

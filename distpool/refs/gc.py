@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from distpool.refs.owner import RRID, Entry, Owner, carries_references
 from distpool.refs.refs import Outcome
-from distpool.wire import messages
+from distpool.wire import structs
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.messages import VALUE
 
@@ -116,15 +116,17 @@ class Refs:
     def _flush(self) -> None:
         self._flushing = False
         changes: dict[int, list[list[int]]] = {}
-        me = self.node.pid
+        me, ahead = self.node.pid, self.node.ahead
         while self._dropped:
             rrid, where, held = self._dropped.popleft()
             if where == me:
                 self.owner.change(rrid, me, -held)
             else:
+                if ahead is not None:
+                    ahead.retire(rrid)  # what was put into a channel comes before the news that nobody here holds it
                 changes.setdefault(where, []).append([rrid.whence, rrid.id, me, -held])
         for where, rows in changes.items():
-            self.node.peers.send(where, Kind.CLIENTS, messages.Clients(rows).pack())
+            self.node.peers.send(where, Kind.CLIENTS, structs.Clients(rows).pack())
 
     # -- sending on --------------------------------------------------------------------------------------------
 
@@ -144,12 +146,12 @@ class Refs:
             else:
                 changes.setdefault(where, []).append([rrid.whence, rrid.id, peer, change])
         for where, rows in changes.items():
-            self.node.peers.send(where, Kind.CLIENTS, messages.Clients(rows).pack())
+            self.node.peers.send(where, Kind.CLIENTS, structs.Clients(rows).pack())
 
     # -- frames (leader) ---------------------------------------------------------------------------------------
 
     def _on_clients(self, link: Link, frame: Frame) -> None:
-        for whence, ident, pid, change in messages.Clients.unpack(frame.control).changes:
+        for whence, ident, pid, change in structs.Clients.unpack(frame.control).changes:
             self.owner.change(RRID(whence, ident), pid, change)
 
     def _on_lost(self, pid: int) -> None:

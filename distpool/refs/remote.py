@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from distpool.errors import RemoteException
 from distpool.node import node as nodes
 from distpool.refs import gc
+from distpool.refs.ahead import settle_puts
 from distpool.refs.gc import Handle, Refs
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
-from distpool.wire import codec, messages
+from distpool.wire import codec, structs
 from distpool.wire.failures import captured
 from distpool.wire.frames import Kind
 from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
@@ -156,6 +157,7 @@ class RemoteFuture(Future[Any]):
         refs = self._refs
         outcome = Outcome(LOCAL_VALUE, value, (), refs.node.pid)
         if handle.where == refs.node.pid:
+            settle_puts()
             if not refs.owner.settle(self._entry(), outcome):
                 raise RuntimeError(SET_TWICE)
         else:
@@ -219,7 +221,7 @@ class RemoteFuture(Future[Any]):
             first, handle.held = not handle.held, handle.held or 1
         if first:
             change = [handle.rrid.whence, handle.rrid.id, refs.node.pid, 1]
-            refs.node.peers.send(handle.where, Kind.CLIENTS, messages.Clients([change]).pack())
+            refs.node.peers.send(handle.where, Kind.CLIENTS, structs.Clients([change]).pack())
 
     def hold(self) -> None:
         """Be counted at the owner. Sending a reference is a use of it: whoever gets it may set the value and drop it,
@@ -319,8 +321,9 @@ class RemoteFuture(Future[Any]):
         if dead is not None:
             lost(dead())
             return
+        settle_puts(handle.where)
         number = node.peers.requests.new(handle.where, answer, lost)
-        message = messages.Reference(number, op, handle.rrid.whence, handle.rrid.id)
+        message = structs.Reference(number, op, handle.rrid.whence, handle.rrid.id)
         node.peers.send(handle.where, Kind.REFERENCE, message.pack(), body, buffers)
         if handle.where in node.peers.dead:  # died between the two looks: nobody else will say so
             node.peers.requests.fail(handle.where, node.peers.dead[handle.where])

@@ -8,14 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from distpool.refs import gc
+from distpool.refs.ahead import settle_puts
 from distpool.refs.gc import Refs
 from distpool.refs.owner import RRID, Entry, carries_references
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.refs.remote import SET_TWICE, dead_future, new_future, stable
-from distpool.wire import codec, messages
+from distpool.wire import codec, structs
+from distpool.wire.codec import SCALARS
 from distpool.wire.failures import encode_exception
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
+from distpool.wire.structs import REPLY
 
 if TYPE_CHECKING:
     from distpool.transport.link import Link
@@ -33,18 +36,18 @@ class Serving:
         refs.node.handlers[Kind.REPLY] = self._on_reply
 
     def _on_notice(self, link: Link, frame: Frame) -> None:
-        message = messages.Notice.unpack(frame.control)
+        message = structs.Notice.unpack(frame.control)
         future = self._refs.live.get(RRID(message.whence, message.ident))
         if future is not None:
             future._noticed(message.ok)
 
     def _on_reply(self, link: Link, frame: Frame) -> None:
-        message = messages.Reply.unpack(frame.control)
+        message = structs.Reply.unpack(frame.control)
         buffers = [link.segments.open(buffer) for buffer in frame.buffers]
         self._refs.node.peers.requests.settle(message.request, message.status, bytes(frame.body), buffers)
 
     def _on_reference(self, link: Link, frame: Frame) -> None:
-        message = messages.Reference.unpack(frame.control)
+        message = structs.Reference.unpack(frame.control)
         refs, pid = self._refs, int(link.peer)
         entry = refs.owner.touch(RRID(message.whence, message.ident))
         if message.op == "watch":
@@ -81,11 +84,13 @@ class Serving:
     def notify(self, pid: int, rrid: RRID, outcome: Outcome) -> None:
         """Tell `pid` that the value is there, without the value."""
         ok = outcome.status in (VALUE, LOCAL_VALUE)
-        self._refs.node.peers.send(pid, Kind.NOTICE, messages.Notice(*rrid, ok).pack())
+        self._refs.node.peers.send(pid, Kind.NOTICE, structs.Notice(*rrid, ok).pack())
 
     def send_outcome(self, pid: int, request: int, outcome: Outcome) -> None:
         """Send the value; serialising it is user code, so that happens on a library thread."""
-        if outcome.status == LOCAL_VALUE:
+        if outcome.status == LOCAL_VALUE and type(outcome.data) in SCALARS:
+            self.reply(pid, request, VALUE, codec.encode(outcome.data)[0])  # runs no code of the user's
+        elif outcome.status == LOCAL_VALUE:
             self._refs.node.deliver(lambda: self.reply_value(pid, request, outcome.data))
         elif outcome.status == RAISED_HERE:
             self._refs.node.deliver(lambda: self.reply_error(pid, request, outcome.data))
@@ -94,7 +99,7 @@ class Serving:
 
     def reply(self, pid: int, request: int, status: int, data: bytes, buffers: Any = ()) -> None:
         """Send an answer as it is."""
-        self._refs.node.peers.send(pid, Kind.REPLY, messages.Reply(request, status).pack(), data, list(buffers))
+        self._refs.node.peers.send(pid, Kind.REPLY, REPLY.pack(request, status), data, list(buffers))
 
     def reply_value(self, pid: int, request: int, value: Any) -> None:
         """Serialise and send a value; references in it are lent to `pid` first. Not on the leader."""
@@ -104,7 +109,9 @@ class Serving:
         except BaseException as error:
             self.reply_error(pid, request, error, UNSENDABLE)
             return
-        self._refs.lend(seen, pid)
+        if seen:
+            self._refs.lend(seen, pid)
+        settle_puts(pid)
         self.reply(pid, request, VALUE, data, stable(buffers))
 
     def reply_error(self, pid: int, request: int, error: BaseException, status: int = ERROR) -> None:
@@ -112,6 +119,7 @@ class Serving:
         seen: list[Any] = []
         data = encode_exception(error, pid, seen=seen)
         self._refs.lend(seen, pid)
+        settle_puts(pid)
         self.reply(pid, request, status, data)
 
 

@@ -84,6 +84,8 @@ class Kind(enum.IntEnum):
     PIECE = 55
     FORWARD = 56
     WANTED = 57
+    PUTS = 58
+    REVOKE = 59
 
 
 class SegmentRef(NamedTuple):

@@ -1,7 +1,8 @@
 """The content of control frames: one class per message, no pickle (layer 1).
 
-Two forms. Messages of the hot path (`CALLS`, `RESULTS`) are lists of fixed records, packed by hand in `records`. All
-others have fields that travel as JSON: they are rare, and JSON cannot run code.
+Three forms. Messages of the hot path (`CALLS`, `RESULTS`) are lists of fixed records, packed by hand in `records`.
+Those of remote calls, references and channels are structs (`structs`). All others have fields that travel as JSON: they
+are rare, and JSON cannot run code.
 """
 
 from __future__ import annotations
@@ -389,81 +390,13 @@ class Relay(Message):
     relayed: int
 
 
-class Request(Message):
-    """Any -> any: run a call (body: function, then arguments). `mode` is "fetch", "future" or "do"."""
-
-    kind: ClassVar[Kind] = Kind.REQUEST
-    request: int
-    mode: str
-    whence: int  # of the reference that will hold the value (mode "future")
-    ident: int
-    name: str
-    function_bytes: int
-    function_buffers: int
-    reusable: bool
-
-
-class Reply(Message):
-    """Any -> any: how request `request` ended (body: value or exception; `status` as in RESULT)."""
-
-    kind: ClassVar[Kind] = Kind.REPLY
-    request: int
-    status: int
-
-
-class Notice(Message):
-    """Owner -> whoever watches: this value is there (`ok`), or the call failed. Without the value."""
-
-    kind: ClassVar[Kind] = Kind.NOTICE
-    whence: int
-    ident: int
-    ok: bool
-
-
-class Clients(Message):
-    """Any -> owner: changes of client counts: rows (whence, id, client pid, change)."""
-
-    kind: ClassVar[Kind] = Kind.CLIENTS
-    changes: list[list[int]]
-
-
-class Reference(Message):
-    """Any -> owner of a value: `op` is "fetch", "watch", "isready", "put" (body: value) or "make" (body: factory)."""
-
-    kind: ClassVar[Kind] = Kind.REFERENCE
-    request: int
-    op: str
-    whence: int
-    ident: int
-
-
-class ChannelOp(Message):
-    """Any -> owner of a channel: `op` of it; body: the arguments. `timeout` in seconds."""
-
-    kind: ClassVar[Kind] = Kind.CHANNEL
-    request: int
-    op: str
-    whence: int
-    ident: int
-    timeout: float | None
-    arguments: int
-
-
-class CancelRequest(Message):
-    """Any -> any: I no longer wait for the answer of `request`."""
-
-    kind: ClassVar[Kind] = Kind.CANCEL_REQUEST
-    request: int
-
-
 MESSAGES: dict[int, type[Message]] = {
     int(cls.kind): cls
     for cls in (
         Join, Joined, Function, Forget, Recall, Recalled, Initialize, Initialized, Shutdown,
         SegmentsFree, Blocked, Submit, Outcome, Cancel, Cancelled, Interrupt,
         Connect, Connected, Launch, Launched, Named,
-        Peer, Where, Address, Dial, Undialled, IdentityIs, Dead, Relay, Request, Reply, Notice, Clients, Reference,
-        ChannelOp, CancelRequest,
+        Peer, Where, Address, Dial, Undialled, IdentityIs, Dead, Relay,
         Stacks, StacksAre, Usage, UsageIs, Trace, Traced,
     )
 }  # fmt: skip

@@ -1,0 +1,339 @@
+"""Items that this process puts into channels of other processes without waiting for the answer (layer 4).
+
+    put: serialised in the caller's thread -> credit left? -> batch --PUTS--> owner (`refs.room`)
+                                                  none left -> CHANNEL "put", whose answer brings a new credit
+    leader:  answer to PUTS -> more credit, next batch      REVOKE -> what was put, then the answer: no credit any more
+
+The owner has reserved room for what is put on credit, so it fails only with the owner, or the connection to it; that
+error is raised by the next put of the same thread, or is the outcome of the call that it runs. The first `FLYING`
+frames go at once; then what is put is collected until an answer comes, or the batch is full. So a lonely item has no
+delay, and many of them cost little more than being serialised. Items that carry references, or large buffers, take the
+other way: references have to be lent, and who puts gigabytes must be slowed down.
+
+Only workers put ahead. Nobody may see what a worker does after a put before he can see the item. Frames to the owner
+itself are in order anyway (so only one channel at a time has a batch that was not sent: an item for another one sends
+it); before anything that others can see leaves this process, what was put so far must have been acknowledged
+(`settle_puts`). In a worker that is
+    - the end of each call, whoever sent it (`Interrupts.call`): results, effects on this process's memory
+    - a request to another process: remote calls, references, channels, puts to other owners, executors' handles
+    - a change of a channel or a future that this process owns, and a value of this process that another one asked for
+That is enough, because user code of a worker has no other way to others in distpool: what the leader sends by itself
+(answers, notices, items that others had put) was decided by one of these. What user code tells others without distpool
+(files, sockets) is not waited for. All puts of the process are waited for, not those of the thread: threads see each
+other's doings in memory. In the master, what goes out is made by a dozen of paths, and most of it is not sent by the
+thread that made it: there each put waits for its answer.
+
+Tried and rejected: a batch per owner instead of per channel (one frame for all of its channels): nothing to gain, who
+puts into several channels in turn is slower than the frames anyway.
+
+`_lock` protects everything here. It is reentrant, because the collector may run a `__del__` that puts something while
+it is held; nothing under it waits. An interrupt between taking a credit and keeping the item costs the credit, which
+the owner gets back when somebody needs the room; a batch is sent behind the loop's guard.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from distpool.node import node as nodes
+from distpool.refs.owner import RRID
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome, open_outcome
+from distpool.wire import structs
+from distpool.wire.frames import Frame, Kind
+from distpool.wire.records import SPAN, SPAN_OF_SCALARS, VALUE
+
+if TYPE_CHECKING:
+    from distpool.node.node import Node
+    from distpool.transport.ioloop import IoLoop
+    from distpool.transport.link import Link
+
+FLYING = 4  # frames of one channel that are sent without an answer to the first of them
+BATCH = 128  # items, and bytes, of a batch that is sent at any rate
+BATCH_BYTES = 1 << 16
+_SPANS = (SPAN, SPAN_OF_SCALARS)
+UNANSWERED_BYTES = 4 << 20  # of one channel: from there on a put waits
+
+
+class Teller:
+    """Where a thread finds what became of its puts."""
+
+    def __init__(self) -> None:
+        self.errors: list[Outcome] = []
+
+
+class _Flight:
+    """A PUTS that was not answered yet, and its bytes."""
+
+    __slots__ = ("size",)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+class Ahead:
+    """What this process puts ahead into one channel."""
+
+    def __init__(self, group: Aheads, rrid: RRID, where: int, epoch: int) -> None:
+        self.where = where
+        self.credit = 0
+        self.epoch = epoch  # credits of older ones are void
+        self.rrid = rrid
+        self.batch: list[bytes] = []
+        self.size = 0  # bytes of the batch
+        self.flying: set[_Flight] = set()
+        self.unanswered = 0  # bytes that are flying
+        self.tellers: set[Teller] = set()  # of the threads whose items are in the batch, or flying
+        self._group = group
+
+    def put(self, data: bytes, channel: Any) -> bool:
+        """Keep this item, and see to it that it is sent; False: the owner has to be asked."""
+        group = self._group
+        if group.busy and group.is_busy_elsewhere(self):
+            group.settle(self.where)
+        with group.lock:
+            if self.credit <= 0 or not group.may_put(self.where) or channel._finalized:
+                return False
+            if self.flying and self.unanswered + self.size + len(data) > UNANSWERED_BYTES:
+                return False
+            if group.pending is not None and group.pending is not self:
+                group.pending.send()
+            self.credit -= 1
+            self.tellers.add(group.teller())
+            group.busy[self] = None
+            group.pending = self
+            self.size += len(data)
+            self.batch.append(data)
+            if len(self.flying) < FLYING or len(self.batch) >= BATCH or self.size >= BATCH_BYTES:
+                self.send()
+            return True
+
+    def check(self) -> None:
+        """Raise what became of former puts of this thread, once."""
+        if self._group.failures:
+            self._group.check()
+
+    def send(self) -> None:
+        """Send the batch. The lock is held."""
+        if self._group.pending is self:
+            self._group.pending = None
+        if not self.batch:
+            return
+        peers, guard = self._group.node.peers, self._group.node.loop.guard
+        inside = guard.enter(None) if guard is not None else None
+        try:
+            items, self.batch, size, self.size = self.batch, [], self.size, 0
+            flight = _Flight(size)
+            self.flying.add(flight)
+            self.unanswered += size
+            number = peers.requests.new(
+                self.where,
+                lambda status, data, buffers: self._answered(flight, Outcome(status, data, buffers, self.where)),
+                lambda error: self._answered(flight, Outcome(RAISED_HERE, error, (), self.where)),
+            )
+            control = structs.Puts(number, *self.rrid, len(items)).pack()
+            peers.send(self.where, Kind.PUTS, control, structs.pack_items(items))
+            if self.where in peers.dead:  # died between the looks: nobody else will say so
+                peers.requests.fail(self.where, peers.dead[self.where])
+        finally:
+            if guard is not None and inside is not None:
+                guard.leave(inside)
+
+    def _answered(self, flight: _Flight, outcome: Outcome) -> None:
+        """Leader (or a thread that has found the owner dead)."""
+        group = self._group
+        with group.lock:
+            self.flying.discard(flight)
+            self.unanswered -= flight.size
+            if outcome.status == VALUE:
+                self.grant(*structs.CREDIT.unpack(outcome.data))
+            else:
+                self._fail(outcome)
+            if self.batch and len(self.flying) < FLYING:
+                self.send()
+            if not self.flying and not self.batch:
+                group.busy.pop(self, None)
+                self.tellers.clear()
+            group.landed(flight)
+
+    def _fail(self, outcome: Outcome) -> None:
+        self.credit = 0
+        self.batch, self.size = [], 0  # it would fail as well, or come behind what is lost
+        for teller in self.tellers:
+            if not teller.errors:
+                teller.errors.append(outcome)
+                self._group.failures = True
+        self.tellers.clear()
+
+    def grant(self, credit: int, epoch: int) -> None:
+        """The owner has reserved room. The lock is held."""
+        if epoch == self.epoch:
+            self.credit += credit
+
+
+class _Landing(Future[Any]):
+    """Settled when the answers to all these PUTS have come."""
+
+    def __init__(self, loop: IoLoop, flights: set[_Flight]) -> None:
+        self.flights = flights
+        self._call = _Soon(loop)
+
+
+class _Soon:
+    """The `_call` of a `_Landing`: answered by another process's leader, so a task that waits keeps its slot."""
+
+    def __init__(self, loop: IoLoop) -> None:
+        self.loop = loop
+
+    def cancel(self) -> bool:
+        """No."""
+        return False
+
+    def started(self) -> bool:
+        """It was sent."""
+        return True
+
+    def waiting(self) -> AbstractContextManager[object]:
+        """Nothing is given away."""
+        return nullcontext()
+
+
+class Aheads:
+    """What this process puts ahead into all channels."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.lock = threading.RLock()
+        self.busy: dict[Ahead, None] = {}  # those with items that have not been acknowledged
+        self.pending: Ahead | None = None  # the one that has a batch which was not sent
+        self.failures = False  # some thread has not been told yet of an error
+        self._known: dict[RRID, Ahead] = {}  # of channels that somebody here holds
+        self._landings: list[_Landing] = []
+        self._local = threading.local()
+        node.runner.interrupts.finish = self.finish
+        node.runner.settle = lambda timeout: self.settle(0, timeout)
+
+    def may_put(self, where: int) -> bool:
+        """Whether this thread may put something ahead at the moment."""
+        node = self.node
+        if where in node.peers.dead or nodes.existing() is not node:  # in a forked child it is not
+            return False
+        if self.failures and self.teller().errors:
+            return False
+        # The elements of a map run without anything that could wait behind each of them (`node.spans`).
+        return not any(item.flags in _SPANS for item in list(node.runner.running.values()))
+
+    def is_busy_elsewhere(self, ahead: Ahead) -> bool:
+        """Whether puts into channels of other owners than that of `ahead` have not been acknowledged."""
+        if len(self.busy) == 1 and ahead in self.busy:
+            return False
+        return any(other.where != ahead.where for other in list(self.busy))
+
+    def teller(self) -> Teller:
+        """Of the calling thread."""
+        found: Teller | None = getattr(self._local, "teller", None)
+        if found is None:
+            found = self._local.teller = Teller()
+        return found
+
+    def of(self, channel: Any, epoch: int) -> Ahead:
+        """What is put ahead into this channel, made on first use. The lock is held."""
+        made: Ahead | None = channel._ahead
+        if made is None:
+            handle = channel._handle
+            made = self._known.get(handle.rrid)  # of an object of the same channel that has just gone
+            if made is None:
+                made = self._known[handle.rrid] = Ahead(self, handle.rrid, handle.where, epoch)
+            channel._ahead = made
+        return made
+
+    def retire(self, rrid: RRID) -> None:
+        """Leader: the object of this channel is gone. What it has put is sent, and its credit given back."""
+        with self.lock:
+            ahead = self._known.get(rrid)
+            if ahead is not None and self.node.refs.live.get(rrid) is None:
+                del self._known[rrid]
+                ahead.send()
+                self.node.peers.send(ahead.where, Kind.PUTS, structs.Puts(0, *rrid, 0).pack())
+
+    def settle(self, where: int = 0, timeout: float | None = None) -> None:
+        """Wait until all that this process has put so far has arrived; what goes to process `where` is only sent.
+
+        It ends with the answers of the owners, or their deaths (or after `timeout` seconds). KeyboardInterrupt ends it
+        as any other wait.
+        """
+        if not self.busy:
+            return
+        flights: set[_Flight] = set()
+        with self.lock:
+            for ahead in list(self.busy):
+                ahead.send()
+                if ahead.where != where:
+                    flights.update(ahead.flying)
+            if not flights or self.node.loop.leads:
+                return
+            landing = _Landing(self.node.loop, flights)
+            self._landings.append(landing)
+        landing._await(timeout)
+
+    def landed(self, flight: _Flight) -> None:
+        """A PUTS was answered. The lock is held."""
+        for landing in list(self._landings):
+            landing.flights.discard(flight)
+            if not landing.flights:
+                self._landings.remove(landing)
+                landing._settle(Outcome(LOCAL_VALUE, None, (), 0))
+
+    def finish(self) -> None:
+        """At the end of a call, in its thread: what it has put has arrived, or why it has not is raised."""
+        self.settle()
+        if self.failures:
+            self.check()
+
+    def check(self) -> None:
+        """Raise what became of former puts of this thread, once."""
+        teller = self.teller()
+        if teller.errors:
+            _, error = open_outcome(teller.errors.pop())
+            if error is not None:
+                raise error
+
+    def on_revoke(self, message: structs.Revoke, where: int) -> None:
+        """Leader: the room is needed by others; what was put so far is sent before the answer."""
+        rrid = RRID(message.whence, message.ident)
+        with self.lock:
+            ahead = self._known.get(rrid)
+            if ahead is None and self.node.refs.live.get(rrid) is not None:  # a credit may be on its way
+                ahead = self._known[rrid] = Ahead(self, rrid, where, message.epoch)
+            if ahead is not None:
+                ahead.credit, ahead.epoch = 0, message.epoch
+                ahead.send()
+
+
+def group_of(node: Node) -> Aheads | None:
+    """What this process puts ahead, made on first use; None in the master."""
+    if node.ahead is None and node.runner is not None:
+        node.ahead = Aheads(node)
+    group: Aheads | None = node.ahead
+    return group
+
+
+def settle_puts(where: int = 0) -> None:
+    """Before anything leaves this process, but to `where`: what was put ahead must have arrived. See above."""
+    node = nodes.existing()
+    if node is not None and node.ahead is not None:
+        node.ahead.settle(where)
+
+
+def on_revoke(node: Node, link: Link, frame: Frame) -> None:
+    """Leader: the owner of a channel calls our credit back."""
+    message = structs.Revoke.unpack(frame.control)
+    where = int(link.peer)
+    group = group_of(node)
+    if group is not None:
+        group.on_revoke(message, where)
+    node.peers.send(where, Kind.REPLY, structs.Reply(message.request, VALUE).pack())
+
+
+__all__ = ["Ahead", "Aheads", "group_of", "on_revoke", "settle_puts"]
