@@ -346,7 +346,7 @@ def test_another_call_does_not_tell_of_it_either(team: list[int]) -> None:
         with pytest.raises(TimeoutError):
             while not look.fetch(0.3):
                 look = remotecall(lambda: box()["seen"], producer)
-    assert look.fetch(WAIT)
+    look.wait(WAIT)
     remotecall_fetch(lambda: box()["let go"].set(), producer)
     call.wait(WAIT)
     drained_now = [channel.take(timeout=WAIT) for _ in range(20)]
@@ -375,13 +375,16 @@ def test_who_hears_of_it_finds_the_items(team: list[int]) -> None:
 
 
 def test_results_of_executors(team: list[int]) -> None:
-    """Tasks, elements of maps and chunks end after their puts have arrived."""
+    """Tasks and chunks end after their puts have arrived; in elements of maps each put waits by itself."""
     channel = RemoteChannel(lambda: Channel(2000), team[0])
 
     def work(number: int) -> int:
         for item in range(5):
             channel.put((number, item))
         return number
+
+    def may_put(where: int) -> bool:
+        return bool(nodes.current().ahead.may_put(where))
 
     seen: dict[int, list[int]] = {}
 
@@ -396,9 +399,10 @@ def test_results_of_executors(team: list[int]) -> None:
         for number in range(20):
             assert executor.submit(work, number).result(WAIT) == number
             assert all_there(number)
-        assert all(all_there(number) for number in executor.map(work, range(20)))
         assert list(executor.map(work, range(20), chunksize=10)) == list(range(20))
         assert all(map(all_there, range(20)))
+        assert list(executor.map(may_put, team[:1] * 3)) == [False] * 3, "nothing could wait behind an element"
+        assert executor.submit(may_put, team[0]).result(WAIT)
 
 
 # -- (d) order -------------------------------------------------------------------------------------------------------

@@ -183,6 +183,8 @@ class _Landing(Future[Any]):
 class _Soon:
     """The `_call` of a `_Landing`: answered by another process's leader, so a task that waits keeps its slot."""
 
+    brisk = True
+
     def __init__(self, loop: IoLoop) -> None:
         self.loop = loop
 
