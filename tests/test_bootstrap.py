@@ -171,6 +171,23 @@ def test_versions_are_read_and_not_imported(tmp_path: Path, monkeypatch: pytest.
     assert unpacking.version_of("has_one") == "1.2" and unpacking.version_of("has_none") == ""
 
 
+def test_the_code_of_a_package_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = set()
+    for place, text in [("one", "x = 1\n"), ("two", "x = 1\n"), ("three", "x = 2\n")]:
+        package = tmp_path / place / f"parted_{place}" / "inner"
+        package.mkdir(parents=True)
+        (package.parent / "__init__.py").touch()
+        (package / "__init__.py").touch()
+        (package / "mod.py").write_text(text)
+        (package / "notes.txt").write_text(place)
+        monkeypatch.syspath_prepend(tmp_path / place)
+        code = unpacking.code_of(f"parted_{place}")
+        assert len(code) == 64
+        found.add(code)
+    assert len(found) == 2
+    assert unpacking.code_of("no_such_package_here") == ""
+
+
 def test_arguments_that_cannot_be() -> None:
     for wrong in ("yes", None, "False"):
         with pytest.raises(ValueError, match="bootstrap must be 'auto', True or False"):

@@ -79,6 +79,7 @@ class Parcels:
             "base": self.base,
             "always": self.always,
             "distpool": vars(sys.modules["distpool"])["__version__"],
+            "code": unpacking.code_of("distpool") if self.base and not self.always else "",
             "cloudpickle": unpacking.version_of("cloudpickle"),
             "ship": self.ship,
             "fetches": self.fetches,

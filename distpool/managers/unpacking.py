@@ -293,7 +293,8 @@ def boot(offer: dict[str, Any], read: Callable[[int], bytes], arguments: list[st
     """Get what is missing here, then be the login. `read(n)` gives exactly n bytes of stdin.
 
     `offer`: `base`, the digest of an archive with distpool, or None; `always`: it is taken even if there is one here
-    that fits, by the versions `distpool` and `cloudpickle` (all but its patches); `ship`: digests of further archives;
+    that fits, by `code`, the digest of its sources, and the version of `cloudpickle` (all but its patches); `ship`:
+    digests of further archives;
     `fetches`: workers will want the cache. `arguments`: those of `python -m distpool`.
     """
     if sys.path and sys.path[0] == "":
@@ -322,7 +323,7 @@ def boot(offer: dict[str, Any], read: Callable[[int], bytes], arguments: list[st
 
 def _fits(offer: dict[str, Any]) -> bool:
     """Whether there is a distpool here that is the same, with a cloudpickle that can read what the master writes."""
-    if version_of("distpool") != offer["distpool"]:
+    if version_of("distpool") != offer["distpool"] or code_of("distpool") != offer["code"]:
         return False
     there, here = (version.split(".")[:2] for version in (version_of("cloudpickle"), str(offer["cloudpickle"])))
     return there == here
@@ -330,18 +331,46 @@ def _fits(offer: dict[str, Any]) -> bool:
 
 def version_of(name: str) -> str:
     """The `__version__` of a package, read and not imported; empty if there is none."""
-    import importlib.util
     import re
 
     try:
-        spec = importlib.util.find_spec(name)
-        if spec is None or not spec.origin:
-            return ""
-        with open(spec.origin, encoding="utf-8") as file:
+        with open(_origin(name), encoding="utf-8") as file:
             found = re.search(r"""^__version__\s*=\s*["']([^"']+)""", file.read(), re.MULTILINE)
     except (ImportError, ValueError, OSError):
         return ""
     return found[1] if found else ""
+
+
+def code_of(name: str) -> str:
+    """Digest of the names and bytes of a package's Python files, wherever it lies; empty if there are none.
+
+    Two checkouts may both call themselves 0.1.0. (10 ms for distpool.)
+    """
+    digest = hashlib.sha256()
+    count = 0
+    try:
+        top = os.path.dirname(_origin(name))
+        for place, directories, files in os.walk(top):
+            directories.sort()
+            for file in sorted(each for each in files if each.endswith(".py")):
+                path = os.path.join(place, file)
+                with open(path, "rb") as source:
+                    data = source.read()
+                digest.update(f"{os.path.relpath(path, top)}:{len(data)}:".encode() + data)
+                count += 1
+    except (ImportError, ValueError, OSError):
+        return ""
+    return digest.hexdigest() if count else ""
+
+
+def _origin(name: str) -> str:
+    """The file of a package's `__init__`. ImportError: there is none."""
+    import importlib.util
+
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.origin:
+        raise ImportError(f"no {name} here")
+    return spec.origin
 
 
 def _open_cache() -> Cache:

@@ -143,6 +143,20 @@ def test_another_version_is_not_used(start: Start, home: Home, tmp_path: Path) -
     assert remotecall_fetch(where, pid, "distpool").startswith(str(home.cache))
 
 
+def test_the_same_version_of_another_checkout_is_not_used(server: Server, ssh: Any, home: Home, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "distpool"
+    shutil.copytree(Path(distpool.__file__).parent, other, ignore=shutil.ignore_patterns("__pycache__"))
+    env = {**home.env, "PYTHONPATH": str(other.parent)}
+    (pid,) = addprocs(["host1"], **options(server, ssh, env=env))
+    assert remotecall_fetch(where, pid, "distpool").startswith(str(other.parent))
+    rmprocs(pid)
+    with (other / "worker.py").open("a") as file:
+        file.write("\n# changed\n")
+    (pid,) = addprocs(["host1"], **options(server, ssh, env=env))
+    assert remotecall_fetch(where, pid, "distpool").startswith(str(home.cache))
+    rmprocs(pid)
+
+
 def test_the_report_of_a_bare_host(server: Server, ssh: Any, bare: str, home: Home) -> None:
     (report,) = check_hosts(["host1"], options(server, ssh, exename=bare, env=home.env), 30)
     assert report.error == "" and report.distpool == distpool.__version__ and bare in report.python
