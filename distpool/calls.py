@@ -21,6 +21,7 @@ from distpool.node import reach
 from distpool.node.node import Node
 from distpool.refs import channelserver, gc
 from distpool.refs.ahead import settle_puts
+from distpool.refs.lent import received
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.refs.remote import RemoteFuture, _Waiting, stable
@@ -116,7 +117,7 @@ def remotecall_fetch(f: Callable[..., Any], where: Where, /, *args: Any, **kwarg
     reply._call = waiting
 
     def answer(status: int, data: Any, buffers: Any) -> None:
-        reply._settle(Outcome(status, data, buffers, where))
+        reply._settle(received(status, data, buffers, where))
 
     number = node.peers.requests.new(where, answer, lambda error: answer(RAISED_HERE, error, ()))
     try:

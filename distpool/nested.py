@@ -30,7 +30,7 @@ from distpool.node import node as nodes
 from distpool.node.node import Node
 from distpool.policy import make_policy
 from distpool.refs.ahead import settle_puts
-from distpool.refs.owner import carries_references
+from distpool.refs.lent import carries_references, received
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.wire import codec, messages
 from distpool.wire.failures import encode_exception
@@ -189,11 +189,12 @@ class _Requests:
     def _on_outcome(self, link: Link, frame: Frame) -> None:
         message = messages.Outcome.unpack(frame.control)
         future = self.futures.pop(message.request, None)
-        if future is None:
-            return
         segments = self.node.runner.segments
         buffers = [segments.open(buffer) for buffer in frame.buffers]
-        if future._settle(Outcome(message.status, bytes(frame.body), buffers, 1)):
+        if future is None:
+            received(message.status, bytes(frame.body), buffers, 1)  # and not opened
+            return
+        if future._settle(received(message.status, bytes(frame.body), buffers, 1)):
             self.node.deliver(future._run_callbacks)
 
     def _on_cancelled(self, link: Link, frame: Frame) -> None:

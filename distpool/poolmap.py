@@ -25,6 +25,7 @@ from distpool.errors import ProcessExitedException
 from distpool.node import node as nodes
 from distpool.pools import WorkerPool
 from distpool.refs import gc
+from distpool.refs.lent import received
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome, open_outcome
 from distpool.replies import note_traceback, request
 from distpool.wire import codec
@@ -244,7 +245,7 @@ class PoolCarrier:
         if batched:
             error = future.exception()
             if error is None:
-                outcomes = [Outcome(*each) for each in future.result()]
+                outcomes = [received(*each) for each in future.result()]
             else:
                 outcomes = [Outcome(RAISED_HERE, error, (), 0)] * len(elements)
         else:

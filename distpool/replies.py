@@ -13,6 +13,7 @@ from typing import Any
 from distpool.calls import _node, _Reply, _run_here, _send
 from distpool.refs import gc
 from distpool.refs.ahead import settle_puts
+from distpool.refs.lent import received
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.refs.remote import _Waiting
@@ -44,7 +45,7 @@ def request(
     requests = node.peers.requests
     number = requests.new(
         pid,
-        lambda status, data, buffers: settle(Outcome(status, data, buffers, pid)),
+        lambda status, data, buffers: settle(received(status, data, buffers, pid)),
         lambda error: settle(Outcome(RAISED_HERE, error, (), pid)),
     )
     try:

@@ -16,6 +16,7 @@ from pickle import loads
 from typing import TYPE_CHECKING, Any
 
 from distpool.mapruns import Element
+from distpool.refs.lent import carries_references, received
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome, set_values
 from distpool.slots import Slot
 from distpool.wire import records
@@ -44,13 +45,15 @@ def settle_records(scheduler: Scheduler, slot: Slot, body: Any, raw_buffers: lis
             continue
         found = slot.find(sequence)
         if found is None:
+            received(status, bytes(payload), buffers[:parts], pid)  # nobody wants it: not opened
+            del buffers[:parts]
             continue
         entry, index = found
         done += 1
         timing = entry.timing
         outcome: Any
         if type(entry) is Call:
-            outcome = Outcome(status, bytes(payload), buffers[:parts], pid)
+            outcome = received(status, bytes(payload), buffers[:parts], pid)
             if status == records.UNLOADABLE and scheduler.on_unloadable is not None:
                 outcome = Outcome(RAISED_HERE, scheduler.on_unloadable(outcome.data), (), pid)
             policy = entry.policy
@@ -59,10 +62,10 @@ def settle_records(scheduler: Scheduler, slot: Slot, body: Any, raw_buffers: lis
                 if status != records.VALUE and entry.attempt < policy.retries:
                     scheduler.retries.consider(entry, outcome)
                     continue
-        elif status == records.VALUE and not parts:
-            outcome = bytes(payload)
         else:
-            outcome = Outcome(status, bytes(payload), buffers[:parts], pid)
+            data = bytes(payload)
+            plain = status == records.VALUE and not parts and not carries_references(data)
+            outcome = data if plain else received(status, data, buffers[:parts], pid)
         del buffers[:parts]
         scheduler.settle(entry, index, outcome)
         slot.count(status)

@@ -47,7 +47,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     ),
     4: (
         *("refs.refs", "refs.waiters", "refs.owner", "refs.gc", "refs.remote", "refs.serving"),
-        *("refs.ahead", "refs.room", "refs.channel", "refs.channels", "refs.channelserver"),
+        *("refs.lent", "refs.ahead", "refs.room", "refs.channel", "refs.channels", "refs.channelserver"),
     ),
     5: ("calls", "verbs"),
     6: (
@@ -151,6 +151,12 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("refs.gc", "refs.refs"),
         ("refs.ahead", "refs.owner"),
         ("refs.ahead", "refs.refs"),
+        ("refs.lent", "refs.refs"),
+        ("refs.gc", "refs.lent"),
+        ("refs.remote", "refs.lent"),
+        ("refs.serving", "refs.lent"),
+        ("refs.channels", "refs.lent"),
+        ("refs.channelserver", "refs.lent"),
         ("refs.remote", "refs.ahead"),
         ("refs.remote", "refs.gc"),
         ("refs.remote", "refs.owner"),

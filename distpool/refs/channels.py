@@ -17,8 +17,9 @@ from distpool.refs import gc
 from distpool.refs.ahead import Ahead, group_of, settle_puts
 from distpool.refs.channel import Channel, ChannelReply
 from distpool.refs.gc import Handle
-from distpool.refs.owner import RRID, carries_references
-from distpool.refs.refs import RAISED_HERE, Future, Outcome
+from distpool.refs.lent import carries_references, received
+from distpool.refs.owner import RRID
+from distpool.refs.refs import RAISED_HERE, Future
 from distpool.refs.remote import _Waiting, stable
 from distpool.wire import codec, structs
 from distpool.wire.frames import Kind
@@ -215,7 +216,7 @@ class RemoteChannel:
             if reply.op == "put" and status == VALUE and len(body) == CREDIT.size:  # not a class of the user's
                 self._may_put(body)
                 body = _NONE
-            if reply._settle(Outcome(status, body, parts, where)):
+            if reply._settle(received(status, body, parts, where)):
                 node.deliver(reply._run_callbacks)
 
         reply.number = node.peers.requests.new(where, answer, lambda error: answer(RAISED_HERE, error, ()))
@@ -279,7 +280,7 @@ def _give_back(channel: RemoteChannel, late: Future[Any]) -> None:
     raw = late._raw
     if raw is None or raw.status != VALUE:
         return
-    data, buffers = raw.data, list(raw.buffers)
+    data, buffers = raw.data, list(raw.buffers)  # opened with that, if it is `Lent`
     if carries_references(data):  # they were lent to us
         seen: list[Any] = []
         data, views = codec.encode(codec.decode(data, buffers), channel.where, seen)

@@ -13,7 +13,8 @@ from distpool.refs import gc
 from distpool.refs.ahead import on_revoke, settle_puts
 from distpool.refs.channel import PLAIN_ERROR, Channel, Handed, Waiter
 from distpool.refs.channels import run_here
-from distpool.refs.owner import RRID, carries_references
+from distpool.refs.lent import carries_references
+from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.refs.room import HOLD, PATIENCE
 from distpool.refs.serving import Serving, serving

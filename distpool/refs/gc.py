@@ -3,6 +3,7 @@
     Handle.__del__ (any thread, any moment) -> deque -> leader: CLIENTS to the owner, joined per owner
     lend(refs, peer) (sending thread, before the message) -> ADD to the owner
     arrive(...) (decoding thread) -> the living object of that reference, or a new one
+    a value that came and was dropped unread (`refs.lent`) -> deque -> library thread: its references, dropped
 
 `__del__` takes no lock and sends nothing: it appends to a deque and wakes the loop (a finalizer that did more could
 deadlock: the collector runs it between any two bytecodes).
@@ -13,12 +14,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from distpool.refs.owner import RRID, Entry, Owner, carries_references
+from distpool.refs.lent import carries_references, references_in
+from distpool.refs.owner import RRID, Entry, Owner
 from distpool.refs.refs import Outcome
 from distpool.wire import structs
 from distpool.wire.frames import Frame, Kind
@@ -27,6 +30,9 @@ from distpool.wire.messages import VALUE
 if TYPE_CHECKING:
     from distpool.node.node import Node
     from distpool.transport.link import Link
+
+
+log = logging.getLogger("distpool.references")
 
 
 class Handle:
@@ -65,6 +71,7 @@ class Refs:
         self.new_future: Callable[[int], Any]
         self.dead_future: Callable[[], Any]
         self._dropped: collections.deque[tuple[RRID, int, int]] = collections.deque()
+        self._unread: collections.deque[tuple[Any, Any]] = collections.deque()  # values with references, as they came
         self._flushing = False  # a flush is on its way; only saves wake-ups
         node.handlers[Kind.CLIENTS] = self._on_clients
         node.peers.on_lost.append(self._on_lost)
@@ -113,8 +120,25 @@ class Refs:
             self._flushing = True
             self.node.loop.call_soon(self._flush)
 
+    def unread(self, data: Any, buffers: Any) -> None:
+        """This value was sent to us, and nobody has opened it: its references are given back (as `drop`)."""
+        self._unread.append((data, buffers))
+        if not self._flushing:
+            self._flushing = True
+            self.node.loop.call_soon(self._flush)
+
+    def _open_unread(self) -> None:
+        """On a library thread."""
+        while self._unread:
+            try:
+                references_in(*self._unread.popleft())
+            except Exception:  # whatever is in it: nobody wanted it
+                log.debug("a value that nobody has opened could not be read either", exc_info=True)
+
     def _flush(self) -> None:
         self._flushing = False
+        if self._unread:
+            self.node.deliver(self._open_unread)
         changes: dict[int, list[list[int]]] = {}
         me, ahead = self.node.pid, self.node.ahead
         while self._dropped:

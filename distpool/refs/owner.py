@@ -25,18 +25,6 @@ if TYPE_CHECKING:
     from distpool.node.node import Node
 
 
-def carries_references(data: Any) -> bool:
-    """Whether a pickle may hold references; never False for one that does, because it names the module that makes them.
-
-    References are lent to whom a message goes to. Who passes it on without opening it would keep its own for ever, and
-    the next one would give back what it was never lent.
-    """
-    return _MAKERS in data
-
-
-_MAKERS = b"distpool.refs."
-
-
 class RRID(NamedTuple):
     """Identity of a reference: the process that made it and its number there."""
 

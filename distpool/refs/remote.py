@@ -18,6 +18,7 @@ from distpool.node import node as nodes
 from distpool.refs import gc
 from distpool.refs.ahead import settle_puts
 from distpool.refs.gc import Handle, Refs
+from distpool.refs.lent import received
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.wire import codec, structs
@@ -304,7 +305,7 @@ class RemoteFuture(Future[Any]):
         return transfer
 
     def _fetched(self, status: int, data: Any, buffers: Any) -> None:
-        outcome = Outcome(status, data, buffers, self.where)
+        outcome = received(status, data, buffers, self.where)
         if self._raw is not None and self._raw.status in (REMOTE_VALUE, REMOTE_ERROR):
             self._raw = outcome
         self._arrived(outcome)

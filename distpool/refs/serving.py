@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from distpool.refs import gc
 from distpool.refs.ahead import settle_puts
 from distpool.refs.gc import Refs
-from distpool.refs.owner import RRID, Entry, carries_references
+from distpool.refs.lent import carries_references, received
+from distpool.refs.owner import RRID, Entry
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.refs.remote import SET_TWICE, dead_future, new_future, stable
 from distpool.wire import codec, structs
@@ -44,7 +45,9 @@ class Serving:
     def _on_reply(self, link: Link, frame: Frame) -> None:
         message = structs.Reply.unpack(frame.control)
         buffers = [link.segments.open(buffer) for buffer in frame.buffers]
-        self._refs.node.peers.requests.settle(message.request, message.status, bytes(frame.body), buffers)
+        body = bytes(frame.body)
+        if not self._refs.node.peers.requests.settle(message.request, message.status, body, buffers):
+            received(message.status, body, buffers, int(link.peer))  # nobody waits any more: not opened
 
     def _on_reference(self, link: Link, frame: Frame) -> None:
         message = structs.Reference.unpack(frame.control)

@@ -1,0 +1,219 @@
+"""Values with references that nobody opens: the references go back, and none of the user's code runs for that."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+import distpool
+from distpool import Channel, RemoteChannel, remotecall, remotecall_fetch
+from distpool.node import node as nodes
+from distpool.refs.lent import Lent, carries_references, received, references_in
+from distpool.refs.refs import Outcome
+from distpool.replies import request
+from distpool.wire import codec
+from distpool.wire.messages import ERROR, VALUE
+
+WAIT = 30.0
+RAN: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[list[int]]:
+    pids = distpool.addprocs(2)
+    yield pids
+    distpool.rmprocs(pids)
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    """Distributed collection has no event to wait for."""
+    deadline = time.monotonic() + WAIT
+    while not holds():
+        gc.collect()
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.01)
+
+
+class Own:
+    """A class whose rebuilding leaves a trace."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        RAN.append("set state")
+        self.__dict__ = state
+
+    def __hash__(self) -> int:
+        RAN.append("hash")
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+class Reduced:
+    def __reduce__(self) -> Any:
+        return RAN.append, ("reduced",), {"a": 1}, iter([1, 2]), iter([("k", "v")])
+
+
+def holds(owner: int) -> int:
+    """How many references to its values the owner counts for this process."""
+    return sum(1 in holders for holders in distpool.debug.refs(owner).values())
+
+
+def values(inner: Any) -> list[Any]:
+    local = 3
+    return [
+        inner,
+        [inner, (1, inner)],
+        {"key": inner, inner: "value"},
+        {"set": {1, 2}, "bytes": b"x" * 100_000, "more": bytearray(5)},
+        [Own(inner), Own([inner])],
+        {Own(1): inner},
+        lambda: (inner, local),
+        collections.OrderedDict(a=inner),
+        collections.deque([inner], maxlen=3),
+        Reduced(),
+        [Reduced(), inner],
+        contextlib.nullcontext(inner),
+        ValueError(inner),
+    ]
+
+
+def test_reading_runs_nothing_and_finds_the_references(team: list[int]) -> None:
+    """For each sort of value: the count goes up when its references are made, and down when they are dropped."""
+    owner = team[0]
+    refs = nodes.current().references()
+    for number in range(len(values(None))):
+        inner = RemoteChannel(lambda: Channel(1), owner)
+        seen: list[Any] = []
+        data, buffers = codec.encode(values(inner)[number], 1, seen)
+        refs.lend(seen, 1)  # as if somebody had sent it to us
+        del seen
+        RAN.clear()  # of making it
+        read = references_in(data, buffers)
+        assert not RAN, number
+        del read, inner
+        wait_until(lambda: not holds(owner))
+
+
+def test_numpy_arrays_and_buffers() -> None:
+    numpy = pytest.importorskip("numpy")
+    data, buffers = codec.encode({"a": numpy.arange(100_000.0), "b": [numpy.arange(3), "distpool.refs."]})
+    assert buffers
+    references_in(data, buffers)
+
+
+def test_what_is_lent() -> None:
+    plain = codec.encode([1, 2])[0]
+    assert type(received(VALUE, plain, (), 2)) is Outcome
+    loaded = codec.encode("distpool.refs.")[0]
+    assert carries_references(loaded) and not carries_references(plain)
+    assert type(received(ERROR, loaded, (), 2)) is Outcome
+    outcome = received(VALUE, loaded, (), 2)
+    assert type(outcome) is Lent and not outcome.opened
+    assert outcome.status == VALUE and outcome.data == loaded and outcome.pid == 2
+    assert outcome.buffers == () and outcome.opened
+
+
+def make(owner: int) -> Any:
+    """On a worker: something with references to the values of `owner`."""
+    return [RemoteChannel(lambda: Channel(1), owner), remotecall(abs, owner, -1)]
+
+
+def test_executor_results(team: list[int]) -> None:
+    owner = team[0]
+    with distpool.ClusterExecutor(1) as executor:
+        for read in (False, True):
+            future = executor.submit(make, owner)
+            wait_until(future.done)
+            assert not read or len(future.result()) == 2
+            assert holds(owner)
+            del future
+            wait_until(lambda: not distpool.debug.refs(owner))
+        list(executor.map(make, [owner] * 3))
+        wait_until(lambda: not distpool.debug.refs(owner))
+        found = executor.map(make, [owner] * 20)
+        next(found)
+        del found
+        executor.submit(abs, 1).result(WAIT)
+        wait_until(lambda: not distpool.debug.refs(owner))
+
+
+def test_answers_of_remote_calls(team: list[int]) -> None:
+    owner, other = team
+    future = request(make, other, (owner,))
+    wait_until(future.done)
+    wait_until(lambda: holds(owner))
+    del future
+    wait_until(lambda: not distpool.debug.refs(owner))
+    request(make, other, (owner,))  # dropped before it has come
+    remotecall_fetch(abs, other, 1)
+    wait_until(lambda: not distpool.debug.refs(owner))
+    fetched = remotecall(make, other, owner)
+    with contextlib.suppress(TimeoutError):
+        fetched.fetch(timeout=0)
+    wait_until(fetched.done)
+    del fetched
+    wait_until(lambda: not distpool.debug.refs(owner) and not distpool.debug.refs(other))
+
+
+def test_answers_that_nobody_waits_for(team: list[int]) -> None:
+    """The asker has given up (as by an interrupt); then the answer comes."""
+    owner, other = team
+    gate = RemoteChannel(lambda: Channel(1))
+
+    def make_late(gate: Any, owner: int) -> Any:
+        gate.take(timeout=WAIT)
+        made = make(owner)
+        done.put("made")
+        return made
+
+    done = RemoteChannel(lambda: Channel(1))
+    future = request(make_late, other, (gate, owner))
+    requests = nodes.current().peers.requests
+    for number in list(requests._waiting):
+        requests.forget(number)
+    gate.put("go")
+    assert done.take(timeout=WAIT) == "made"
+    remotecall_fetch(abs, other, 1)
+    wait_until(lambda: not distpool.debug.refs(owner))
+    assert not future.done()
+
+
+def test_channels(team: list[int]) -> None:
+    owner, other = team
+    channel = RemoteChannel(lambda: Channel(2), other)
+    key = distpool.remoteref_id(channel)
+    with ThreadPoolExecutor(1) as threads:
+        fetching = channel._ask("fetch")
+        threads.submit(lambda: channel.put(make(owner))).result(WAIT)
+        wait_until(fetching.done)
+        del fetching
+        wait_until(lambda: not holds(owner))
+        assert len(channel.take(timeout=WAIT)) == 2
+    wait_until(lambda: not distpool.debug.refs(owner))
+    assert set(distpool.debug.refs(other)) == {key}
+
+
+def test_handles_of_executors(team: list[int]) -> None:
+    """A task submits something and drops the future."""
+    owner = team[0]
+
+    def drop(executor: Any) -> int:
+        future = executor.submit(make, owner)
+        while not future.done():
+            time.sleep(0.001)
+        return 5
+
+    with distpool.ClusterExecutor(2) as executor:
+        assert executor.submit(drop, executor).result(WAIT) == 5
+        wait_until(lambda: not distpool.debug.refs(owner))
