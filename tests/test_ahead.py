@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 
 import distpool
@@ -55,11 +56,17 @@ def team() -> Iterator[list[int]]:
 def stopped(pid: int) -> Iterator[None]:
     """The process does nothing while the block runs."""
     ospid = remotecall_fetch(os.getpid, pid)
-    os.kill(ospid, signal.SIGSTOP)
+    stop(ospid)
     try:
         yield
     finally:
         os.kill(ospid, signal.SIGCONT)
+
+
+def stop(ospid: int) -> None:
+    """The signal is there at once, but threads go on until one of them has been scheduled to take it."""
+    os.kill(ospid, signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(ospid).status() == psutil.STATUS_STOPPED)
 
 
 def warm(channel: Any, count: int = 2) -> None:
@@ -532,7 +539,7 @@ def test_owner_dies() -> None:
     try:
         channel = ready_channel(owner, producer)
         ospid = remotecall_fetch(os.getpid, owner)
-        os.kill(ospid, signal.SIGSTOP)
+        stop(ospid)
         call = remotecall(feed, producer, channel, 50)
         with pytest.raises(TimeoutError):
             call.wait(0.1)
