@@ -16,11 +16,7 @@ from distpool.refs.refs import Future
 
 
 def fed_results(run: MapRun, deadline: float | None, chunked: bool) -> Iterator[Any]:
-    """Yield the results of a map whose input has been fed, in order.
-
-    Of what was yielded no reference is kept; of lists of results (chunks, scalars) it is with the whole list. Emptying
-    them one by one, as the standard library does, took a third of the time that a tiny element costs.
-    """
+    """Yield the results of a map whose input has been fed, in order, keeping no reference to what was yielded."""
     results, take = run.results, run.results.pop
     index = 0
     try:
@@ -30,7 +26,9 @@ def fed_results(run: MapRun, deadline: float | None, chunked: bool) -> Iterator[
             entry = take(index)
             if type(entry) is Many or chunked:
                 index += entry.length if type(entry) is Many else 1
-                yield from entry.values() if type(entry) is Many else open_entry(entry)
+                values = entry.values() if type(entry) is Many else open_entry(entry)
+                values.reverse()
+                yield from map(list.pop, itertools.repeat(values, len(values)))  # `while values: ...`, in C
             else:
                 index += 1
                 yield open_entry(entry)

@@ -84,6 +84,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("monitor", "top", "tracing", "traceplot", "hostcheck"),
     ),
     11: ("startup", "zygote", "worker", "standalone", "siblings", "login", "runner", "cli", "__main__", "__init__"),
+    12: ("integrations.joblib",),
 }
 """Layer -> its modules, lowest first. A new module is added here, in the layer of the job that it does."""
 

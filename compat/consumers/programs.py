@@ -491,7 +491,8 @@ def adaptive_learner(make: Any) -> None:
     learner = adaptive.Learner1D(tasks.parabola, bounds=(-1, 1))
     with make.executor() as executor:
         adaptive.BlockingRunner(learner, npoints_goal=30, executor=executor, ntasks=2)
-    equal(learner.npoints >= 30 and learner.data[0.0] == 0.0, True)
+    # Which points it takes depends on the order in which results come; their values do not.
+    equal(learner.npoints >= 30 and all(value == x * x for x, value in learner.data.items()), True)
 
 
 @consumer("deap", "map of an executor", "deap")

@@ -1,0 +1,1 @@
+"""Adapters that other libraries load by name (beside the layers: only users import them)."""
