@@ -233,7 +233,7 @@ def _worker(options: argparse.Namespace) -> int:
 
         login.main(options.worker)
     from distpool import standalone
-    from distpool.managers.local import routable_address
+    from distpool.managers.surroundings import routable_address
 
     cookie = options.worker if options.worker is not None else standalone.read_cookie()
     try:

@@ -32,8 +32,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from distpool import config, standalone, startup, zygote
-from distpool.managers.local import BLAS_VARIABLES, routable_address
 from distpool.managers.login_protocol import MARK, MAX_LINE, LoginSettings, pack_event
+from distpool.managers.surroundings import BLAS_VARIABLES, routable_address
 from distpool.transport.silence import is_loopback
 
 if sys.platform != "win32":
@@ -129,6 +129,7 @@ class Agent:
         self._outbox = bytearray()
         self._silence = silent_seconds(settings)
         self._worker_settings: dict[str, Any] = {}
+        self._complete = False  # all that workers may need is loaded
         self._next = 0  # number of the next worker
         self._workers: dict[int, _Worker] = {}  # process id -> worker
         self._outputs: dict[int, _Worker] = {}  # descriptor -> worker
@@ -140,7 +141,11 @@ class Agent:
         """Start the workers and serve. In this process it ends with `os._exit`."""
         gc.disable()
         zygote.default_signals()
-        problem = zygote.preload([startup.ENTRY.partition(":")[0], *config.PRELOAD])
+        cpus = usable_cpus()
+        count = cpus if self.settings.count == "auto" else int(self.settings.count)
+        self._complete = count > zygote.FEW  # few do not wait for what not all of them need
+        names = [startup.ENTRY.partition(":")[0], *(config.PRELOAD if self._complete else ())]
+        problem = zygote.preload(names)
         if problem:
             raise RuntimeError(problem)
         if self.settings.fetch:  # else each worker would load it
@@ -151,10 +156,8 @@ class Agent:
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler of Python's makes the C one write to the pipe
         version = ".".join(map(str, sys.version_info[:3]))
-        cpus = usable_cpus()
         self._outbox += b"\n" + MARK  # what the shell printed last may have had no end of line
         self._say(address=self.address, python=version, ospid=os.getpid(), cpus=cpus)
-        count = cpus if self.settings.count == "auto" else int(self.settings.count)
         self._worker_settings = worker_settings(self.settings, self._front, self._cache)
         return self._start(count) or self._serve()
 
@@ -251,8 +254,13 @@ class Agent:
             if len(self._outbox) < _HIGH_WATER:
                 for output in self._outputs:
                     poll.register(output, select.POLLIN)
-            ready = poll.poll(self._silence * 1000)
-            if not ready:
+            ready = poll.poll((self._silence if self._complete else config.REST_SECONDS) * 1000)
+            if not ready and not self._complete:
+                self._complete = True
+                zygote.preload(config.PRELOAD)  # for those that come later; who needs what fails will hear of it
+                gc.collect()
+                gc.freeze()
+            elif not ready:
                 self._say()  # anything: so the kernel notices that the master's host has vanished
             for descriptor, _ in ready:
                 if descriptor == self._wake_read:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from distpool import startup
 from distpool.managers.base import WorkerConfig
-from distpool.managers.local import here, routable_address
+from distpool.managers.surroundings import here, routable_address
 from distpool.node import node as nodes
 from distpool.transport.stream import Adopted, adopt
 from distpool.wire import codec

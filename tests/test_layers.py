@@ -73,6 +73,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     8: (
         *("managers.base", "managers.launch", "managers.process", "managers.forked", "managers.executed"),
         *("managers.handles", "managers.specs", "managers.batch", "managers.resources", "managers.local"),
+        "managers.surroundings",
         *("managers.login_protocol", "managers.ssh", "managers.ssh_login", "managers.ssh_command"),
         *("managers.archive", "managers.bootstrap", "managers.unpacking"),
         *("managers.ssh_client", "managers.ssh_config", "managers.ssh_paramiko", "managers.ssh_binary"),
@@ -229,6 +230,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("managers.handles", "managers.process"),
         ("managers.local", "managers.base"),
         ("managers.local", "managers.launch"),
+        *(("managers.local", "managers.surroundings"), ("managers.ssh", "managers.surroundings")),
         *(("managers.local", "managers.resources"), ("managers.ssh", "managers.resources")),
         *(("managers.ssh", f"managers.{name}") for name in ("base", "local", "specs", "login_protocol")),
         *(("managers.ssh", f"managers.ssh_{name}") for name in ("binary", "client", "command", "config", "login")),

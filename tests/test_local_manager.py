@@ -147,17 +147,6 @@ def test_method_transport_and_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spec_of(restrict=False).transport == "tcp"
 
 
-def test_routable_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    socket.inet_aton(local.routable_address())
-
-    class NoNetwork(socket.socket):
-        def connect(self, address: Any) -> None:
-            raise OSError("Network is unreachable")
-
-    monkeypatch.setattr(socket, "socket", NoNetwork)
-    assert local.routable_address() == "127.0.0.1"
-
-
 @pytest.mark.parametrize("method", ["fork", "exec"])
 @pytest.mark.parametrize("restrict", [True, False])
 def test_launch(launcher: Launcher, monkeypatch: pytest.MonkeyPatch, method: str, restrict: bool) -> None:

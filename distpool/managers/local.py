@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,14 +18,7 @@ from distpool import config
 from distpool.managers.base import ClusterManager, WorkerConfig
 from distpool.managers.launch import LaunchSpec
 from distpool.managers.resources import wishes
-
-BLAS_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-)
+from distpool.managers.surroundings import BLAS_VARIABLES, here, routable_address
 
 
 class LocalManager(ClusterManager):
@@ -183,21 +175,3 @@ def installation() -> set[str]:
     found = {sysconfig.get_path(name) for name in names}
     archive = f"python{sys.version_info[0]}{sys.version_info[1]}.zip"
     return found | {os.path.join(os.path.dirname(path), archive) for path in found}
-
-
-def here() -> str:
-    """The current directory; the home directory if it has been deleted."""
-    try:
-        return os.getcwd()
-    except OSError:
-        return os.path.expanduser("~")
-
-
-def routable_address() -> str:
-    """The address of this machine that others reach: the one it would send from. No packet is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"  # no network at all

@@ -21,13 +21,14 @@ from distpool import config
 from distpool.errors import CompositeException, DistpoolError
 from distpool.managers import archive, bootstrap
 from distpool.managers.base import ClusterManager, WorkerConfig
-from distpool.managers.local import here, pairs
+from distpool.managers.local import pairs
 from distpool.managers.login_protocol import LOGIN_ARGUMENTS, LoginSettings
 from distpool.managers.resources import wishes
 from distpool.managers.specs import Spec, machine_of, split_spec
 from distpool.managers.ssh_client import Connection
 from distpool.managers.ssh_command import SHELLS, command_line, words
 from distpool.managers.ssh_login import HostLogin, Order, RemoteProcess
+from distpool.managers.surroundings import here
 
 _SLACK = 2.0  # seconds that a client's own time-out, which knows more, may come after ours
 _PROBE = 3.0  # seconds that tunnel="auto" waits for a direct connection
