@@ -19,9 +19,15 @@ class FakeLink:
         self.sent: list[tuple[Kind, bytes, bytes]] = []
         self.closed = False
         self.shares_memory = not far
+        self.at_drain: list[Any] = []
 
     def send(self, kind: Kind, control: bytes, body: Any = b"") -> bool:
         self.sent.append((kind, control, bytes(body)))
+        return not self.closed
+
+    def drain(self) -> bool:
+        for waiting in self.at_drain:
+            waiting()
         return True
 
 
@@ -45,6 +51,9 @@ class FakeNode:
 
     def may_connect(self, one: int, other: int) -> bool:
         return self.allowed
+
+    def deliver(self, work: Any) -> None:
+        work()
 
     def call_later(self, seconds: float, callback: Any) -> None:
         self.later.append(callback)
@@ -84,6 +93,29 @@ def test_the_first_two_get_it_the_others_are_passed_it(node: Any) -> None:
         for pid, link in node.links.items()
     }
     assert passed == {2: [4, 5], 3: [6, 7], 4: [8, 9], 5: [], 6: [], 7: [], 8: [], 9: []}
+
+
+def test_who_passes_it_on_hears_so_between_two_pieces(node: Any) -> None:
+    spreading, function = Spreading(node), Function(bytes(3 * SIZE))
+    node.links = {pid: FakeLink() for pid in range(2, 5)}
+    other, first = node.links[3], node.links[2]
+
+    def meanwhile() -> None:
+        first.at_drain = []
+        spreading.send(function, 3, other)  # type: ignore[arg-type]
+        spreading.send(function, 4, node.links[4])  # type: ignore[arg-type]
+
+    first.at_drain = [meanwhile]
+    spreading.send(function, 2, first)  # type: ignore[arg-type]
+    assert [kind for kind, _, _ in node.links[2].sent] == [Kind.PIECE, Kind.FORWARD, Kind.PIECE, Kind.PIECE]
+
+
+def test_a_link_that_is_lost_gets_no_more_pieces(node: Any) -> None:
+    spreading, function = Spreading(node), Function(bytes(3 * SIZE))
+    node.links = {2: FakeLink()}
+    node.links[2].closed = True
+    spreading.send(function, 2, node.links[2])  # type: ignore[arg-type]
+    assert len(node.links[2].sent) == 1
 
 
 def vars_of(control: bytes) -> tuple[Any, ...]:

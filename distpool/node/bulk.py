@@ -79,24 +79,31 @@ class Spreading:
             going.pids.append(pid)
         passing = self._node.peers.link(parent) if parent != 1 else None
         if passing is None or passing.closed or not self._node.group.may_connect(parent, pid):
-            self._send_pieces(function, link)
+            self._begin(function, link)
         else:
             passing.send(Kind.FORWARD, pieces.Forward(number, pid).pack())
 
-    def _send_pieces(self, function: EncodedFunction, link: Link) -> None:
+    def _begin(self, function: EncodedFunction, link: Link) -> None:
         self.copies += 1
+        self._node.deliver(lambda: self._send_pieces(function, link))
+
+    def _send_pieces(self, function: EncodedFunction, link: Link) -> None:
+        """On a library thread: one piece after the other is given to the kernel. All at once, they would lie in the
+        link's outbox before every FORWARD, so that nobody passed anything on before he had all of it himself."""
         sizes = [len(buffer) for buffer in function.buffers]
         for index, buffer in enumerate(function.buffers):
             view = memoryview(buffer)
             for offset in range(0, len(view), SIZE):
                 control = pieces.Piece(function.number, index, offset, sizes).pack()
-                link.send(Kind.PIECE, control, view[offset : offset + SIZE])
+                if not link.send(Kind.PIECE, control, view[offset : offset + SIZE]):
+                    return
+                link.drain()
 
     def _on_wanted(self, link: Link, frame: Frame) -> None:
         going = self._going.get(pieces.Wanted.unpack(frame.control).number)
         function = going.function() if going is not None else None
         if function is not None:
-            self._send_pieces(function, link)
+            self._begin(function, link)
 
 
 class _Blob:
@@ -147,8 +154,9 @@ class Store:
             if begun is not None:
                 begun.set()
         if blob.take(message.index, message.offset, frame.body):
+            data = bytes(frame.body) if blob.children else b""
             for child in blob.children:
-                self._node.peers.send(child, Kind.PIECE, frame.control, bytes(frame.body))
+                self._node.peers.send(child, Kind.PIECE, frame.control, data)
 
     def _on_forward(self, link: Link, frame: Frame) -> None:
         message = pieces.Forward.unpack(frame.control)
