@@ -103,7 +103,7 @@ TARGETS = [
     ratio("J2", "RemoteChannel: >= 0.7 x multiprocessing.Queue", "channel_per_s", 0.7, "distpool", at_least=True,
           other_figure="queue_per_s"),
     Target("J3", "owner's table empty <= 1 s after 100,000 references", "empty_s", 1.0, unit="s"),
-    Target("J3", "no growth of the owner (< 1 MiB)", "owner_growth_kb", 1024, unit="KiB"),
+    Target("J3", "no growth of the owner (< 1 of 100 references)", "owner_growth_blocks", 500, unit="blocks"),
     Target("J4", "<= 4 threads in the master", "threads", 4, unit="threads"),
     Target("J4", "<= 2 % CPU idle", "idle_cpu_percent", 2, unit="%"),
 ]  # fmt: skip

@@ -1,8 +1,16 @@
 """`RemoteChannel`: a channel that any process may use (layer 4).
 
     put/take/... -> owner here: the channel itself;  elsewhere: CHANNEL request -> owner (`channelserver`) -> REPLY
+    put, with room reserved by the owner -> PUTS, without waiting (`refs.ahead`)
 
 Whoever gives up waiting (time-out, Ctrl-C) tells the owner; an item that was on its way goes back to the head.
+
+Each take by another process is a round trip. Thought of and rejected: items that are lent to a taker in advance. A
+taker may die, so each must be confirmed before user code has it, by a message that is in the kernel by then: that is
+half of the round trip again. And an item that was lent is still the first one of the queue: whoever else takes, fetches
+or asks `isready` (the owner itself, too, which answers without waiting today) would have to wait until it was called
+back, or see later items before it. So lending pays only for a channel with one taker that is nobody else's business:
+such a channel is to live where it is read. There each item costs what it costs to unpickle it.
 """
 
 from __future__ import annotations
@@ -110,7 +118,12 @@ class RemoteChannel:
     # -- operations --------------------------------------------------------------------------------------------
 
     def put(self, *values: Any, timeout: float | None = None) -> RemoteChannel:
-        """Add an item, waiting for room (extra arguments go to a channel class of your own); returns the channel."""
+        """Add an item, waiting for room (extra arguments go to a channel class of your own); returns the channel.
+
+        Where a channel elsewhere has reserved room for this worker it does not wait for an answer: the item is on its
+        way, and there before anything else that this worker does can be seen in another process. Should the owner die
+        before it has come, the next `put`, or the call that runs here, raises ProcessExitedException.
+        """
         handle = self._live()
         if len(values) != 1 or handle.where == self._refs.node.pid:
             self._do("put", values, timeout)
