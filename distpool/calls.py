@@ -152,7 +152,7 @@ def remote_do(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any)
         return
     node = _node()
     if where == node.pid:
-        node.deliver(lambda: _do(f, args, kwargs))
+        node.deliver(lambda: _do(node.call, (f, args, kwargs), {}))
         return
     node.peers.ensure(where)
     _send(node, where, "do", RRID(0, 0), f, args, kwargs, 0)
@@ -191,9 +191,10 @@ def _wrapped(node: Node, error: BaseException) -> RemoteException:
 
 
 def _run_here(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+    """On a library thread."""
     node = _node()
     try:
-        return Outcome(LOCAL_VALUE, f(*args, **kwargs), (), node.pid)
+        return Outcome(LOCAL_VALUE, node.call(f, args, kwargs), (), node.pid)
     except BaseException as error:
         return Outcome(RAISED_HERE, _wrapped(node, error), (), node.pid)
     finally:

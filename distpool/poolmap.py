@@ -72,12 +72,12 @@ class PoolCarrier:
             for argument in arguments:
                 self._waiting.append((self.fed, argument))
                 self.fed += 1
-        self._ask()
+        self._ask(elsewhere=True)
 
     def again(self, index: int, argument: Any) -> None:
         with self._lock:
             self._again.append((index, argument))
-        self._ask()
+        self._ask(elsewhere=True)
 
     def open(self, raw: Any) -> tuple[Any, BaseException | None]:
         return open_outcome(raw)
@@ -114,19 +114,23 @@ class PoolCarrier:
         mean = self._mean
         return max(1, min(_MAX_BATCH, int(config.WINDOW_SECONDS / max(mean, 1e-6)))) if mean >= 0 else 1
 
-    def _ask(self) -> None:
-        """Ask the pool for as many workers as there are messages to send."""
+    def _ask(self, elsewhere: bool = False) -> None:
+        """Ask the pool for as many workers as there are messages to send.
+
+        `elsewhere`: what they are sent is sent by library threads. The consumer's may be interrupted, and then a worker
+        that it had just been given would be lost to the pool.
+        """
         while True:
             with self._lock:
                 wanted = len(self._again) + -(-len(self._waiting) // self._batch_now())
                 if self._closed or self._asked >= min(wanted, max(1, len(self._members))):
                     break
                 self._asked += 1
-            self._ask_for_one()
+            self._ask_for_one(elsewhere)
         if self._lane is not None:
             self._lane.look()
 
-    def _ask_for_one(self) -> None:
+    def _ask_for_one(self, elsewhere: bool) -> None:
         try:
             taken = self._pool._take_later()
         except Exception as error:  # the pool's owner is gone
@@ -135,7 +139,10 @@ class PoolCarrier:
             self._give_up(error)
             return
         self._asking.add(taken)
-        taken.add_done_callback(self._taken)
+        if elsewhere:
+            taken.add_done_callback(lambda future: self._node.deliver(lambda: self._taken(future)))
+        else:
+            taken.add_done_callback(self._taken)
 
     def _taken(self, future: Future[Any]) -> None:
         self._asking.discard(future)

@@ -59,8 +59,9 @@ def request(
 
 
 def _run(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], pid: int) -> Outcome:
+    """On a library thread."""
     try:
-        return Outcome(LOCAL_VALUE, f(*args, **kwargs), (), pid)
+        return Outcome(LOCAL_VALUE, _node().call(f, args, kwargs), (), pid)
     except BaseException as error:  # as on any other process: it is the call's outcome
         note_traceback(error)
         return Outcome(RAISED_HERE, error, (), pid)

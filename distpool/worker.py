@@ -69,6 +69,8 @@ class Worker:
         self.loop.lead(self._joined.is_set)
         deadline.cancel()
         self.loop.start()
+        assert self.runner is not None
+        self.runner.interrupts.on_main = True
         return self._serve()
 
     def run_beside(self) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+import time
+import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from distpool.transport.ioloop import IoLoop
 def interrupts() -> Iterator[Interrupts]:
     made = Interrupts()
     previous = signal.signal(signal.SIGINT, made.on_signal)
+    made.on_main = True
     yield made
     signal.signal(signal.SIGINT, previous)
 
@@ -176,3 +181,187 @@ def test_a_storm_leaves_nothing_behind(interrupts: Interrupts) -> None:
         interrupts.strike()
     assert result() is None and len(ended) == 500
     assert not interrupts._beside and not interrupts._inside
+
+
+# -- the import system -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """A module `slow_one`: events that say that it is being imported, and let it end."""
+    (tmp_path / "slow_one.py").write_text("import sys\nbegun, go = sys.slow_events\nbegun.set()\nassert go.wait(20)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    events = threading.Event(), threading.Event()
+    monkeypatch.setattr(sys, "slow_events", events, raising=False)
+    yield events
+    sys.modules.pop("slow_one", None)
+
+
+def until(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def in_importlib(thread: int) -> bool:
+    frame = sys._current_frames().get(thread)
+    return frame is not None and frame.f_code.co_filename.startswith("<frozen importlib")
+
+
+def test_a_thread_in_the_import_system_is_struck_when_it_is_through(
+    interrupts: Interrupts, slow_module: tuple[threading.Event, threading.Event]
+) -> None:
+    """It waits for the module that another thread imports. Struck there, it would leave the module locked."""
+    begun, go = slow_module
+    looks: list[None] = []
+    interrupts.again = lambda: looks.append(None)
+    importing = on_thread(lambda: __import__("slow_one"))
+    assert begun.wait(20)
+    reached: list[int] = []
+
+    def call() -> None:
+        reached.append(threading.get_ident())
+        import slow_one
+
+        reached.append(slow_one.__name__ == "slow_one")
+        while True:
+            pass
+
+    result = on_thread(lambda: interrupts.call(call, (), {}))
+    until(lambda: reached and in_importlib(reached[0]))
+    interrupts.strike()
+    assert len(looks) == 1
+    interrupts.strike_missed()
+    assert len(looks) == 2, "it is there still"
+    go.set()
+    until(lambda: len(reached) == 2)
+    interrupts.strike_missed()
+    assert isinstance(result(), KeyboardInterrupt)
+    assert importing().__name__ == "slow_one"
+    interrupts.strike_missed()
+    assert len(looks) == 2
+
+
+def test_the_next_call_is_not_struck_for_one_that_was_missed(
+    interrupts: Interrupts, slow_module: tuple[threading.Event, threading.Event]
+) -> None:
+    begun, go = slow_module
+    importing = on_thread(lambda: __import__("slow_one"))
+    assert begun.wait(20)
+    threads: list[int] = []
+    second = threading.Event()
+
+    def call() -> int:
+        threads.append(threading.get_ident())
+        return len(__import__("slow_one").__name__)
+
+    def both() -> Any:
+        first = interrupts.call(call, (), {})
+        return first, interrupts.call(second.wait, (20,), {})
+
+    result = on_thread(both)
+    until(lambda: threads and in_importlib(threads[0]))
+    interrupts.strike()
+    go.set()
+    importing()
+    until(lambda: not in_importlib(threads[0]))
+    interrupts.strike_missed()
+    second.set()
+    assert result() == (8, True)
+
+
+def test_a_signal_in_the_import_system_is_missed(interrupts: Interrupts) -> None:
+    looks: list[None] = []
+    interrupts.again = lambda: looks.append(None)
+
+    def call() -> str:
+        here = sys._getframe()
+        code = compile("pass", "<frozen importlib._bootstrap>", "exec")
+        frame: Any = types.SimpleNamespace(f_code=code, f_back=here)
+        interrupts.on_signal(signal.SIGINT, frame)
+        assert interrupts.main and looks == [None]
+        interrupts.strike_missed()
+        return "not this"
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.call(call, (), {})
+
+
+def test_a_thread_that_starts_another_one_is_struck_when_that_runs(interrupts: Interrupts) -> None:
+    looks: list[None] = []
+    interrupts.again = lambda: looks.append(None)
+    waits, go = threading.Event(), threading.Event()
+    reached: list[str] = []
+
+    class Slow(threading.Thread):
+        """Says late that it has started: `start` waits as for one that nobody schedules."""
+
+        def _bootstrap(self) -> None:
+            waits.set()
+            go.wait(20)
+            super()._bootstrap()  # type: ignore[misc]
+
+        def run(self) -> None:
+            reached.append("run")
+
+    def call() -> None:
+        thread = Slow()
+        thread.start()
+        thread.join()
+        while True:
+            pass
+
+    result = on_thread(lambda: interrupts.call(call, (), {}))
+    assert waits.wait(20)
+    interrupts.strike()
+    assert len(looks) == 1
+    go.set()
+    until(lambda: reached)
+    while interrupts._missed:
+        interrupts.strike_missed()
+    assert isinstance(result(), KeyboardInterrupt)
+
+
+# -- bookkeeping that must be whole ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_main", [True, False])
+def test_shielded(interrupts: Interrupts, on_main: bool) -> None:
+    done: list[str] = []
+
+    def bookkeeping() -> None:
+        on_thread(interrupts.strike)()
+        for _ in range(1000):
+            done.append("whole")
+
+    def call() -> None:
+        interrupts.shielded(bookkeeping)
+        done.append("not this")
+
+    if on_main:
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.call(call, (), {})
+    else:
+        assert isinstance(on_thread(lambda: interrupts.call(call, (), {}))(), KeyboardInterrupt)
+    assert done == ["whole"] * 1000
+
+
+def test_the_main_thread_is_struck_wherever_it_goes_meanwhile(interrupts: Interrupts) -> None:
+    """It enters and leaves the library all the time: no look from outside says where it is at the next moment."""
+    strikes = threading.Event()
+
+    def call() -> None:
+        strikes.set()
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            inside = interrupts.enter(None)
+            assert inside is not None
+            interrupts.leave(inside)
+
+    for _ in range(200):
+        strikes.clear()
+        striking = on_thread(lambda: strikes.wait(10) and interrupts.strike())
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.call(call, (), {})
+        striking()

@@ -3,6 +3,11 @@
     leader: strike()   user code on the main thread  -> SIGINT to that thread; the handler (`on_signal`) raises
                        user code on another thread   -> raised at its next bytecode
                        inside the library            -> noted, a wait is woken; raised on the way back to user code
+                       importing, starting a thread  -> once more a moment later (`_Missed`), until it is through
+
+An exception that comes out of nowhere in the middle of importlib leaves a module locked: whoever imports it later waits
+for ever. (The code of a module may be struck; importlib is prepared for that.) And until a new thread runs, CPython
+3.11 knows it under the number of the thread that made it: it would be struck, and what it was made for never done.
 
 Inside the library nothing may be struck at any bytecode: a thread that waits leads the I/O loop, and one that sends has
 put bytes on a socket that it must count. So whatever of the library a call of the user's enters and may block or send
@@ -18,7 +23,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+CALLERS: set[CodeType] = set()
+"""What calls the user's code: the frame above one of these is a call's first."""
 
 
 class Inside:
@@ -38,10 +47,24 @@ class Inside:
             self._wake()
 
 
-class Interrupts:
-    """Which threads of this process run user code, and which of those are inside the library at the moment."""
+class _Missed(NamedTuple):
+    """A call that was not to be struck at the moment when it should have been."""
 
-    def __init__(self) -> None:
+    thread: int
+    call: FrameType
+
+
+class Interrupts:
+    """Which threads of this process run user code, and which of those are inside the library at the moment.
+
+    `again` is called when some call could not be struck: somebody has to call `strike_missed` on the leader, soon. Any
+    thread, also in a signal handler.
+    """
+
+    def __init__(self, again: Callable[[], object] = lambda: None) -> None:
+        self.again = again
+        self._missed: list[_Missed] = []  # appended to and emptied as a whole, by any thread (atomic)
+        self.on_main = False  # calls run on the main thread, and its SIGINT handler is `on_signal`
         self.main = False  # user code runs on the main thread: SIGINT may raise there
         self.finish: Callable[[], object] | None = None  # what each call ends with, as if it were its last line
         self._main_thread = threading.main_thread().ident or 0
@@ -79,6 +102,11 @@ class Interrupts:
                     self.finish()
             finally:
                 self._cover(thread)
+
+    def runs_call(self) -> bool:
+        """Whether the calling thread is inside a call."""
+        thread = threading.get_ident()
+        return thread in self._beside or thread in self._inside or (self.main and thread == self._main_thread)
 
     def _cover(self, thread: int) -> None:
         """From the return on, nothing can strike this thread: what comes meanwhile is the call's own outcome."""
@@ -143,32 +171,107 @@ class Interrupts:
             self._inside.pop(thread, None)
             self._beside.add(thread)
 
+    def shielded(self, function: Callable[[], object]) -> None:
+        """Run `function()`, bookkeeping that must be whole: KeyboardInterrupt, if there is one, comes after it."""
+        late: KeyboardInterrupt | None = None
+        while True:
+            try:
+                inside = self.enter(None)
+                break
+            except KeyboardInterrupt as error:
+                late = error
+        try:
+            function()
+        finally:
+            if inside is not None:
+                self.leave(inside)
+        if late is not None:
+            raise late
+
     # -- the interrupt -----------------------------------------------------------------------------------------
 
     def strike(self) -> None:
         """Leader: KeyboardInterrupt in every call that runs here."""
+        self._strike(None)
+
+    def strike_missed(self) -> None:
+        """Leader: the same in those calls that could not be struck at the last look, if they still run."""
+        missed, self._missed = self._missed, []
+        frames = sys._current_frames()
+        self._strike({each.thread for each in missed if _first_of(frames.get(each.thread)) is each.call})
+
+    def _strike(self, only: set[int] | None) -> None:
         with self._lock:
             for thread in self._beside:
-                _raise_in(thread, KeyboardInterrupt)
-            inside = list(self._inside.values())
+                if only is None or thread in only:
+                    frame = sys._current_frames().get(thread)
+                    if not self._misses(thread, frame, _imports(frame) or _starts_thread(frame)):
+                        _raise_in(thread, KeyboardInterrupt)
+                    del frame
+            inside = [entry for thread, entry in list(self._inside.items()) if only is None or thread in only]
             for entry in inside:
                 entry.struck = True  # under the lock: who leaves after this has to see it
         for entry in inside:
             entry.strike()
-        if self.main:  # looked at after its entry: it may have left the library meanwhile
+        if self.on_main and (only is None or self._main_thread in only):
+            # Wherever it seems to be: between two looks of ours it may enter or leave the library. It knows itself.
             if hasattr(signal, "pthread_kill"):  # to the main thread itself, so that its system call ends
                 signal.pthread_kill(self._main_thread, signal.SIGINT)
             else:
                 signal.raise_signal(signal.SIGINT)
 
-    def on_signal(self, signum: int, frame: Any) -> None:
+    def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """SIGINT, on the main thread."""
         if self.main:
+            if self._misses(self._main_thread, frame, _imports(frame)):
+                return
             self.main = False
             raise KeyboardInterrupt
         inside = self._inside.get(self._main_thread)
         if inside is not None:
             inside.strike()
+
+    def _misses(self, thread: int, frame: FrameType | None, delicate: bool) -> bool:
+        """Whether that thread, which is at `frame`, is not struck now because that is `delicate`, but a moment later.
+
+        A thread that is anywhere else cannot get to such a place any more: on its way it looks for exceptions.
+        """
+        call = _first_of(frame) if delicate else None
+        if call is None:
+            return False
+        self._missed.append(_Missed(thread, call))
+        self.again()
+        return True
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether this is the import system itself, and not the code of a module."""
+    return frame is not None and frame.f_code.co_filename.startswith("<frozen importlib")
+
+
+def _starts_thread(frame: FrameType | None) -> bool:
+    """Whether a thread is being started here: `start` waits (`Event.wait`, `Condition.wait`) until it runs."""
+    for _ in range(4):
+        if frame is None:
+            break
+        if frame.f_code is _START:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_START = threading.Thread.start.__code__
+CALLERS.update((Interrupts.call.__code__, Interrupts.call_beside.__code__))
+
+
+def _first_of(frame: FrameType | None) -> FrameType | None:
+    """The first frame of the call that runs at `frame`: it tells a call from the next one of the same thread."""
+    while frame is not None:
+        below = frame.f_back
+        if below is not None and below.f_code in CALLERS:
+            return frame
+        frame = below
+    return None
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:

@@ -142,6 +142,11 @@ class Node:
         """Run `function()` on a library thread: it may be user code and may block."""
         self.threads.run(function)
 
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the user's to this very process, on a library thread: in a worker, `interrupt` ends it as well."""
+        runner = self.runner
+        return function(*args, **kwargs) if runner is None else runner.interrupts.call(function, args, kwargs)
+
     def given_away(self) -> contextlib.AbstractContextManager[object]:
         """The context in which the calling thread, if it runs a task of an executor, has given its slot away."""
         runner = self.runner
@@ -174,6 +179,13 @@ def current() -> Node:
 def existing() -> Node | None:
     """The node of this process if there is one already."""
     return _node
+
+
+def may_be_struck() -> bool:
+    """Whether Ctrl-C, or an interrupt of the call that runs in it, may end what the calling thread does."""
+    runner = None if _node is None else _node.runner
+    on_main = threading.current_thread() is threading.main_thread()
+    return on_main or (runner is not None and runner.interrupts.runs_call())
 
 
 def become_worker(cookie: str) -> Node:

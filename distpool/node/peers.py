@@ -33,6 +33,7 @@ from distpool.wire.protocol import Handshake, Role
 
 if TYPE_CHECKING:
     from distpool.node.node import Node
+    from distpool.transport.ioloop import IoLoop
 
 _TRY_AGAIN = 1.0  # seconds after a failure during which calls fail at once, with the same error
 _DOUBT = 2.0  # seconds that a link has to show that it lives, when the other side wants a new one
@@ -55,10 +56,39 @@ _OF_PID_1 = frozenset(
 )
 
 
-class _Ready(threading.Event):
-    """Set when there is a link, or when it is known why there is none (`problem`)."""
+class _Ready:
+    """Whether there is a link, or it is known why there is none (`problem`), and who waits for that."""
 
-    problem: Callable[[], BaseException] | None = None
+    def __init__(self) -> None:
+        self.problem: Callable[[], BaseException] | None = None
+        self._over = False
+        self._sleepers: list[threading.Lock] = []  # one for each thread that waits; list operations are atomic
+
+    def is_set(self) -> bool:
+        return self._over
+
+    def set(self) -> None:
+        """Leader, once."""
+        self._over = True
+        for sleeper in list(self._sleepers):
+            _release(sleeper)
+
+    def wait(self, loop: IoLoop) -> None:
+        """Wait without leading. A lock of its own for each thread: an interrupt of one wakes no other."""
+        sleeper = threading.Lock()
+        sleeper.acquire()
+        self._sleepers.append(sleeper)
+        try:
+            with loop.following(lambda: _release(sleeper)):
+                if not self._over:
+                    sleeper.acquire()
+        finally:
+            self._sleepers.remove(sleeper)
+
+
+def _release(sleeper: threading.Lock) -> None:
+    with contextlib.suppress(RuntimeError):  # somebody else was first
+        sleeper.release()
 
 
 class Peers:
@@ -119,8 +149,7 @@ class Peers:
         self._node.loop.call_soon(lambda: self._open(pid))
         loop = self._node.loop
         if not loop.lead(event.is_set):
-            with loop.following():
-                event.wait()
+            event.wait(loop)
         if event.problem is not None:
             raise event.problem()
         self.check(pid)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from distpool import config
-from distpool.node.interrupts import Interrupts
+from distpool.node.interrupts import CALLERS, Interrupts
 from distpool.node.results import SCALARS, ResultWriter
 from distpool.node.spans import SPANS, Item, run_span
 from distpool.transport.journal import Journal
@@ -42,6 +42,9 @@ from distpool.wire.messages import (
     ONE_FRESH,
     UNLOADABLE,
 )
+
+_LOOK = 0.005  # seconds until a call that could not be struck is looked at again
+CALLERS.add(run_span.__code__)
 
 
 class _Received:
@@ -66,7 +69,7 @@ class TaskRunner:
         self.journal = journal
         self.segments = segments
         self.results = ResultWriter(link, journal, segments)
-        self.interrupts = Interrupts()
+        self.interrupts = Interrupts(self._strike_again)
         self.leaving = False  # SHUTDOWN came, or the master is gone
         self.patient = False  # ... but remote calls on other threads are still given time to end
         self.running: dict[int, Any] = {}  # thread id -> item that runs there
@@ -273,6 +276,11 @@ class TaskRunner:
             self.started = sequence
             self.journal.set_started(sequence)
 
+    def _strike_again(self) -> None:
+        """Any thread, also in a signal handler. Nobody says when an import is through: one has to look."""
+        loop = self.link.loop
+        loop.call_soon(lambda: loop.call_later(_LOOK, self.interrupts.strike_missed))
+
     def hold(self, item: Item, index: int) -> None:
         """Elements of a running span, from `index` on, have been given to others: they wait for the RECALL."""
         with self.lock:
@@ -300,18 +308,28 @@ class TaskRunner:
         Once for each thread: of several waits at a time (`await` in coroutines) the first gives, the last takes back.
         """
         thread = threading.get_ident()
-        waits = self._waits[thread] = self._waits.get(thread, 0) + 1
-        try:
+        given: list[None] = []  # from when on it has to be taken back
+
+        def give() -> None:
+            given.append(None)
+            waits = self._waits[thread] = self._waits.get(thread, 0) + 1
             if waits == 1:
                 self._give_slot()
-            yield
-        finally:
+
+        def take_back() -> None:
             self._waits[thread] -= 1
             if not self._waits[thread]:
                 del self._waits[thread]
                 with self.lock:
                     self._blocked -= 1
                 self.link.send(Kind.BLOCKED, messages.Blocked(-1).pack())
+
+        try:
+            self.interrupts.shielded(give)
+            yield
+        finally:
+            if given:
+                self.interrupts.shielded(take_back)
 
     def _give_slot(self) -> None:
         item = self.running.get(threading.get_ident())

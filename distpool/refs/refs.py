@@ -219,8 +219,8 @@ class Future(concurrent.futures.Future[T]):
                 callback(self)
             except BaseException as error:
                 log.exception("exception calling callback for %r", self)
-                # Ctrl-C and sys.exit are for the main thread; elsewhere they would only cost the other callbacks.
-                if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+                # Ctrl-C and sys.exit are for who may be told to end; elsewhere they would cost the other callbacks.
+                if not isinstance(error, Exception) and nodes.may_be_struck():
                     raise
 
     # -- the public face ---------------------------------------------------------------------------------------

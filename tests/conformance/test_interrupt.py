@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +161,23 @@ def test_C262_waits_of_the_library_end_at_once_on_every_thread(w: list[int], how
     assert time.monotonic() - begin < 2
     interrupt()  # what `call` and `map` left running elsewhere
     assert [remotecall_fetch(distpool.myid, pid) for pid in w] == w
+
+
+@pytest.mark.parametrize("how", ["take", "put", "fetch", "call", "map"])
+def test_C262_calls_end_wherever_they_are(w: list[int], how: str, scale: float) -> None:
+    """Struck on their way into the library, while it is imported, in its callbacks: no moment is a good one to miss."""
+    started = distpool.RemoteChannel(lambda: distpool.Channel(10))
+    call = waiting_calls(w)[how]
+    for number in range(30 if scale == 1 else 5):
+        futures = [remotecall(call, w[0], started, index) for index in range(4)]
+        for _ in futures:
+            started.take(timeout=20)
+        with contextlib.suppress(TimeoutError):
+            futures[0].wait(timeout=0.0001 * number**2)
+        interrupt(w[0])
+        assert all(ends_with_interrupt(future, 20) for future in futures)
+        interrupt()  # what `call` and `map` left running elsewhere
+        assert [remotecall_fetch(distpool.myid, pid) for pid in w] == w, "they have heard of it"
 
 
 def test_C263_an_interrupted_take_swallows_nothing(w: list[int]) -> None:

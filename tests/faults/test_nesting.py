@@ -271,3 +271,23 @@ def test_through_a_channel(runner: Runner) -> None:
         for _ in range(10):
             calls = runner.submit(ask, there, back), runner.submit(reply, there, back)
             assert [call.value(2 * NOISE) for call in calls] == [21, 20]
+
+
+def _two_inside(executor: Any, number: int) -> int:
+    first: int = executor.submit(helpers.square, number).result()
+    second: int = executor.submit(helpers.square, 1).result()
+    return first + second
+
+
+def test_interrupts_of_tasks_that_wait_for_tasks(runner: Runner) -> None:
+    """Each ends in its value or KeyboardInterrupt, and the workers' slots are as free as before."""
+    runner.bring_up()
+    for number in range(100):
+        calls = [runner.submit(_two_inside, runner.executor, number) for _ in range(6)]
+        calls[number % 6].settled(0.001 * (number % 7))
+        distpool.interrupt(runner.executor.workers)
+        for call in calls:
+            value, error = call.outcome()
+            assert value == number * number + 1 or isinstance(error, KeyboardInterrupt)
+    with at_most(10, "fib(12)"):
+        assert runner.submit(fib, runner.executor, 12).value(10 * NOISE) == 144
