@@ -140,7 +140,7 @@ class PoolCarrier:
             return
         self._asking.add(taken)
         if elsewhere:
-            taken.add_done_callback(lambda future: self._node.deliver(lambda: self._taken(future)))
+            taken.add_done_callback(lambda future: self._node.deliver(lambda: self._taken_elsewhere(future)))
         else:
             taken.add_done_callback(self._taken)
 
@@ -154,6 +154,10 @@ class PoolCarrier:
             return
         pid = future.result()
         self.send(pid, lambda: self._put(pid))
+
+    def _taken_elsewhere(self, future: Future[Any]) -> None:
+        self._taken(future)
+        self._ask()  # whoever fed has looked before this one was taken
 
     def _put(self, pid: int) -> None:
         try:

@@ -77,6 +77,8 @@ def init_worker(cookie: str, manager: Any = None) -> None:
     calls to workers of custom transports fail. ValueError: no usable cookie. RuntimeError: this process is in a group.
 
     Keep the main thread waiting (accepting connections, say): after its end, Python refuses user code new thread pools.
+    `interrupt` reaches calls here between two bytecodes and in waits of this library, but not inside a call of C, such
+    as `time.sleep`: only the main thread can be woken from those.
 
     Example: `init_worker(cookie); process_messages(sock, sock)`
     """

@@ -14,6 +14,7 @@ Whoever connects and does not prove within seconds that he knows the cookie is c
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import socket
@@ -75,6 +76,8 @@ class Worker:
 
     def run_beside(self) -> None:
         """Serve on a thread beside the main one, which is the user's; returns at once. The process ends itself."""
+        # Now: the main thread may end at once, and from then on Python refuses to import modules with an exit hook.
+        importlib.import_module("distpool.pool")
         timeout = config.worker_timeout()
         deadline = self.loop.call_later(timeout, lambda: self._give_up(timeout))
         if threading.current_thread() is threading.main_thread():

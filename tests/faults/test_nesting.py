@@ -121,6 +121,7 @@ def test_captured_executor(runner: Runner) -> None:
 
 def test_error_and_death_inside(runner: Runner) -> None:
     """What fails inside arrives where it was submitted, one level up."""
+    runner.bring_up()  # a worker that is alone runs the inner call as well, and takes the outer one along
     executor = runner.executor
 
     def act(how: str) -> str:
