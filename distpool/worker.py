@@ -229,6 +229,7 @@ class Worker:
         store = Store(node)
         runner.wait_for_buffers, runner.drop_buffers = store.wait, store.drop
         self.loop.guard = runner.interrupts
+        runner.interrupts.listen()
         runner.results.memory_limit, runner.results.pid = self.memory_limit, join.pid
         runner.results.lend = lambda seen: node.references().lend(seen, 1)
         self.observer = Observer(node, link, runner)

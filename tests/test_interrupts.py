@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import signal
 import sys
 import threading
@@ -321,6 +322,65 @@ def test_a_thread_that_starts_another_one_is_struck_when_that_runs(interrupts: I
     while interrupts._missed:
         interrupts.strike_missed()
     assert isinstance(result(), KeyboardInterrupt)
+
+
+class Struck:
+    """Its finalizer goes on until it is struck, which Python ignores."""
+
+    def __init__(self, strike: Callable[[], object]) -> None:
+        self.strike = strike
+
+    def __del__(self) -> None:
+        on_thread(self.strike)()
+        while True:
+            pass
+
+
+@pytest.mark.parametrize("on_main", [True, False])
+def test_a_strike_that_python_ignores_is_repeated(
+    interrupts: Interrupts, on_main: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    others: list[Any] = []
+    interrupts.again = lambda: looks.put(True)
+
+    def strike_again() -> None:
+        while looks.get(timeout=20):
+            interrupts.strike_missed()
+
+    monkeypatch.setattr(sys, "unraisablehook", others.append)
+    interrupts.listen()
+    reached: list[str] = []
+
+    def call() -> None:
+        Struck(interrupts.strike)
+        reached.append("goes on")
+        while True:
+            pass
+
+    again = on_thread(strike_again)
+    if on_main:
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.call(call, (), {})
+    else:
+        assert isinstance(on_thread(lambda: interrupts.call(call, (), {}))(), KeyboardInterrupt)
+    looks.put(False)
+    assert again() is None
+    assert reached == ["goes on"] and not others
+
+
+def test_other_exceptions_that_python_ignores_are_shown(
+    interrupts: Interrupts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fails:
+        def __del__(self) -> None:
+            raise KeyError("shown")
+
+    others: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: others.append(unraisable.exc_type))
+    interrupts.listen()
+    interrupts.call(lambda: Fails() and None, (), {})
+    assert others == [KeyError]
 
 
 # -- bookkeeping that must be whole ------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
                        user code on another thread   -> raised at its next bytecode
                        inside the library            -> noted, a wait is woken; raised on the way back to user code
                        importing, starting a thread  -> once more a moment later (`_Missed`), until it is through
+                       in a finalizer                -> Python ignores it (`on_unraisable`): once more a moment later
 
 An exception that comes out of nowhere in the middle of importlib leaves a module locked: whoever imports it later waits
 for ever. (The code of a module may be struck; importlib is prepared for that.) And until a new thread runs, CPython
@@ -230,6 +231,28 @@ class Interrupts:
         inside = self._inside.get(self._main_thread)
         if inside is not None:
             inside.strike()
+
+    def listen(self) -> None:
+        """Hear of interrupts that Python ignores."""
+        previous = sys.unraisablehook
+
+        def hook(unraisable: sys.UnraisableHookArgs) -> None:
+            if not self.on_unraisable(unraisable.exc_type):
+                previous(unraisable)
+
+        sys.unraisablehook = hook
+
+    def on_unraisable(self, kind: type[BaseException]) -> bool:
+        """An exception came in a finalizer, on this thread; whether it was the interrupt of a call, which goes on."""
+        call = _first_of(sys._getframe()) if issubclass(kind, KeyboardInterrupt) else None
+        if call is None:
+            return False
+        thread = threading.get_ident()
+        if thread == self._main_thread:
+            self.main = True  # it may be struck again
+        self._missed.append(_Missed(thread, call))
+        self.again()
+        return True
 
     def _misses(self, thread: int, frame: FrameType | None, delicate: bool) -> bool:
         """Whether that thread, which is at `frame`, is not struck now because that is `delicate`, but a moment later.
