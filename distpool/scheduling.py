@@ -29,7 +29,7 @@ from distpool.recalls import Recalls, withdraw
 from distpool.reclaim import Reclaims
 from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.retries import Retries
-from distpool.settling import settle_records
+from distpool.settling import settle_alone, settle_records
 from distpool.slots import Slot, any_room
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
@@ -159,11 +159,13 @@ class Scheduler:
         """A lonely call and an idle worker, which is the case that somebody waits for: without all the rest."""
         if type(call) is not Call or call.policy is not None or call.cancelled:
             return False
-        for slot in list(self.slots.values()):
+        slots = self.slots
+        for slot in list(slots.values()):
             if not slot.load and not slot.pinned and slot.room(call.function.mean) > 0:
                 self._queue.popleft()
-                slot.send(self, [call])
-                self._has_room = any_room(self.slots)
+                call.brisk = True
+                slot.send_alone(self, call)
+                self._has_room = len(slots) > 1 or any_room(slots)  # who finds none looks properly
                 return True
         return False
 
@@ -254,7 +256,7 @@ class Scheduler:
     def _on_results(self, slot: Slot, frame: Frame) -> None:
         offset, busy, ran = messages.RESULTS.unpack(frame.control)
         slot.journal_offset = offset
-        timing = settle_records(self, slot, frame.body, frame.buffers)
+        timing = settle_alone(slot, frame) or settle_records(self, slot, frame.body, frame.buffers)
         if ran and timing is not None:
             mean = busy / ran
             timing.mean = mean if timing.mean < 0 else 0.7 * timing.mean + 0.3 * mean
@@ -296,10 +298,6 @@ class Scheduler:
     def waiting(self) -> bool:
         """Whether something waits in the queue."""
         return bool(self._queue)
-
-    def quiet(self, alone: Slot) -> bool:
-        """Whether nothing waits and no other worker than this has calls. A hint: read without the lock."""
-        return not self._queue and not any(slot.load for slot in list(self.slots.values()) if slot is not alone)
 
     @property
     def busy(self) -> bool:

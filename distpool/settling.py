@@ -1,5 +1,6 @@
 """What RESULTS frames say becomes the outcomes of calls and elements (layer 7).
 
+RESULTS (leader) -> settle_alone: the answer to a lonely call; what is anything else goes on
 RESULTS, journal (leader) -> settle_records -> one record: Call or Element.settle(outcome)
                                             -> a list of scalars -> settle_values -> futures in one go, spans of maps
 
@@ -20,10 +21,32 @@ from distpool.refs.lent import carries_references, received
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome, set_values
 from distpool.slots import Slot
 from distpool.wire import records
+from distpool.wire.frames import Frame
 from distpool.work import Call
 
 if TYPE_CHECKING:
     from distpool.scheduling import Scheduler
+
+_SIZE = records.RESULT.size
+
+
+def settle_alone(slot: Slot, frame: Frame) -> Any:
+    """Settle the only call of a worker if it returned a scalar: without what others need. Its timing, or None."""
+    body = frame.body
+    if slot.load != 1 or frame.buffers or slot.early or slot.member.tracer is not None or len(body) < _SIZE:
+        return None
+    sequence, elements, length, _, status = records.RESULT.unpack_from(body)
+    call = slot.inflight.get(sequence)
+    if status != records.VALUES or elements != 1 or len(body) != _SIZE + length or type(call) is not Call:
+        return None
+    if call.policy is not None or call.buffers or set_values([call.future], loads(body[_SIZE:])):
+        return None  # somebody listens, so there is more to do
+    del slot.inflight[sequence]
+    slot.since = time.monotonic()
+    slot.load = 0
+    slot.done += 1
+    slot.recent = True
+    return call.function
 
 
 def settle_records(scheduler: Scheduler, slot: Slot, body: Any, raw_buffers: list[Any]) -> Any:
@@ -135,4 +158,4 @@ def _settle_calls(slot: Slot, calls: list[Call], values: list[Any], deliver: Cal
             deliver(future)
 
 
-__all__ = ["settle_records", "settle_values"]
+__all__ = ["settle_alone", "settle_records", "settle_values"]

@@ -150,6 +150,22 @@ class Slot:
             self._remaining -= sequence - first
         link.send(Kind.CALLS, messages.CALLS.pack(first, len(records)), b"".join(records), buffers)
 
+    def send_alone(self, scheduler: Scheduler, call: Call) -> None:
+        """Send a call without a policy to this idle worker: `send` without what only others need. Somebody waits."""
+        function, link = call.function, self.member.link
+        special = self._remaining is not None or self.member.tracer is not None
+        if function.number not in self._functions or call.buffers or special or link is None:
+            self.send(scheduler, [call])
+            return
+        sequence = self._next
+        self.since = time.monotonic()
+        self.inflight[sequence] = call
+        call.sequence, call.slot = sequence, self
+        self._next = sequence + 1
+        self.load += 1
+        record = call.record if call.arguments is None else plain_record([call])
+        link.send(Kind.CALLS, messages.CALLS.pack(sequence, 1), record)
+
     def pinned_turn(self, scheduler: Scheduler) -> None:
         """Send calls that only this worker may run, as far as there is room."""
         while self.pinned:

@@ -86,7 +86,7 @@ class Call:
     """One submitted call."""
 
     __slots__ = (
-        "arguments", "attempt", "buffers", "cancelled", "function", "future",
+        "arguments", "attempt", "brisk", "buffers", "cancelled", "function", "future",
         "policy", "record", "scheduler", "sequence", "slot",
     )  # fmt: skip
 
@@ -115,6 +115,7 @@ class Call:
         self.slot: Slot | None = None
         self.sequence = 0
         self.cancelled = False
+        self.brisk = False  # it was sent alone: whoever waits for it may look for a moment before sleeping
 
     @property
     def timing(self) -> EncodedFunction:
@@ -125,12 +126,6 @@ class Call:
     def loop(self) -> IoLoop | None:
         """The loop whose leader settles the future."""
         return self.scheduler.loop
-
-    @property
-    def brisk(self) -> bool:
-        """Whether nothing else of the executor waits or runs."""
-        slot = self.slot
-        return slot is not None and slot.load == 1 and self.scheduler.quiet(slot)
 
     def cancel(self) -> bool:
         """Recall the call; True if it will not run."""

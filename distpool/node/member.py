@@ -235,7 +235,9 @@ class Member:
         link.send(Kind.JOIN, join.pack())
 
     def _on_link_frame(self, link: Link, frame: Frame) -> None:
-        if frame.kind == Kind.SEGMENTS_FREE:
+        if frame.kind == Kind.RESULTS and self.state is State.READY:
+            self.on_frame(self, frame)
+        elif frame.kind == Kind.SEGMENTS_FREE:
             if self.segments is not None:
                 self.segments.on_free(messages.SegmentsFree.unpack(frame.control).segments)
         elif self.state is State.CONNECTING:

@@ -204,7 +204,7 @@ class Link:
     @property
     def backlog(self) -> int:
         """Bytes accepted and not yet in the kernel."""
-        return sum(len(part) for part in list(self._outbox))
+        return sum(len(part) for part in list(self._outbox)) if self._outbox else 0
 
     # -- receiving (leader) ------------------------------------------------------------------------------------
 

@@ -106,6 +106,9 @@ class Frame(NamedTuple):
     buffers: list[Any]
 
 
+_new: Any = tuple.__new__  # the class's own is a Python function round it
+
+
 def pack_frame(kind: int, control: bytes = b"", body: Any = b"", buffers: Any = ()) -> list[Any]:
     """The frame as a list of bytes-like parts; small parts are joined, big ones are not copied."""
     if not buffers:
@@ -193,6 +196,12 @@ class FrameReader:
             return frames + self.feed(data[room:]) if len(data) > room else frames
         if self._rest:
             data = self._rest + data
+        elif not self.limit and len(data) >= 16:
+            # As a rule: one whole frame and nothing else.
+            kind, flags, count, control, body = HEADER.unpack_from(data)
+            if 16 + control + body == len(data) and not (flags or count):
+                middle = 16 + control
+                return [_new(Frame, (kind, data[16:middle], data[middle:], []))]
         frames, rest = self._cut(data)
         self._keep(rest if isinstance(rest, bytes) else bytes(rest))
         return frames
