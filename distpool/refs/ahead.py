@@ -16,11 +16,18 @@ it); before anything that others can see leaves this process, what was put so fa
 (`settle_puts`). In a worker that is
     - the end of each call, whoever sent it (`Interrupts.call`): results, effects on this process's memory
     - a request to another process: remote calls, references, channels, puts to other owners, executors' handles
-    - a change of a channel or a future that this process owns, and a value of this process that another one asked for
+    - a change of a future that this process owns or the end of one of its channels, and a value of this process that
+      another one asked for
 That is enough, because user code of a worker has no other way to others in distpool: what the leader sends by itself
 (answers, notices, items that others had put) was decided by one of these. What user code tells others without distpool
-(files, sockets) is not waited for. All puts of the process are waited for, not those of the thread: threads see each
-other's doings in memory. In the master, what goes out is made by a dozen of paths, and most of it is not sent by the
+(files, sockets) is not waited for. All puts of the process are waited for, not only those of the thread: threads see
+each other's doings in memory. But a thread that has put nothing waits no longer for an owner than one that is well
+needs (`OTHERS`), once: whoever calls a process has nothing to do with where its other threads put something.
+
+Takes and puts of this process in its own channels are not held up: a stage of a pipeline takes here and puts elsewhere.
+They only tie the channel (`Aheads.tie`): what the server says of it to others waits (`Aheads.after`), but for the
+answers to PUTS, which wait for nothing (three processes that put in a circle would wait for each other); those give no
+credit then. In the master, what goes out is made by a dozen of paths, and most of it is not sent by the
 thread that made it: there each put waits for its answer.
 
 Tried and rejected: a batch per owner instead of per channel (one frame for all of its channels): nothing to gain, who
@@ -34,6 +41,7 @@ the owner gets back when somebody needs the room; a batch is sent behind the loo
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +61,7 @@ FLYING = 4  # frames of one channel that are sent without an answer to the first
 BATCH = 128  # items, and bytes, of a batch that is sent at any rate
 BATCH_BYTES = 1 << 16
 _SPANS = (SPAN, SPAN_OF_SCALARS)
+OTHERS = 0.1  # seconds of waiting for what other threads have put
 UNANSWERED_BYTES = 4 << 20  # of one channel: from there on a put waits
 
 
@@ -64,12 +73,15 @@ class Teller:
 
 
 class _Flight:
-    """A PUTS that was not answered yet, and its bytes."""
+    """A PUTS that was not answered yet: its items and bytes, and the threads that have put them."""
 
-    __slots__ = ("size",)
+    __slots__ = ("count", "late", "size", "tellers")
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, count: int, size: int, tellers: set[Teller]) -> None:
+        self.count = count
         self.size = size
+        self.tellers = tellers
+        self.late = False  # other threads have waited for it for long enough
 
 
 class Ahead:
@@ -84,7 +96,8 @@ class Ahead:
         self.size = 0  # bytes of the batch
         self.flying: set[_Flight] = set()
         self.unanswered = 0  # bytes that are flying
-        self.tellers: set[Teller] = set()  # of the threads whose items are in the batch, or flying
+        self.tellers: set[Teller] = set()  # of the threads whose items are in the batch
+        self.puts = self.landed = 0  # items that were put ahead so far, and that were answered
         self._group = group
 
     def put(self, data: bytes, channel: Any) -> bool:
@@ -104,6 +117,7 @@ class Ahead:
             group.busy[self] = None
             group.pending = self
             self.size += len(data)
+            self.puts += 1
             self.batch.append(data)
             if len(self.flying) < FLYING or len(self.batch) >= BATCH or self.size >= BATCH_BYTES:
                 self.send()
@@ -124,7 +138,8 @@ class Ahead:
         inside = guard.enter(None) if guard is not None else None
         try:
             items, self.batch, size, self.size = self.batch, [], self.size, 0
-            flight = _Flight(size)
+            flight = _Flight(len(items), size, self.tellers)
+            self.tellers = set()
             self.flying.add(flight)
             self.unanswered += size
             number = peers.requests.new(
@@ -146,21 +161,22 @@ class Ahead:
         with group.lock:
             self.flying.discard(flight)
             self.unanswered -= flight.size
+            self.landed += flight.count
             if outcome.status == VALUE:
                 self.grant(*structs.CREDIT.unpack(outcome.data))
             else:
-                self._fail(outcome)
+                self._fail(flight, outcome)
             if self.batch and len(self.flying) < FLYING:
                 self.send()
             if not self.flying and not self.batch:
                 group.busy.pop(self, None)
-                self.tellers.clear()
             group.landed(flight)
 
-    def _fail(self, outcome: Outcome) -> None:
+    def _fail(self, flight: _Flight, outcome: Outcome) -> None:
         self.credit = 0
+        self.landed += len(self.batch)
         self.batch, self.size = [], 0  # it would fail as well, or come behind what is lost
-        for teller in self.tellers:
+        for teller in flight.tellers | self.tellers:
             if not teller.errors:
                 teller.errors.append(outcome)
                 self._group.failures = True
@@ -201,6 +217,10 @@ class _Soon:
         return nullcontext()
 
 
+Tie = list[tuple[Ahead, int]]
+"""What has to arrive: channels, and how many of the items that were put ahead into each."""
+
+
 class Aheads:
     """What this process puts ahead into all channels."""
 
@@ -212,6 +232,7 @@ class Aheads:
         self.failures = False  # some thread has not been told yet of an error
         self._known: dict[RRID, Ahead] = {}  # of channels that somebody here holds
         self._landings: list[_Landing] = []
+        self._deferred: list[tuple[Tie, Callable[[], object]]] = []  # what others may see when these have arrived
         self._local = threading.local()
         node.runner.interrupts.finish = self.finish
         node.runner.settle = lambda timeout: self.settle(0, timeout)
@@ -263,7 +284,8 @@ class Aheads:
         """Wait until all that this process has put so far has arrived; what goes to process `where` is only sent.
 
         It ends with the answers of the owners, or their deaths (or after `timeout` seconds). KeyboardInterrupt ends it
-        as any other wait.
+        as any other wait. What other threads have put is waited for as long as an owner that is well may need: if one
+        is stopped, only those who have put something there have to wait for it.
         """
         if not self.busy:
             return
@@ -273,14 +295,53 @@ class Aheads:
                 ahead.send()
                 if ahead.where != where:
                     flights.update(ahead.flying)
-            if not flights or self.node.loop.leads:
-                return
+        if not flights or self.node.loop.leads:
+            return
+        teller = self.teller()
+        others = {flight for flight in flights if teller not in flight.tellers}
+        if self._await({flight for flight in others if not flight.late}, OTHERS):
+            for flight in others:
+                flight.late = True
+        self._await(flights - others, timeout)
+
+    def _await(self, flights: set[_Flight], timeout: float | None) -> bool:
+        """Wait for the answers to these; whether some have not come."""
+        with self.lock:
+            flights = {flight for ahead in self.busy for flight in ahead.flying if flight in flights}
+            if not flights:
+                return False
             landing = _Landing(self.node.loop, flights)
             self._landings.append(landing)
-        landing._await(timeout)
+        return not landing._await(timeout)
+
+    def tie(self) -> Tie:
+        """What this process has put so far."""
+        return [(ahead, ahead.puts) for ahead in list(self.busy)]
+
+    def after(self, tie: Tie, show: Callable[[], object]) -> None:
+        """Any thread: call `show()`, which others can see and which does not wait, when what `tie` says has arrived.
+
+        As for `settle`: not later than an owner that is well may need, because it may be others that wait for it.
+        """
+        with self.lock:
+            if not is_open(tie):
+                show()
+                return
+            entry = (tie, show)
+            self._deferred.append(entry)
+        self.node.loop.call_later(OTHERS, lambda: self._show(entry))
+
+    def _show(self, entry: tuple[Tie, Callable[[], object]]) -> None:
+        with self.lock:
+            if entry not in self._deferred:
+                return
+            self._deferred.remove(entry)
+        entry[1]()
 
     def landed(self, flight: _Flight) -> None:
         """A PUTS was answered. The lock is held."""
+        for entry in [entry for entry in self._deferred if not is_open(entry[0])]:
+            self._show(entry)
         for landing in list(self._landings):
             landing.flights.discard(flight)
             if not landing.flights:
@@ -313,6 +374,11 @@ class Aheads:
                 ahead.send()
 
 
+def is_open(tie: Tie) -> bool:
+    """Whether some of it has not arrived."""
+    return any(ahead.landed < puts for ahead, puts in tie)
+
+
 def group_of(node: Node) -> Aheads | None:
     """What this process puts ahead, made on first use; None in the master."""
     if node.ahead is None and node.runner is not None:
@@ -338,4 +404,4 @@ def on_revoke(node: Node, link: Link, frame: Frame) -> None:
     node.peers.send(where, Kind.REPLY, structs.Reply(message.request, VALUE).pack())
 
 
-__all__ = ["Ahead", "Aheads", "group_of", "on_revoke", "settle_puts"]
+__all__ = ["Ahead", "Aheads", "Tie", "group_of", "is_open", "on_revoke", "settle_puts"]

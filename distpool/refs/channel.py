@@ -24,7 +24,7 @@ from typing import Any
 from distpool.errors import ChannelClosedError, RemoteException
 from distpool.node import node as nodes
 from distpool.refs import gc
-from distpool.refs.ahead import settle_puts
+from distpool.refs.ahead import Tie, settle_puts
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.refs.remote import _Waiting
 from distpool.refs.room import SMALLEST, Due, Room
@@ -101,6 +101,7 @@ class Channel:
         self._watchers: list[Waiter] = []  # wait
         self._putters: collections.deque[Waiter] = collections.deque()
         self._room: Room | None = None  # made when another process puts something
+        self.tied: Tie = []  # see `refs.ahead`
         self._closed: BaseException | None = None
         self._lock = threading.Lock()
 
@@ -307,14 +308,15 @@ class Channel:
         """Add an item, waiting for room; returns the channel. `TimeoutError` after `timeout` seconds, and then the
         item will not arrive."""
         self.check_type(value)
-        settle_puts()
         item = Outcome(LOCAL_VALUE, value, (), 0)
         if type(self) is not Channel or not self._put_now(item):
+            settle_puts()
             self._wait(lambda callback: self.offer(item, callback), timeout)
         return self
 
     def _put_now(self, item: Outcome) -> bool:
         """If there is room, and nobody waits."""
+        self._tie()
         with self._lock:
             taken = 0 if self._room is None else self._room.taken
             if (
@@ -330,11 +332,11 @@ class Channel:
 
     def take(self, *, timeout: float | None = None) -> Any:
         """Remove and return the first item, waiting for one."""
-        settle_puts()
         if self._items and type(self) is Channel:
             found, value = self._take_now()
             if found:
                 return value
+        settle_puts()
         return self._wait(lambda callback: self.request("take", callback), timeout)
 
     def _take_now(self) -> tuple[bool, Any]:
@@ -345,6 +347,7 @@ class Channel:
         """
         item: Outcome | None = None
         removed = False
+        self._tie()
         try:
             with self._lock:
                 if not self._items or self._takers:
@@ -362,6 +365,12 @@ class Channel:
             if removed and item is not None:
                 self.restore(item)
             raise
+
+    def _tie(self) -> None:
+        """This process is about to change the channel: others hear of it when what it has put ahead has arrived."""
+        node = nodes.existing()
+        if node is not None and node.ahead is not None and node.ahead.busy:
+            self.tied = node.ahead.tie()
 
     def fetch(self, *, timeout: float | None = None) -> Any:
         """Return the first item without removing it, waiting for one. RuntimeError on a rendezvous channel."""

@@ -191,7 +191,8 @@ class RemoteChannel:
             entry = self._refs.owner.get(handle.rrid)
             if entry is None or entry.channel is None:
                 raise RuntimeError("this channel does not exist any more")
-            settle_puts()
+            if type(entry.channel) is not Channel:  # which sees to it itself
+                settle_puts()
             return run_here(self._refs.node, entry.channel, op, arguments, timeout)
         if not arguments:
             return self._perform(op, b"", [], timeout, 0)

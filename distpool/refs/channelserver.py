@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distpool.errors import ChannelClosedError
 from distpool.refs import gc
-from distpool.refs.ahead import on_revoke, settle_puts
+from distpool.refs.ahead import is_open, on_revoke, settle_puts
 from distpool.refs.channel import PLAIN_ERROR, Channel, Handed, Waiter
 from distpool.refs.channels import run_here
 from distpool.refs.lent import carries_references
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from distpool.transport.link import Link
 
 
+_NONE = codec.encode(None)[0]
 _GONE = "this channel does not exist any more"
 
 
@@ -81,9 +82,9 @@ class _Requests:
         def served(outcome: Outcome) -> None:
             self._waiters.pop(key, None)
             if message.op == "wait" and outcome.status == LOCAL_VALUE:
-                self._answers.reply(pid, message.request, VALUE, codec.encode(None)[0])
+                self._show(channel, lambda: self._answers.reply(pid, message.request, VALUE, _NONE))
             else:
-                self._send(pid, message.request, outcome)
+                self._show(channel, lambda: self._send(pid, message.request, outcome))
 
         waiter = channel.request(message.op, served, pid)
         self._keep(key, channel, waiter, message.timeout)
@@ -99,14 +100,14 @@ class _Requests:
 
     def _restore(self, channel: Channel, message: Any, pid: int, item: Outcome) -> None:
         channel.restore(item)
-        self._answers.reply(pid, message.request, VALUE, codec.encode(None)[0])
+        self._answers.reply(pid, message.request, VALUE, _NONE)
 
     def _put(self, channel: Channel, message: Any, pid: int, item: Outcome) -> None:
         key, rrid = (pid, message.request), RRID(message.whence, message.ident)
         waited = False
 
         def answer() -> None:
-            self._accept(channel, rrid, pid, message.request)
+            self._show(channel, lambda: self._accept(channel, rrid, pid, message.request))
 
         def accepted(outcome: Outcome) -> None:
             self._waiters.pop(key, None)
@@ -121,12 +122,20 @@ class _Requests:
         waited = True
         self._keep(key, channel, waiter, message.timeout)
 
+    def _show(self, channel: Channel, send: Callable[[], object]) -> None:
+        """Any thread: `send()` tells somebody what this channel is like."""
+        tied, ahead = channel.tied, self._node.ahead
+        if tied and ahead is not None:
+            ahead.after(tied, send)
+        else:
+            send()
+
     # -- items that are put ahead (`refs.room`) ------------------------------------------------------------------
 
     def _accept(self, channel: Channel, rrid: RRID, pid: int, request: int) -> None:
         """Any thread: what `pid` has put is in; it may put some more without asking."""
         credit = (0, 0)
-        if pid != 1 and "by_callbacks" in vars(type(channel)):  # the master asks for each: see `refs.ahead`
+        if pid != 1 and type(channel) is Channel and not is_open(channel.tied):  # the master asks for each
             credit = channel.reserve(pid, lambda whom, epoch: self._revoke(channel, rrid, whom, epoch))
         self._node.peers.send(pid, Kind.REPLY, REPLY.pack(request, VALUE), CREDIT.pack(*credit))
 
