@@ -72,7 +72,8 @@ def test_somebody_listens(office: Office, ways: list[bool]) -> None:
     answer(office, worker, [5])
     assert called.wait(PATIENCE) and done == [5]
     future = office.submit(1)
-    waiter = _create_and_install_waiters([future], concurrent.futures.FIRST_COMPLETED)  # what `wait` begins with
+    with future._condition:  # as `wait` does it
+        waiter = _create_and_install_waiters([future], concurrent.futures.FIRST_COMPLETED)
     answer(office, worker, [6])
     assert waiter.event.wait(PATIENCE) and waiter.finished_futures == [future] and future.result() == 6
     assert ways == [False, False]
