@@ -197,11 +197,12 @@ class TaskRunner:
         loop = self.link.loop
         while True:
             # A remote call that was promised this thread comes first: what lies in the inbox may wait for its value.
-            item = self._next() if not self._offered else None
+            item = self._next() if self._inbox and not self._offered else None
             if item is not None:
                 self._run(item)
                 continue
-            self.flush()
+            if self.results.unsent:
+                self.flush()
             if self._initializer is not None:
                 self._initialize()
             elif self._offered:
