@@ -220,7 +220,8 @@ def caller_killed(bed_class: type[Bed]) -> Found:
     parts, ok = [], True
     for kind in ("python", "sleep", "c"):
         with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryDirectory() as temporary:
-            shm = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+            shm_there = os.path.isdir("/dev/shm")
+            shm = set(os.listdir("/dev/shm")) if shm_there else set()
             env = {**os.environ, "TMPDIR": temporary, "PYTHONPATH": str(ROOT)}
             caller = subprocess.Popen(
                 [sys.executable, "-c", CALLER, name, directory, kind], env=env, stdout=-3, stderr=-3, cwd=ROOT
@@ -236,10 +237,15 @@ def caller_killed(bed_class: type[Bed]) -> Found:
                 time.sleep(0.05)
             seconds = time.monotonic() - killed
             alive = [pid for pid in pids if psutil.pid_exists(pid)]
-            time.sleep(0.3)
-            left = os.listdir(temporary)
-            if os.path.isdir("/dev/shm"):
-                left += [entry for entry in os.listdir("/dev/shm") if entry not in shm]
+            left: list[str] = []
+            for _ in range(
+                10
+            ):  # what other programs make there (semaphores have their names for a moment) does not stay
+                time.sleep(0.3)
+                left = os.listdir(temporary)
+                left += [entry for entry in os.listdir("/dev/shm") if entry not in shm] if shm_there else []
+                if not left:
+                    break
             for pid in alive:
                 os.kill(pid, signal.SIGKILL)
         text = f"{len(alive)} still alive after 8 s" if alive else f"gone after {seconds:.1f} s"
