@@ -175,14 +175,15 @@ def _send(
     function = node.encoder.encode(f, pid)
     seen: list[Any] = []
     data, buffers = codec.encode_args(args, kwargs, pid, seen)
-    gc.of(node).lend((*function.references, *seen), pid)
-    message = structs.Request(
+    if seen or function.references:
+        gc.of(node).lend((*function.references, *seen), pid)
+    control = structs.pack_request(
         number, mode, *rrid, function.name, len(function.data), len(function.buffers), function.reusable
     )
     settle_puts(pid)
     if not waits:  # fresh memory for copies is dear
         buffers = stable(buffers)
-    node.peers.send(pid, Kind.REQUEST, message.pack(), function.data + data, [*function.buffers, *buffers])
+    node.peers.send(pid, Kind.REQUEST, control, function.data + data, [*function.buffers, *buffers])
 
 
 def _wrapped(node: Node, error: BaseException) -> RemoteException:
@@ -312,7 +313,7 @@ class Callee:
     def _on_request(self, link: Link, frame: Frame) -> None:
         message = structs.Request.unpack(frame.control)
         pid = int(link.peer)
-        buffers = [link.segments.open(buffer) for buffer in frame.buffers]
+        buffers = [link.segments.open(buffer) for buffer in frame.buffers] if frame.buffers else []
         body = bytes(frame.body)
         entry = None
         if message.mode == "future":

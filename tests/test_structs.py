@@ -69,6 +69,14 @@ def test_what_does_not_fit(message: Packed) -> None:
             cls.unpack(control)
 
 
+def test_without_objects() -> None:
+    request = Request(7, "do", 2, 3, "name", 4, 5, True)
+    assert structs.pack_request(7, "do", 2, 3, "name", 4, 5, True) == request.pack()
+    assert structs.unpack_reply(Reply(9, 3).pack()) == (9, 3)
+    with pytest.raises(ProtocolError):
+        structs.unpack_reply(b"short")
+
+
 def test_unknown_codes() -> None:
     for good in (Request(1, "do", 0, 0, "", 0, 0, False), Reference(1, "put", 1, 2), ChannelOp(1, "put", 1, 2, 0.5, 1)):
         packed = bytearray(good.pack())

@@ -19,7 +19,7 @@ from distpool.wire.codec import SCALARS
 from distpool.wire.failures import encode_exception
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
-from distpool.wire.structs import REPLY
+from distpool.wire.structs import REPLY, unpack_reply
 
 if TYPE_CHECKING:
     from distpool.transport.link import Link
@@ -43,11 +43,11 @@ class Serving:
             future._noticed(message.ok)
 
     def _on_reply(self, link: Link, frame: Frame) -> None:
-        message = structs.Reply.unpack(frame.control)
-        buffers = [link.segments.open(buffer) for buffer in frame.buffers]
+        request, status = unpack_reply(frame.control)
+        buffers = [link.segments.open(buffer) for buffer in frame.buffers] if frame.buffers else []
         body = bytes(frame.body)
-        if not self._refs.node.peers.requests.settle(message.request, message.status, body, buffers):
-            received(message.status, body, buffers, int(link.peer))  # nobody waits any more: not opened
+        if not self._refs.node.peers.requests.settle(request, status, body, buffers):
+            received(status, body, buffers, int(link.peer))  # nobody waits any more: not opened
 
     def _on_reference(self, link: Link, frame: Frame) -> None:
         message = structs.Reference.unpack(frame.control)
