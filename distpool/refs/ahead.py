@@ -235,7 +235,7 @@ class Aheads:
         self._deferred: list[tuple[Tie, Callable[[], object]]] = []  # what others may see when these have arrived
         self._local = threading.local()
         node.runner.interrupts.finish = self.finish
-        node.runner.settle = lambda timeout: self.settle(0, timeout)
+        node.runner.settle = lambda timeout: self.settle(0, timeout, all_alike=timeout is not None)
 
     def may_put(self, where: int) -> bool:
         """Whether this thread may put something ahead at the moment."""
@@ -280,12 +280,13 @@ class Aheads:
                 ahead.send()
                 self.node.peers.send(ahead.where, Kind.PUTS, structs.Puts(0, *rrid, 0).pack())
 
-    def settle(self, where: int = 0, timeout: float | None = None) -> None:
+    def settle(self, where: int = 0, timeout: float | None = None, all_alike: bool = False) -> None:
         """Wait until all that this process has put so far has arrived; what goes to process `where` is only sent.
 
         It ends with the answers of the owners, or their deaths (or after `timeout` seconds). KeyboardInterrupt ends it
         as any other wait. What other threads have put is waited for as long as an owner that is well may need: if one
-        is stopped, only those who have put something there have to wait for it.
+        is stopped, only those who have put something there have to wait for it. `all_alike`: this process ends, so
+        everything is waited for.
         """
         if not self.busy:
             return
@@ -298,7 +299,7 @@ class Aheads:
         if not flights or self.node.loop.leads:
             return
         teller = self.teller()
-        others = {flight for flight in flights if teller not in flight.tellers}
+        others = {flight for flight in flights if not all_alike and teller not in flight.tellers}
         if self._await({flight for flight in others if not flight.late}, OTHERS):
             for flight in others:
                 flight.late = True
