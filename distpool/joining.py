@@ -144,7 +144,10 @@ class Launch:
         self._describe(member, worker)
         if self._given_up:
             member.begin(self.seconds)
+            if isinstance(worker.process, LaunchedProcess) and worker.process.output >= 0:
+                member.read_output(worker.process.output, worker.process.early_output)
             member.kill("it came too late")
+            member.watch_exit()  # or its manager would never hear that it is gone
         else:
             self.prepare(member)
             member.begin(self.seconds)

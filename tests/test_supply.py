@@ -322,6 +322,32 @@ def test_a_launch_that_never_ends(make: Callable[..., ClusterExecutor], monkeypa
     manager.end.set()
 
 
+def test_a_worker_that_comes_when_nobody_wants_it_any_more(make: Callable[..., ClusterExecutor]) -> None:
+    """It is ended, and its manager hears of that: what it kept for its workers (a login, say) would stay otherwise."""
+
+    class Late(ByCommand):
+        go, told_of_end = threading.Event(), threading.Event()
+
+        def launch(self, params: dict[str, Any]) -> Any:
+            assert self.go.wait(PATIENCE)
+            yield from super().launch(params)
+
+        def manage(self, pid: int, config: WorkerConfig, op: str) -> None:
+            super().manage(pid, config, op)
+            if op == "finalize":
+                self.told_of_end.set()
+
+    manager = Late(1)
+    executor = make(manager)
+    executor.submit(abs, 1)
+    executor.kill_workers()
+    executor.shutdown()
+    manager.go.set()
+    assert manager.told_of_end.wait(PATIENCE)
+    assert [op for op, _ in manager.told] == ["finalize"]
+    assert manager.processes[0].wait(PATIENCE) == -signal.SIGKILL
+
+
 def test_what_launch_refuses_is_raised_as_it_is(make: Callable[..., ClusterExecutor]) -> None:
     class Picky(Recording):
         def launch(self, params: dict[str, Any]) -> Any:

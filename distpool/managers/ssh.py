@@ -180,9 +180,11 @@ class SSHManager(ClusterManager):
         deadline = time.monotonic() + seconds
         if login is None or not login.lives or not kept.turn.acquire(timeout=seconds):
             return False
+        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        coming = False
         try:
-            events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-            if not login.more(count, events.put, events.put):
+            coming = login.more(count, events.put, events.put)
+            if not coming:
                 return False
             begun = 0
             while True:
@@ -193,12 +195,16 @@ class SSHManager(ClusterManager):
                 if isinstance(event, WorkerConfig):
                     begun += 1
                     yield event
-                elif event and begun:
+                    continue
+                coming = False
+                if event and begun:
                     raise CompositeException(event)
-                else:
-                    return not event
+                return not event
         finally:
-            kept.turn.release()
+            if coming:  # given up, but the host is at it
+                threading.Thread(target=_drop, args=(events, kept.turn), name="distpool-ssh-drop", daemon=True).start()
+            else:
+                kept.turn.release()
 
     def _login(
         self,
@@ -297,6 +303,23 @@ class _Kept:
             login.let_go()
 
 
+def _drop(events: queue.SimpleQueue[Any], turn: threading.Lock) -> None:
+    """End the workers that a login still starts for a launch which was given up. Otherwise they, and the login, would
+    live as long as this program. On a thread of its own, until the login has settled, if only by its end."""
+    ends: list[tuple[HostLogin, threading.Event]] = []
+    while isinstance(event := events.get(), WorkerConfig):
+        ended = threading.Event()
+        event.process.add_exit_callback(lambda code, ended=ended: ended.set())
+        event.process.kill()
+        os.close(event.process.output)
+        ends.append((event.userdata, ended))
+    turn.release()
+    for login, ended in ends:
+        ended.wait(_END_SECONDS)
+        login.release()
+
+
+_END_SECONDS = 10.0  # that a host may take to report the end of a worker which was killed
 _Client = Callable[[Spec, float], Connection]
 
 
