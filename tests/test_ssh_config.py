@@ -178,8 +178,7 @@ def test_what_paramiko_cannot_read(home: Path) -> None:
         target("h")
 
 
-def test_nobody(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CONFORMANCE C229: no user anywhere."""
+def test_C229_no_user_anywhere(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def nobody() -> str:
         raise OSError("No username set in the environment")

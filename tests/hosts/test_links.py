@@ -54,8 +54,8 @@ def hosts_reach_each_other(rig: Rig, encrypt: bool) -> None:
 
 
 @pytest.mark.parametrize("order", ["local first", "remote first"])
-def test_local_and_remote_workers(rig: Rig, order: str) -> None:
-    """The local ones listen on sockets that no other host can dial (CONFORMANCE C215)."""
+def test_C215_local_and_remote_workers(rig: Rig, order: str) -> None:
+    """The local ones listen on sockets that no other host can dial."""
     rig.call("hosts.test_links:local_and_remote_workers", order)
 
 

@@ -77,6 +77,25 @@ def the_cable_is_pulled(rig: Rig, encrypt: bool, busy: str) -> None:
     until(lambda: workers_of(rig, "h1") == 0, "the worker's end, which has lost its master")
 
 
+@pytest.mark.slow
+def test_the_cable_is_pulled_with_nothing_set(rig: Rig) -> None:
+    """As users have it: twenty seconds, no variable set."""
+    rig.call("hosts.test_lost:the_cable_is_pulled_with_nothing_set", seconds=60)
+
+
+def the_cable_is_pulled_with_nothing_set(rig: Rig) -> None:
+    assert "DISTPOOL_SILENT_SECONDS" not in os.environ
+    one, other = addprocs(OnHosts(rig, ["h1", "h2"]))
+    call = remotecall(time.sleep, one, 600)
+    assert remotecall_fetch(platform.node, one) == "h1"
+    rig.cut(rig["h1"])
+    begin = time.monotonic()
+    with pytest.raises(ProcessExitedException) as caught:
+        call.result(35)
+    assert caught.value.worker_id == one and 10 < time.monotonic() - begin < 30
+    assert workers() == [other] and remotecall_fetch(platform.node, other) == "h2"
+
+
 @encrypted
 @pytest.mark.leaves_processes("the host is started again")
 def test_a_host_that_crashes_is_missed_at_once(rig: Rig, encrypt: bool) -> None:

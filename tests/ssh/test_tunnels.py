@@ -60,6 +60,24 @@ def test_C223_through_the_login(server: Server, add: Add, multiplex: bool) -> No
     check_works(add(["host1"], tunnel=True, multiplex=multiplex))
 
 
+def test_C229_a_tunnel_needs_no_port_of_the_master(server: Server, add: Add) -> None:
+    """So none has to be found: each link goes through the login's own connection."""
+    ports = listeners()
+    pids = add([("host1", 2), "host2"], tunnel=True)
+    check_works(pids)
+    assert listeners() == ports
+
+
+def listeners() -> set[tuple[str, int]]:
+    """Where this process, and the clients that it has started, listen."""
+    found = set()
+    for process in (psutil.Process(), *psutil.Process().children()):
+        if process.pid == os.getpid() or process.name() == "ssh":
+            connections = process.net_connections("tcp")
+            found |= {tuple(each.laddr) for each in connections if each.status == psutil.CONN_LISTEN}
+    return found
+
+
 def test_workers_of_one_host_reach_each_other(server: Server, add: Add) -> None:
     pids = add([("host1", 2)], tunnel=True)
     assert remotecall_fetch(remotecall_fetch, pids[0], distpool.myid, pids[1]) == pids[1]
