@@ -87,3 +87,15 @@ def test_the_members_states_are_a_table() -> None:
         else:
             with pytest.raises(RuntimeError, match="illegal move"):
                 made.move(after)
+
+
+def test_a_worker_that_the_kernel_killed_for_its_memory_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known by the kernel's count, which has grown since the last look; so the next death has its own cause."""
+    counts = iter([3, 3])
+    monkeypatch.setattr(groups.OomKills, "_count", staticmethod(lambda: next(counts)))
+    kills = groups.of(nodes.current()).oom_kills
+    monkeypatch.setattr(kills, "_seen", 2)
+    with distpool.ClusterExecutor(1) as executor:
+        errors = [executor.submit(lambda: os.kill(os.getpid(), signal.SIGKILL)).exception(PATIENCE) for _ in range(2)]
+        assert executor.submit(os._exit, 9).exception(PATIENCE).exitcode == 9  # type: ignore[union-attr]
+    assert ["out of memory" in str(error) for error in errors] == [True, False]

@@ -9,6 +9,7 @@ order in which they came: the default pool.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -45,12 +46,33 @@ class WorkerInfo:
     reason: str = ""
 
 
+class OomKills:
+    """Whether the kernel has killed processes of this machine because there was no memory left (Linux)."""
+
+    def __init__(self) -> None:
+        self._seen = self._count()
+
+    def more(self) -> bool:
+        """Whether it has done so since the last time that somebody asked."""
+        before, self._seen = self._seen, self._count()
+        return self._seen > before
+
+    @staticmethod
+    def _count() -> int:
+        with contextlib.suppress(OSError, ValueError), open("/proc/vmstat", "rb") as file:
+            for line in file:
+                if line.startswith(b"oom_kill "):
+                    return int(line.split()[1])
+        return 0
+
+
 class Group:
     """All members of this process's group."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
         self.members: dict[int, Member] = {}
+        self.oom_kills = OomKills()  # leader
         self.topology = "all_to_all"
         self.lazy = True
         self.output_hook: OutputHook | None = None

@@ -404,6 +404,8 @@ class Member:
                 self.group.node.loop.call_later(_OUTPUT_GRACE, self._stop_output)
             return
         joined = self._registered
+        if not self.reason and self.is_worker_here and self.exitcode == -signal.SIGKILL and self.group.oom_kills.more():
+            self.reason = "killed by signal 9, it seems by the kernel, which ran out of memory"
         self.move(State.GONE)
         if self._deadline is not None:
             self._deadline.cancel()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
+
+import distpool
 
 from . import helpers
 from .helpers import NOISE, Gate, at_most
@@ -40,6 +46,53 @@ def test_memory_error_of_a_task(make_runner: Callable[..., Runner]) -> None:
     assert runner.submit(allocate_under_a_limit, 300 * MIB, MIB).value() == MIB
     assert_squares(calls)
     assert runner.ospids() == before
+
+
+@pytest.fixture
+def small_cgroup() -> Iterator[Path]:
+    """The `cgroup.procs` of a control group that may have 100 MiB."""
+    for parent, limit in (("memory", "memory.limit_in_bytes"), (".", "memory.max")):
+        group = Path("/sys/fs/cgroup") / parent / f"distpool-test-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            (group / limit).write_text(str(100 * MIB))
+            yield group / "cgroup.procs"
+            return
+        except OSError:
+            continue
+        finally:
+            end = time.monotonic() + 10
+            while group.exists():  # busy until the last of its processes has been reaped
+                try:
+                    group.rmdir()
+                except OSError:
+                    assert time.monotonic() < end
+                    threading.Event().wait(0.01)
+    pytest.skip("no control group for memory can be made here")
+
+
+def fill_memory(procs: Path) -> int:
+    procs.write_text(str(os.getpid()))
+    return len(b"x" * (1024 * MIB))
+
+
+def test_killed_by_the_kernel(make_runner: Callable[..., Runner], gate: Gate, small_cgroup: Path) -> None:
+    """Its memory is more than there is: the error says so, and the others are unaffected."""
+    runner = make_runner(2)
+    runner.bring_up()
+    calls = [runner.submit(helpers.square, number) for number in range(4)]
+    bad = runner.submit(fill_memory, small_cgroup)
+    calls += [runner.submit(helpers.square, number) for number in range(4, 8)]
+    with at_most(3, "the kernel"):
+        error = bad.error()
+    assert isinstance(error, distpool.ProcessExitedException)
+    assert error.exitcode == -signal.SIGKILL and "out of memory" in str(error)
+    assert_squares(calls)
+    other = runner.submit(helpers.die, "SIGKILL").error()
+    assert "memory" not in str(other), "the next death has its own cause"
 
 
 def test_memory_limit(make_runner: Callable[..., Runner], gate: Gate) -> None:
