@@ -91,8 +91,7 @@ def test_the_members_states_are_a_table() -> None:
 
 def test_a_worker_that_the_kernel_killed_for_its_memory_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     """Known by the kernel's count, which has grown since the last look; so the next death has its own cause."""
-    counts = iter([3, 3])
-    monkeypatch.setattr(groups.OomKills, "_count", staticmethod(lambda: next(counts)))
+    monkeypatch.setattr(groups.OomKills, "_count", staticmethod(lambda: 3))
     kills = groups.of(nodes.current()).oom_kills
     monkeypatch.setattr(kills, "_seen", 2)
     with distpool.ClusterExecutor(1) as executor:
