@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import operator
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 
 import distpool
 from distpool import SSHManager, remotecall, remotecall_fetch, rmprocs
+from distpool.managers import ssh as ssh_manager
 from distpool.managers import ssh_binary
 
 from .sshd import ADDRESSES, Server, free_port, has_ipv6, options
@@ -482,3 +484,39 @@ def test_two_at_the_same_time(server: Server, add: Add) -> None:
     for thread in threads:
         thread.join(50)
     assert sorted(pid for pids in found for pid in pids) == distpool.workers() and len(distpool.workers()) == 6
+
+
+def test_workers_of_a_launch_that_was_given_up_are_ended() -> None:
+    """The host starts them nevertheless: they are killed, and the login hears that nobody needs it for them."""
+    said: list[str] = []
+
+    class Process:
+        def __init__(self) -> None:
+            self.output, self.other_end = os.pipe()
+            self.callbacks: list[Callable[[int], object]] = []
+
+        def add_exit_callback(self, callback: Callable[[int], object]) -> None:
+            self.callbacks.append(callback)
+
+        def kill(self) -> None:
+            said.append("killed")
+            for callback in self.callbacks:
+                callback(-9)
+
+    class Login:
+        def release(self) -> None:
+            said.append("released")
+
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    turn = threading.Lock()
+    turn.acquire()
+    processes = [Process(), Process()]
+    for process in processes:
+        events.put(distpool.WorkerConfig(process=process, userdata=Login()))
+    events.put([])
+    ssh_manager._drop(events, turn)
+    assert said == ["killed"] * 2 + ["released"] * 2 and not turn.locked()
+    for process in processes:
+        with pytest.raises(OSError):
+            os.fstat(process.output)
+        os.close(process.other_end)
