@@ -42,6 +42,7 @@ class Element:
 
     elements = 1
     done, stop = 0, 1
+    early: frozenset[int] = frozenset()
     policy = None
 
     def __init__(self, run: MapRun, index: int, record: bytes, buffers: list[Any]) -> None:
@@ -76,7 +77,7 @@ class Many(NamedTuple):
 class Span:
     """Consecutive scalar elements of a map that travel in one record."""
 
-    __slots__ = ("done", "elements", "function", "index", "items", "run", "stop", "timing")
+    __slots__ = ("done", "early", "elements", "function", "index", "items", "run", "stop", "timing")
 
     buffers = ()
     policy = None
@@ -88,7 +89,8 @@ class Span:
         self.index = index
         self.items = items
         self.elements = self.stop = len(items)
-        self.done = 0  # elements answered; they are answered in order
+        self.done = 0  # the first so many elements have been answered
+        self.early: set[int] = set()  # and these behind them: while an element waits, others of its span are run
 
     @property
     def record(self) -> bytes:
@@ -99,6 +101,16 @@ class Span:
     def settle(self, index: int, outcome: Outcome) -> Any:
         self.run.settle(self.index + index, outcome)
         return None
+
+    def answered(self, index: int, count: int) -> None:
+        """Note that `count` elements from `index` on have ended."""
+        if index > self.done:
+            self.early.update(range(index, index + count))
+            return
+        self.done = max(self.done, index + count)
+        while self.early and self.done in self.early:
+            self.early.discard(self.done)
+            self.done += 1
 
     def settle_many(self, index: int, count: int, data: bytes | list[Any]) -> None:
         """`count` elements from `index` on returned the scalars in `data` (a list, or its pickle)."""

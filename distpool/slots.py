@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from distpool import config
@@ -268,7 +268,7 @@ class Slot:
     def find(self, sequence: int) -> tuple[Any, int] | None:
         """The entry of a result with this sequence number, and the element's index in it; it is noted as done.
 
-        Elements of a span are run in order, and recalled from its end.
+        Elements of a span are begun in order, and recalled from its end.
         """
         entry = self.inflight.get(sequence)
         if entry is not None and entry.elements == 1:
@@ -278,7 +278,7 @@ class Slot:
         if found is None:
             return None
         start, span = found
-        span.done = max(span.done, sequence - start + 1)
+        span.answered(sequence - start, 1)
         if span.done >= span.stop:
             self.inflight.pop(start, None)
         return span, sequence - start
@@ -290,7 +290,7 @@ class Slot:
             return None
         start, span = found
         count = min(count, start + span.elements - sequence)
-        span.done = max(span.done, sequence - start + count)
+        span.answered(sequence - start, count)
         if span.done >= span.stop:
             self.inflight.pop(start, None)
         return span, sequence - start, count
@@ -342,7 +342,8 @@ class Slot:
     def unfinished(self) -> list[tuple[Any, int, int, bool]]:
         """Empty the table: `(entry, first element, elements, whether they may have run)`, in order.
 
-        Without a shared journal the first unanswered call counts as running: results of others were sent before it.
+        Without a shared journal the first unanswered call counts as running (results of others were sent before it),
+        and so do as many more as there are tasks which wait for others.
         """
         journal = self.member.journal
         entries = list(self.inflight.items())
@@ -351,15 +352,25 @@ class Slot:
         if journal is not None:
             started = journal.started
         else:
-            started = entries[0][0] + entries[0][1].done if entries else 0
+            started = self._presumably_started(entries)
         parts: list[tuple[Any, int, int, bool]] = []
         for start, entry in entries:
             ran = max(entry.done, min(entry.stop, started - start + 1))
-            if ran > entry.done:
-                parts.append((entry, entry.done, ran - entry.done, True))
+            parts.extend((entry, index, count, True) for index, count in _gaps(entry.done, ran, entry.early))
             if entry.stop > ran:
                 parts.append((entry, ran, entry.stop - ran, False))
         return parts
+
+    def _presumably_started(self, entries: list[tuple[int, Any]]) -> int:
+        """Number of the last call that may have begun."""
+        left, last = 1 + max(0, self.blocked), 0
+        for start, entry in entries:
+            for index in range(entry.done, entry.stop):
+                if left and index not in entry.early:
+                    left, last = left - 1, start + index
+            if entry.early:
+                last = max(last, start + max(entry.early))
+        return last
 
     def count(self, status: int) -> None:
         """One more call has ended here."""
@@ -367,6 +378,14 @@ class Slot:
             self.done += 1
         else:
             self.failed += 1
+
+
+def _gaps(begin: int, end: int, without: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Runs (first, count) of the numbers from `begin` to `end`, without some of them."""
+    for number in (*sorted(number for number in without if begin <= number < end), end):
+        if number > begin:
+            yield begin, number - begin
+        begin = number + 1
 
 
 def any_room(slots: dict[int, Slot]) -> bool:

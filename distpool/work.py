@@ -92,6 +92,7 @@ class Call:
 
     elements = 1
     done, stop = 0, 1  # an entry of one element: nothing of it is done, nothing was recalled
+    early: frozenset[int] = frozenset()
 
     def __init__(
         self,

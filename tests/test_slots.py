@@ -110,3 +110,56 @@ def test_unfinished_without_a_journal(office: Office) -> None:
 def test_nothing_started_nothing_ran(office: Office) -> None:
     span(office, journal=True)
     assert not any(ran for _, _, ran in unfinished(office))
+
+
+def answered_early(office: Office, journal: bool) -> Any:
+    """A span of which the first element waits, and the second and third, run meanwhile, have been answered."""
+    worker = span(office, journal)
+    worker.start()
+    second, _ = worker.start()
+    third, _ = worker.start()
+    office.results(worker, (third, "third"))
+    office.results(worker, (second, "second"))
+    return worker
+
+
+def test_elements_that_are_answered_before_earlier_ones(office: Office) -> None:
+    worker = office.worker(2)
+    function = fresh()
+    office.node.encoder.encode(function).mean = 1e-6
+    run = office.run(list(range(10)), function)
+    first, argument = worker.start()
+    while worker.inbox:
+        office.finish(worker)
+    assert run.settled == 9 and office.slots[2].load == 1
+    office.results(worker, (first, argument))
+    assert run.settled == 10
+    slot = office.slots[2]
+    assert (slot.load, slot.inflight) == (0, {})
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_unfinished_leaves_out_what_was_answered_early(office: Office, journal: bool) -> None:
+    answered_early(office, journal)
+    parts = unfinished(office)
+    assert parts[0] == (0, 1, True)
+    assert parts[1][0] == 3 and not any(ran for _, _, ran in parts[1:])
+
+
+def test_without_a_journal_those_that_may_run_beside_a_waiting_task_count_as_running(office: Office) -> None:
+    worker = answered_early(office, False)
+    office.frame(worker, Kind.BLOCKED, messages.Blocked(1).pack())
+    assert [part for part in unfinished(office) if part[2]] == [(0, 1, True), (3, 1, True)]
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "without", "expected"),
+    [
+        (0, 3, (), [(0, 3)]),
+        (2, 2, (), []),
+        (0, 5, (0, 4), [(1, 3)]),
+        (1, 6, (3, 2, 9, 0), [(1, 1), (4, 2)]),
+    ],
+)
+def test_gaps(begin: int, end: int, without: tuple[int, ...], expected: list[tuple[int, int]]) -> None:
+    assert list(slots._gaps(begin, end, without)) == expected

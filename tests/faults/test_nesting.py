@@ -119,6 +119,17 @@ def test_captured_executor(runner: Runner) -> None:
     assert [runner.submit(act, number).value() for number in range(5)] == [1, 2, 5, 10, 17]
 
 
+def test_elements_of_a_map_that_wait_now_and_then(runner: Runner) -> None:
+    """The elements behind one that waits are run meanwhile, and are answered before it."""
+    executor = runner.executor
+
+    def work(number: int) -> int:
+        return int(executor.submit(abs, number).result()) if number % 7 == 3 else number
+
+    for _ in range(5):
+        assert list(executor.map(work, range(400))) == list(range(400))
+
+
 def test_error_and_death_inside(runner: Runner) -> None:
     """What fails inside arrives where it was submitted, one level up."""
     runner.bring_up()  # a worker that is alone runs the inner call as well, and takes the outer one along
