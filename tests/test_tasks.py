@@ -434,3 +434,18 @@ _local: dict[str, Any] = {}
 
 def call_local(name: str, *args: Any) -> Any:
     return _local[name](*args)
+
+
+def test_where_nobody_sees_the_journal_a_result_is_out_before_the_next_call() -> None:
+    """Left in the link's queue it would go with this process, and the master would take it for the call that died."""
+    with bench(shared=False) as made:
+        link = made.worker.link
+        assert link._write_lock.acquire(timeout=PATIENCE)  # as another thread that sends at this moment
+        try:
+            first = made.send(made.one(note, 2), made.one(note, 3))
+            until(lambda: link._drainers, "the worker waits until its result is out")
+            assert ran == [2]
+        finally:
+            link._write_lock.release()
+        link._pump()
+        assert made.collect(2) == {first: 4, first + 1: 9}

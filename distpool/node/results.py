@@ -117,6 +117,7 @@ class ResultWriter:
             self.flush()
         if not self.journal.shared:
             self.flush()
+            self.link.drain()  # whoever holds the link's lock, or a full socket, may have left it in the queue
 
     def _send_large(self, sequence: int, status: int, data: bytes, buffers: list[Any]) -> None:
         """Send at once and wait until the kernel has it: it would be lost with this process otherwise."""
