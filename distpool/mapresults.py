@@ -16,7 +16,29 @@ from distpool.refs.refs import Future
 
 
 def fed_results(run: MapRun, deadline: float | None, chunked: bool) -> Iterator[Any]:
-    """Yield the results of a map whose input has been fed, in order, keeping no reference to what was yielded."""
+    """The results of a map whose input has been fed, in order, keeping no reference to what was yielded."""
+    if chunked:  # chunks are there for tiny elements: no Python code runs for each of them
+        return itertools.chain.from_iterable(_fed_chunks(run, deadline))
+    return _fed_elements(run, deadline)
+
+
+def _fed_chunks(run: MapRun, deadline: float | None) -> Iterator[Iterator[Any]]:
+    try:
+        for index in range(run.fed):
+            if index not in run.results and not run.wait_for(index, deadline):
+                raise TimeoutError
+            yield _popping(open_entry(run.results.pop(index)))
+    finally:
+        run.close()
+
+
+def _popping(values: list[Any]) -> Iterator[Any]:
+    """`while values: yield values.pop(0)`, in C."""
+    values.reverse()
+    return map(list.pop, itertools.repeat(values, len(values)))
+
+
+def _fed_elements(run: MapRun, deadline: float | None) -> Iterator[Any]:
     results, take = run.results, run.results.pop
     index = 0
     try:
@@ -24,11 +46,9 @@ def fed_results(run: MapRun, deadline: float | None, chunked: bool) -> Iterator[
             if index not in results and not run.wait_for(index, deadline):
                 raise TimeoutError
             entry = take(index)
-            if type(entry) is Many or chunked:
-                index += entry.length if type(entry) is Many else 1
-                values = entry.values() if type(entry) is Many else open_entry(entry)
-                values.reverse()
-                yield from map(list.pop, itertools.repeat(values, len(values)))  # `while values: ...`, in C
+            if type(entry) is Many:
+                index += entry.length
+                yield from _popping(entry.values())
             else:
                 index += 1
                 yield open_entry(entry)

@@ -250,15 +250,25 @@ class MapRun:
         """Add several chunks at once, which may then travel in one frame."""
         self._append_records([self._chunk_record(chunk) for chunk in chunks])
 
-    def feed_cut(self, items: list[Any], chunksize: int) -> None:
+    def feed_cut(self, items: list[Any], chunksize: int, plain: bool = False) -> None:
         """Add the chunks of an input that lies in memory: small ones of scalars together, which saves a turn of the
-        scheduler for each; others one by one, so that workers begin before the last of them is serialised."""
+        scheduler for each; others one by one, so that workers begin before the last of them is serialised. `plain`: all
+        are known to be exact scalars, and single arguments."""
         if not items:
             return
         group = chunksize * max(1, _TOGETHER // chunksize) if _all_scalars(items[:1], self.single) else chunksize
         for begin in range(0, len(items), group):
             end = min(begin + group, len(items))
-            self.feed_chunks([items[start : min(start + chunksize, end)] for start in range(begin, end, chunksize)])
+            chunks = [items[start : min(start + chunksize, end)] for start in range(begin, end, chunksize)]
+            if plain:
+                self._append_records([self._plain_chunk_record(chunk) for chunk in chunks])
+            else:
+                self.feed_chunks(chunks)
+
+    def _plain_chunk_record(self, chunk: list[Any]) -> tuple[bytes, list[Any]]:
+        data = dumps(chunk, 5)
+        self.fed_bytes += len(data)
+        return CALL.pack(self.function.number, 1, len(data), 0, CHUNK_OF_SCALARS) + data, []
 
     def _chunk_record(self, chunk: list[Any]) -> Any:
         flags = CHUNK_OF_SCALARS if self.single else CHUNK

@@ -139,7 +139,7 @@ class PoolMaps(stdlib.Pool):
         elif chunksize == 1:
             run.feed(items if items is not iterable else list(items))
         else:
-            run.feed_cut(items, chunksize)
+            run.feed_cut(items, chunksize, plain=single and type(iterable) is range and type(run) is MapRun)
         return result
 
     def _chunksize(self, length: int, chunksize: int | None) -> int:

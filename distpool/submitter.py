@@ -136,7 +136,7 @@ class Submitter(concurrent.futures.Executor):
         elif all(type(iterable) in _AT_HAND for iterable in iterables):
             items = list(source)
             total = len(items)
-            run.feed_cut(items, chunksize)
+            run.feed_cut(items, chunksize, plain=single and type(iterables[0]) is range)
         else:
             total = 0
             while chunk := list(itertools.islice(source, chunksize)):
