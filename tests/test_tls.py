@@ -8,6 +8,7 @@ import os
 import queue
 import socket
 import ssl
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -342,7 +343,7 @@ def test_certificate_and_key_belong_together(identity: Identity) -> None:
 
 
 def test_the_key_leaves_no_file_behind(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, identity: Identity) -> None:
-    monkeypatch.setattr(tls.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.delattr(os, "memfd_create", raising=False)  # the way of systems without files in memory
     Identity.from_settings(identity.settings())
     gc.collect()
