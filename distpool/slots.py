@@ -153,7 +153,7 @@ class Slot:
     def send_alone(self, scheduler: Scheduler, call: Call) -> None:
         """Send a call without a policy to this idle worker: `send` without what only others need. Somebody waits."""
         function, link = call.function, self.member.link
-        special = self._remaining is not None or self.member.tracer is not None
+        special = self._remaining is not None or self.member.tracer is not None or type(call.buffers) is Parts
         if function.number not in self._functions or call.buffers or special or link is None:
             self.send(scheduler, [call])
             return
