@@ -43,7 +43,7 @@ def settle_alone(slot: Slot, frame: Frame) -> Any:
         return None  # somebody listens, so there is more to do
     del slot.inflight[sequence]
     slot.since = time.monotonic()
-    slot.load = 0
+    slot.load -= 1  # and not 0: a submitting thread may have sent another call meanwhile
     slot.done += 1
     slot.recent = True
     return call.function

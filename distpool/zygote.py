@@ -1,6 +1,6 @@
 """What the zygote process runs: it forks workers on request and reports their ends (layer 11).
 
-    launcher (master) --socketpair--> zygote: python -c, everything a worker needs imported once, gc frozen, one thread
+    launcher (master) --socketpair--> zygote: python -c, what workers need at once (the rest later), one thread
       {id, count, settings}    ---->    per worker: socket that listens, pipe for its output, lifeline pipe; os.fork()
       {id, ospid, address}     <----      with the output's read end (and a pidfd) as SCM_RIGHTS
       {id, error, missing}     <----      fork refused, descriptors exhausted: that request fails, the zygote lives

@@ -103,6 +103,27 @@ def test_a_call_that_was_settled_before(office: Office, ways: list[bool]) -> Non
     assert future.result() == "mine" and office.slots[2].load == 0
 
 
+def test_a_call_that_is_sent_while_another_is_settled(
+    office: Office, ways: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = office.worker(2)
+    first, later = office.submit(1), []
+    original = settling.set_values
+
+    def set_values(futures: Any, values: Any) -> Any:
+        if not later:  # as another thread would, in this very moment
+            later.append(office.submit(2))
+        return original(futures, values)
+
+    monkeypatch.setattr(settling, "set_values", set_values)
+    answer(office, worker, [5])
+    assert first.result(PATIENCE) == 5 and ways == [True]
+    slot = office.slots[2]
+    assert slot.load == len(slot.inflight) == 1
+    answer(office, worker, [6])
+    assert later[0].result(PATIENCE) == 6 and slot.load == 0
+
+
 def test_too_short_to_be_results(office: Office, ways: list[bool]) -> None:
     worker = office.worker(2)
     future = office.submit(1)

@@ -2,7 +2,7 @@
 
     Launcher (one per node) -- forked.ForkServer, one zygote per interpreter command -- fork, 1 ms per worker
                             -- executed.launch -- one interpreter start (60 ms of CPU) per worker
-                            -- a private directory (0700) for Unix sockets
+                            -- the name of a private directory (0700) for Unix sockets; who forks or execs makes it
 
 `launch` runs on a launch thread; exits are reported on the leader of the I/O loop. Who removes the directory: `close`;
 if the master is killed, the zygote; and where there is none (exec, or the zygote was killed), a shell that waits for
