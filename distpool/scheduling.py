@@ -5,8 +5,9 @@
     worker idle, queue empty -> RECALL from the busiest -> queue -> dispatch
     worker gone -> the call that was running fails, those that had not started run elsewhere -> replacement
 
-Window: a slot that is half empty is filled up to calls worth `config.WINDOW_SECONDS` of measured running time, at least
-2 and at most 1024; the last calls of a queue are shared out in smaller portions. A call with a time limit travels alone.
+Window: a slot that is half empty is filled up to calls worth `config.WINDOW_SECONDS` of measured running time, at
+least 2 and at most 1024; the last calls of a queue are shared out in smaller portions. A call with a time limit travels
+alone.
 
 Who runs what: `_dispatch` runs under `lock`, on the leader or in a submitting thread. A submitter never waits for the
 lock (`_pump`): it leaves a note and the holder looks again. So user code in a finalizer, run by the collector inside
