@@ -49,9 +49,7 @@ class Room:
         self._least = max(1, min(_LEAST, size // SMALLEST))
         self._ask = ask
         self._credits: dict[int, int] = {}  # pid -> room that is reserved for it
-        self._asked: dict[
-            int, bool
-        ] = {}  # pids whose credit was called back, and whether they are late with the answer
+        self._asked: dict[int, bool] = {}  # pids whose credit was called back -> whether their answer is late
         self._epochs: dict[int, int] = {}
         self._share = _SHARE
         self._quiet = 0  # credits since the last call-back
