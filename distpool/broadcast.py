@@ -45,7 +45,7 @@ class _Source:
     bindings: dict[str, Any]
 
     def start(self, pid: int, times: int) -> Future[Any]:
-        """Run it on another process; the future has a list of `None` or the error's bytes."""
+        """Run it on another process; the future has a list of `None` or the error's outcome."""
         me = _node().pid
         return request(
             mainmodule.run_times, pid, (self.text, self.filename, self.module, self.bindings, times, me), remote=True
@@ -317,7 +317,7 @@ def _errors_of(pid: int, future: Future[Any] | Exception) -> list[Exception | No
         found = future.result()
     except Exception as error:
         return [error]
-    return [None if data is None else RemoteException(pid, captured(data)) for data in found]
+    return [None if error is None else RemoteException(pid, captured(error.failure)) for error in found]
 
 
 # -- workers that join later -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from distpool.node import reach
 from distpool.node.node import Node
 from distpool.refs import channelserver, gc
 from distpool.refs.ahead import settle_puts
-from distpool.refs.lent import received
+from distpool.refs.lent import received, stored
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.refs.remote import RemoteFuture, _Waiting, stable
@@ -43,7 +43,7 @@ class _Reply(Future[Any]):
 
     def _open(self, raw: Outcome) -> tuple[Any, BaseException | None]:
         if raw.status in (ERROR, UNSENDABLE):
-            return None, RemoteException(raw.pid, captured(raw.data))
+            return None, RemoteException(raw.pid, captured(raw.failure))
         return super()._open(raw)
 
 
@@ -362,8 +362,9 @@ class Callee:
 
     def _failed(self, pid: int, message: Any, entry: Any, error: BaseException) -> None:
         if entry is not None:
-            outcome = Outcome(ERROR, encode_exception(error, pid), (), self._node.pid)
-            self._refs.owner.settle(entry, outcome)
+            seen: list[Any] = []
+            data = encode_exception(error, pid, seen=seen)
+            self._refs.owner.settle(entry, stored(data, seen, self._node.pid))
         elif message.mode == "fetch":
             self._serving.reply_error(pid, message.request, error)
         else:

@@ -137,7 +137,7 @@ class SpanCarrier:
     def _settled(self, index: int) -> None:
         """Move a failure to where it is looked for first. Leader, or the feeding thread."""
         raw = self.results.get(index)
-        if type(raw) is Outcome and raw.status in _FAILURES:
+        if isinstance(raw, Outcome) and raw.status in _FAILURES:
             found = self.results.pop(index, None)
             if found is raw:
                 self.failed.append((index, raw))

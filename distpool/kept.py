@@ -41,6 +41,7 @@ class KeptFuture(Future[Any]):
 
     _watched = True  # it has a `_settle` of its own
     _kept: RemoteFuture | None = None
+    _is_kept = False  # as a reference it is `_kept` itself; else it had been sent before its call ended
 
     def __init__(self, pid: int | None = None) -> None:
         super().__init__()
@@ -55,6 +56,7 @@ class KeptFuture(Future[Any]):
             self._kept = kept  # if somebody has cancelled meanwhile, it goes with this object
             if self._handle is None:
                 self._handle = kept._handle
+                self._is_kept = True
         return super()._settle(raw)
 
     def result(self, timeout: float | None = None) -> Any:
@@ -79,7 +81,14 @@ class KeptFuture(Future[Any]):
         if kept is None:
             return super()._open(raw)
         error = kept.exception()
-        return (None, error) if error is not None else (kept.result(), None)
+        value = kept.result() if error is None else None
+        self._follow(kept)
+        return value, error
+
+    def _follow(self, kept: RemoteFuture) -> None:
+        """The value may not be needed from its worker any more: do not hold it there."""
+        if self._is_kept:
+            self._handle = kept._handle
 
     # -- as a reference ----------------------------------------------------------------------------------------
 
@@ -96,6 +105,7 @@ class KeptFuture(Future[Any]):
         """Give the value back, unfetched; any later use raises RuntimeError."""
         if self._kept is not None:
             self._kept.finalize()
+            self._follow(self._kept)
 
     def outcome(self) -> Outcome:
         """For those who were sent this future before its call had ended: they get the value, by way of this process."""

@@ -17,8 +17,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from distpool.node import node as nodes
+from distpool.refs.lent import parcel
 from distpool.wire.byvalue import share_class
 from distpool.wire.failures import encode_exception
+from distpool.wire.messages import ERROR
 
 
 def namespace(module: str = "__main__") -> dict[str, Any]:
@@ -44,16 +46,18 @@ def run(source: str, filename: str, module: str, bindings: dict[str, Any]) -> An
     return eval(compile(ast.Expression(last.value), filename, "eval"), names)
 
 
-def run_times(
-    source: str, filename: str, module: str, bindings: dict[str, Any], times: int, asker: int
-) -> list[bytes | None]:
-    """Run it so many times, one after the other; for each run None, or its error as bytes."""
-    outcomes: list[bytes | None] = []
+def run_times(source: str, filename: str, module: str, bindings: dict[str, Any], times: int, asker: int) -> list[Any]:
+    """Run it so many times, one after the other; for each run None, or its error as a parcel for `asker`."""
+    node = nodes.current()
+    outcomes: list[Any] = []
     for _ in range(times):
         try:
             run(source, filename, module, bindings)
         except BaseException as error:
-            outcomes.append(encode_exception(error, asker))
+            seen: list[Any] = []
+            data = encode_exception(error, asker, seen=seen)
+            node.references().lend(seen, asker)
+            outcomes.append(parcel(ERROR, data, [], node.pid))
         else:
             outcomes.append(None)
     return outcomes

@@ -33,7 +33,7 @@ from distpool.refs.ahead import settle_puts
 from distpool.refs.lent import carries_references, received
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.wire import codec, messages
-from distpool.wire.failures import encode_exception
+from distpool.wire.failures import encode_exception, pass_on
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.functions import decode_function
 from distpool.work import Call, Policy
@@ -63,25 +63,44 @@ class _Forward(Future[Any]):
     def _settle(self, raw: Outcome) -> bool:
         super()._settle(raw)
         if raw.status == RAISED_HERE:
-            nodes.current().deliver(lambda: self._send(messages.ERROR, encode_exception(raw.data), ()))
+            nodes.current().deliver(lambda: self._send_error(raw.data))
         elif raw.status == LOCAL_VALUE:  # a scalar, which came with others
             self._send(messages.VALUE, *codec.encode(raw.data))
-        elif raw.status == messages.VALUE and carries_references(raw.data):
+        elif not carries_references(raw.data):
+            self._send(raw.status, raw.data, raw.buffers)
+        elif raw.status == messages.VALUE:
             nodes.current().deliver(self._send_again)
         else:
-            self._send(raw.status, raw.data, raw.buffers)
+            nodes.current().deliver(lambda: self._send_failure(raw))
         return False
 
+    # -- with references, on a library thread: received here, and lent again -----------------------------------
+
+    def _send_error(self, error: BaseException) -> None:
+        seen: list[Any] = []
+        data = encode_exception(error, self._slot.pid, seen=seen)
+        self._lend(seen)
+        self._send(messages.ERROR, data, ())
+
+    def _send_failure(self, raw: Outcome) -> None:
+        seen: list[Any] = []
+        data = pass_on(raw.failure, self._slot.pid, seen)
+        self._lend(seen)
+        self._send(raw.status, data, ())
+
     def _send_again(self) -> None:
-        """On a library thread: a value with references, as an object of this process."""
         seen: list[Any] = []
         try:
             data, buffers = codec.encode(self.result(0), self._slot.pid, seen)
         except BaseException as error:
-            self._send(messages.ERROR, encode_exception(error), ())
+            self._send_error(error)
             return
-        nodes.current().references().lend(seen, self._slot.pid)
+        self._lend(seen)
         self._send(messages.VALUE, data, [bytes(part) for part in buffers])
+
+    def _lend(self, seen: list[Any]) -> None:
+        if seen:
+            nodes.current().references().lend(seen, self._slot.pid)
 
     def _send(self, status: int, data: Any, buffers: Any) -> None:
         member = self._slot.member

@@ -23,9 +23,10 @@ from distpool import config
 from distpool.elements import LOOK_AHEAD
 from distpool.errors import ProcessExitedException
 from distpool.node import node as nodes
+from distpool.node.node import Node
 from distpool.pools import WorkerPool
 from distpool.refs import gc
-from distpool.refs.lent import received
+from distpool.refs.lent import parcel
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome, open_outcome
 from distpool.replies import note_traceback, request
 from distpool.wire import codec
@@ -256,7 +257,8 @@ class PoolCarrier:
         if batched:
             error = future.exception()
             if error is None:
-                outcomes = [received(*each) for each in future.result()]
+                # A parcel has become an outcome already.
+                outcomes = [each if isinstance(each, Outcome) else Outcome(*each) for each in future.result()]
             else:
                 outcomes = [Outcome(RAISED_HERE, error, (), 0)] * len(elements)
         else:
@@ -328,12 +330,11 @@ class _Lane:
             self.look()
 
 
-def run_batch(function: Callable[..., Any], single: bool, arguments: list[Any], asker: int) -> list[tuple[Any, ...]]:
+def run_batch(function: Callable[..., Any], single: bool, arguments: list[Any], asker: int) -> list[Any]:
     """On the worker: the outcome of each element, each serialised for itself, so that one cannot spoil the others."""
     node = nodes.current()
-    outcomes: list[tuple[Any, ...]] = []
+    outcomes: list[Any] = []
     for argument in arguments:
-        seen: list[Any] = []
         try:
             value = function(argument) if single else function(*argument)
         except BaseException as error:
@@ -341,19 +342,34 @@ def run_batch(function: Callable[..., Any], single: bool, arguments: list[Any], 
                 note_traceback(error)
                 outcomes.append((RAISED_HERE, error, (), node.pid))
             else:
-                outcomes.append((ERROR, encode_exception(error, asker, seen=seen), (), node.pid))
+                outcomes.append(_failed(node, error, asker, ERROR))
         else:
-            if asker == node.pid:
-                outcomes.append((LOCAL_VALUE, value, (), node.pid))
-                continue
-            try:
-                data, buffers = codec.encode(value, asker, seen)
-                outcomes.append((VALUE, data, [bytes(part) for part in buffers], node.pid))
-            except BaseException as error:
-                seen.clear()
-                outcomes.append((UNSENDABLE, encode_exception(error, asker), (), node.pid))
-        gc.of(node).lend(seen, asker)
+            outcomes.append((LOCAL_VALUE, value, (), node.pid) if asker == node.pid else _ended(node, value, asker))
+            del value
     return outcomes
+
+
+def _ended(node: Node, value: Any, asker: int) -> Any:
+    seen: list[Any] = []
+    try:
+        data, buffers = codec.encode(value, asker, seen)
+        return _lent(node, seen, asker, (VALUE, data, [bytes(part) for part in buffers], node.pid))
+    except BaseException as error:
+        return _failed(node, error, asker, UNSENDABLE)
+
+
+def _failed(node: Node, error: BaseException, asker: int, status: int) -> Any:
+    seen: list[Any] = []
+    data = encode_exception(error, asker, seen=seen)
+    return _lent(node, seen, asker, (status, data, [], node.pid))
+
+
+def _lent(node: Node, seen: list[Any], asker: int, outcome: tuple[Any, ...]) -> Any:
+    """The outcome as part of the answer, its references lent to the asker."""
+    if not seen:
+        return outcome
+    gc.of(node).lend(seen, asker)
+    return parcel(*outcome)
 
 
 __all__ = ["PoolCarrier"]

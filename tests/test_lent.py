@@ -19,7 +19,7 @@ from distpool.refs.lent import Lent, carries_references, received, references_in
 from distpool.refs.refs import Outcome
 from distpool.replies import request
 from distpool.wire import codec
-from distpool.wire.messages import ERROR, VALUE
+from distpool.wire.messages import VALUE
 
 WAIT = 30.0
 RAN: list[str] = []
@@ -99,7 +99,7 @@ def test_reading_runs_nothing_and_finds_the_references(team: list[int]) -> None:
         refs.lend(seen, 1)  # as if somebody had sent it to us
         del seen
         RAN.clear()  # of making it
-        read = references_in(data, buffers)
+        read = references_in(VALUE, data, buffers)
         assert not RAN, number
         del read, inner
         wait_until(lambda: not holds(owner))
@@ -109,7 +109,7 @@ def test_numpy_arrays_and_buffers() -> None:
     numpy = pytest.importorskip("numpy")
     data, buffers = codec.encode({"a": numpy.arange(100_000.0), "b": [numpy.arange(3), "distpool.refs."]})
     assert buffers
-    references_in(data, buffers)
+    references_in(VALUE, data, buffers)
 
 
 def test_what_is_lent() -> None:
@@ -117,7 +117,7 @@ def test_what_is_lent() -> None:
     assert type(received(VALUE, plain, (), 2)) is Outcome
     loaded = codec.encode("distpool.refs.")[0]
     assert carries_references(loaded) and not carries_references(plain)
-    assert type(received(ERROR, loaded, (), 2)) is Outcome
+    assert type(received(-1, OSError(loaded), (), 2)) is Outcome
     outcome = received(VALUE, loaded, (), 2)
     assert type(outcome) is Lent and not outcome.opened
     assert outcome.status == VALUE and outcome.data == loaded and outcome.pid == 2
@@ -217,3 +217,40 @@ def test_handles_of_executors(team: list[int]) -> None:
     with distpool.ClusterExecutor(2) as executor:
         assert executor.submit(drop, executor).result(WAIT) == 5
         wait_until(lambda: not distpool.debug.refs(owner))
+
+
+def wait_and_say(seconds: float, value: Any) -> Any:
+    time.sleep(seconds)
+    return value
+
+
+def fetched(reference: Any) -> Any:
+    return reference.fetch(timeout=WAIT)
+
+
+@pytest.mark.parametrize("way", ["fetched", "finalized", "kept"])
+def test_a_reference_that_is_not_needed_here_any_more_when_it_is_sent(team: list[int], way: str) -> None:
+    """It was written into the message when its value was elsewhere, and the message waits behind a call that runs.
+
+    The value stays at its owner until the receiver is counted, whatever has become of the object here.
+    """
+    owner = team[0]
+    with distpool.ClusterExecutor(1) as executor:
+        executor.submit(abs, 1).result(WAIT)
+        with distpool.ClusterExecutor(1) as keeper:
+            reference: Any
+            if way == "kept":
+                reference = keeper.options(keep=True).submit(wait_and_say, 0.0, "value")
+                wait_until(reference.done)
+            else:
+                reference = remotecall(wait_and_say, owner, 0.2, "value")
+            executor.submit(wait_and_say, 1.0, None)  # what sleeps gives nothing away
+            waiting = executor.submit(fetched, reference)
+            if way == "finalized":
+                distpool.finalize(reference)
+            else:
+                assert reference.fetch(timeout=WAIT) == "value"
+            del reference
+            assert waiting.result(WAIT) == "value"
+            del waiting
+            wait_until(lambda: not any(distpool.debug.refs(pid) for pid in (1, owner, *keeper.workers)))

@@ -40,7 +40,7 @@ class ResultWriter:
         self.link = link
         self.journal = journal
         self.segments = segments
-        self.lend: Callable[[list[Any]], object] = lambda seen: None  # references in a result are lent to the master
+        self.lend: Callable[[list[Any]], object] = lambda seen: None  # references in an outcome are lent to the master
         self.memory_limit = 0  # bytes, 0: none; only for the text of a MemoryError
         self.pid = 0
         self.busy = 0.0  # seconds of running time since the last flush, and how many calls
@@ -68,7 +68,7 @@ class ResultWriter:
             if seen:
                 self.lend(seen)
         except BaseException as error:
-            self._record(sequence, UNSENDABLE, encode_exception(error), None)
+            self._record(sequence, UNSENDABLE, self._encoded(error), None)
             return
         self._record(sequence, VALUE, data, buffers)
 
@@ -103,7 +103,19 @@ class ResultWriter:
                 f"a task needed more memory than memory_limit={self.memory_limit} bytes allow worker {self.pid}"
                 f" ({type(error).__name__}: {error})",
             )
-        self._record(sequence, status, encode_exception(error), None)
+        self._record(sequence, status, self._encoded(error), None)
+
+    def _encoded(self, error: BaseException) -> bytes:
+        seen: list[Any] = []
+        data = encode_exception(error, self.link.peer, seen=seen)
+        if seen:
+            import traceback  # here: dear, and programs without errors never need it
+
+            self.lend(seen)
+            # As for remote calls: the frames, in a circle with the error, would hold the references until the cycle
+            # collector runs here.
+            traceback.clear_frames(error.__traceback__)
+        return data
 
     def _record(self, sequence: int, status: int, data: bytes, buffers: list[Any] | None) -> None:
         if buffers or len(data) > _JOURNALED:

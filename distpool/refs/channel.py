@@ -479,7 +479,7 @@ class ChannelReply(Future[Any]):
         if raw.status == LOCAL_VALUE:
             return raw.data, None
         if raw.status == PLAIN_ERROR:
-            return None, codec.decode(raw.data)
+            return None, codec.decode(raw.failure)
         if raw.status in (ERROR, UNSENDABLE):
-            return None, RemoteException(raw.pid, captured(raw.data))
+            return None, RemoteException(raw.pid, captured(raw.failure))
         return super()._open(raw)

@@ -24,7 +24,7 @@ from distpool.node.node import Node
 from distpool.refs import gc
 from distpool.refs.ahead import Ahead, group_of, settle_puts
 from distpool.refs.channel import Channel, ChannelReply
-from distpool.refs.gc import Handle
+from distpool.refs.gc import Handle, Loan
 from distpool.refs.lent import carries_references, received
 from distpool.refs.owner import RRID
 from distpool.refs.refs import RAISED_HERE, Future
@@ -175,7 +175,7 @@ class RemoteChannel:
         self._finalized = True
         if self._handle is not None:
             self._refs.live.pop(self._handle.rrid, None)
-            self._handle.release()
+            self._handle = self._handle.empty()
 
     def __iter__(self) -> Iterator[Any]:
         while True:
@@ -360,7 +360,7 @@ def _reduce(channel: RemoteChannel, peer: Any) -> tuple[Any, ...]:
     if handle is None:
         return dead_channel, ()
     channel._live()  # RuntimeError if it was finalized
-    return arrive_channel, (*handle.rrid, handle.where)
+    return codec.Reduced.of((arrive_channel, (*handle.rrid, handle.where)), Loan(channel, handle))
 
 
 codec.register_reducer(RemoteChannel, _reduce)

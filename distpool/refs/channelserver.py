@@ -201,7 +201,19 @@ class _Requests:
             item.then()
 
     def _plain_error(self, pid: int, request: int, error: BaseException) -> None:
-        self._node.deliver(lambda: self._answers.reply(pid, request, PLAIN_ERROR, codec.encode(error)[0]))
+        self._node.deliver(lambda: self._reply_plain(pid, request, error))
+
+    def _reply_plain(self, pid: int, request: int, error: BaseException) -> None:
+        """On a library thread. The error may be the user's own (`Channel.close`), so that it cannot be sent at all:
+        whoever waits for the answer has to hear of that as well."""
+        seen: list[Any] = []
+        try:
+            data = codec.dump(error, pid, seen, None)
+        except BaseException:
+            self._answers.reply_error(pid, request, error)
+            return
+        self._refs.lend(seen, pid)
+        self._answers.reply(pid, request, PLAIN_ERROR, data)
 
     def _run(self, message: Any, pid: int, body: bytes, buffers: list[Any], channel: Any) -> None:
         """On a library thread: whatever may run user code or block."""

@@ -25,7 +25,6 @@ from distpool.refs.owner import RRID, Entry, Owner
 from distpool.refs.refs import Outcome
 from distpool.wire import structs
 from distpool.wire.frames import Frame, Kind
-from distpool.wire.messages import VALUE
 
 if TYPE_CHECKING:
     from distpool.node.node import Node
@@ -36,7 +35,12 @@ log = logging.getLogger("distpool.references")
 
 
 class Handle:
-    """What a reference object holds of its value: `held` references in the owner's count."""
+    """What a reference object holds of its value: `held` references in the owner's count, given back when it goes.
+
+    Whoever has written the reference into a message that was not sent yet holds it as well (`Loan`): the value must not
+    go before its receiver is counted, although the object may have fetched the value meanwhile and need it no more. So
+    nobody empties a handle; an object that needs its value no more takes one that holds nothing in its place.
+    """
 
     __slots__ = ("__weakref__", "_refs", "held", "rrid", "where")
 
@@ -46,13 +50,27 @@ class Handle:
         self.where = where
         self.held = held
 
-    def release(self) -> None:
-        """Give the references back: the value is not needed from the owner any more."""
-        held, self.held = self.held, 0
-        if held:
-            self._refs.drop(self.rrid, self.where, held)
+    def empty(self) -> Handle:
+        """The same identity, holding nothing."""
+        return Handle(self._refs, self.rrid, self.where, 0)
 
-    __del__ = release
+    def __del__(self) -> None:
+        if self.held:
+            self._refs.drop(self.rrid, self.where, self.held)
+
+
+class Loan:
+    """A reference in a message that was not sent yet: what `codec.encode(seen=...)` notes, for `Refs.lend`.
+
+    The message may wait in a queue for long. Tried: the object itself. When it had fetched its value until the message
+    was sent, it looked as if the value had gone along, and its owner had let go of it: the receiver waited for ever.
+    """
+
+    __slots__ = ("handle", "reference")
+
+    def __init__(self, reference: Any, handle: Handle) -> None:
+        self.reference = reference
+        self.handle = handle
 
 
 class Refs:
@@ -71,7 +89,7 @@ class Refs:
         self.new_future: Callable[[int], Any]
         self.dead_future: Callable[[], Any]
         self._dropped: collections.deque[tuple[RRID, int, int]] = collections.deque()
-        self._unread: collections.deque[tuple[Any, Any]] = collections.deque()  # values with references, as they came
+        self._unread: collections.deque[tuple[int, Any, Any]] = collections.deque()  # outcomes as they came
         self._flushing = False  # a flush is on its way; only saves wake-ups
         node.handlers[Kind.CLIENTS] = self._on_clients
         node.peers.on_lost.append(self._on_lost)
@@ -100,7 +118,7 @@ class Refs:
 
     def _own(self, entry: Entry, future: Any, outcome: Outcome) -> None:
         """The outcome of an adopted future is there. Any thread."""
-        if outcome.status != VALUE or not carries_references(outcome.data):
+        if outcome.status < 0 or not carries_references(outcome.data):
             self.owner.settle(entry, outcome)
             return
 
@@ -120,9 +138,9 @@ class Refs:
             self._flushing = True
             self.node.loop.call_soon(self._flush)
 
-    def unread(self, data: Any, buffers: Any) -> None:
-        """This value was sent to us, and nobody has opened it: its references are given back (as `drop`)."""
-        self._unread.append((data, buffers))
+    def unread(self, status: int, data: Any, buffers: Any) -> None:
+        """This value or error was sent to us, and nobody has opened it: its references are given back (as `drop`)."""
+        self._unread.append((status, data, buffers))
         if not self._flushing:
             self._flushing = True
             self.node.loop.call_soon(self._flush)
@@ -155,15 +173,18 @@ class Refs:
     # -- sending on --------------------------------------------------------------------------------------------
 
     def lend(self, references: Iterable[Any], peer: int, change: int = 1) -> None:
-        """These references go to `peer` in the message that the caller is about to send (`change=-1`: did not)."""
+        """These (what `codec.encode` has noted) go to `peer` in the message that the caller is about to send.
+
+        `change=-1`: they did not.
+        """
         changes: dict[int, list[list[int]]] = {}
         me = self.node.pid
         for reference in references:
-            handle = getattr(reference, "_handle", None)
-            if not isinstance(handle, Handle) or getattr(reference, "travels_with_value", False):
+            if type(reference) is not Loan:  # a future that took its value along, an executor
                 continue
-            if not handle.held and change > 0 and hasattr(reference, "hold"):
-                reference.hold()
+            handle = reference.handle
+            if not handle.held and change > 0 and hasattr(reference.reference, "hold"):
+                reference.reference.hold(handle)
             rrid, where = handle.rrid, handle.where
             if where == me:
                 self.owner.change(rrid, peer, change)

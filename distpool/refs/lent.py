@@ -1,8 +1,10 @@
-"""Values that brought references along and are never opened (layer 4).
+"""Values and errors that brought references along (layer 4).
 
-    message with a value -> received() -> Outcome, or Lent if it may carry references
+    message with an outcome -> received() -> Outcome, or Lent if it may carry references
     opened (`Future.result`, ...)   the references are objects here now, and go back when those go
     dropped unread                  Lent.__del__ -> deque -> library thread: `references_in` -> made, and dropped
+    outcomes inside of a value      `parcel` -> in the message -> `received` there, each for itself
+    errors that their owner keeps   Stored: serialised once, its references are lent to each who asks
 
 Whoever sends references has told their owners that we hold them. Opening a value only for that would run the user's
 code for something that nobody wanted; so it is read by an unpickler that knows our references and nothing else.
@@ -17,10 +19,18 @@ from typing import Any
 
 from distpool.node import node as nodes
 from distpool.refs.refs import Outcome
-from distpool.wire.messages import VALUE
+from distpool.wire.failures import failure_info
+from distpool.wire.messages import ERROR, UNLOADABLE, UNSENDABLE
 
 _MAKERS = b"distpool.refs."
-_REAL = frozenset({("distpool.refs.remote", "arrive_future"), ("distpool.refs.channels", "arrive_channel")})
+_REAL = frozenset(
+    {
+        ("distpool.refs.remote", "arrive_future"),
+        ("distpool.refs.channels", "arrive_channel"),
+        ("distpool.refs.lent", "received"),  # what a parcel becomes: dropped in turn
+    }
+)
+_ERRORS = (ERROR, UNSENDABLE, UNLOADABLE)
 
 
 def carries_references(data: Any) -> bool:
@@ -33,7 +43,8 @@ def carries_references(data: Any) -> bool:
 
 
 class Lent(Outcome):
-    """The outcome of a call, with references that were lent to this process. Whoever wants its buffers opens it."""
+    """The outcome of a call, with references that were lent to this process. Whoever wants its buffers, or the error
+    itself, opens it."""
 
     opened: bool
     refs: Any
@@ -44,14 +55,65 @@ class Lent(Outcome):
         self.opened = True
         return self[2]
 
+    @property
+    def failure(self) -> Any:
+        """The error, for whoever rebuilds it now."""
+        self.opened = True
+        return self[1]
+
     def __del__(self) -> None:
         if not self.opened:
-            self.refs.unread(self[1], self[2])  # only atomic operations: this runs in any thread, at any moment
+            self.refs.unread(*self[:3])  # only atomic operations: this runs in any thread, at any moment
+
+
+class Stored(Outcome):
+    """An error that this process keeps for whoever asks, serialised once: it keeps neither the error's traceback nor
+    the frames behind it. `references` (what `codec` has noted) live here as objects as long as it does."""
+
+    references: list[Any]
+    refs: Any
+
+    def lend(self, pid: int) -> None:
+        """Before it is sent to `pid`."""
+        if self.references:
+            self.refs.lend(self.references, pid)
+
+    @property
+    def failure(self) -> Any:
+        """The error, for whoever rebuilds it in this process: that makes references as if it had come from afar."""
+        self.lend(self.refs.node.pid)
+        return self[1]
+
+
+def stored(data: bytes, references: list[Any], pid: int) -> Stored:
+    """The outcome of a call on process `pid`, this one, that has failed."""
+    outcome = Stored(ERROR, data, (), pid)
+    outcome.references = references
+    outcome.refs = nodes.current().references()
+    return outcome
+
+
+class _Parcel:
+    """An outcome as part of a value."""
+
+    def __init__(self, outcome: tuple[Any, ...]) -> None:
+        self._outcome = outcome
+
+    def __reduce__(self) -> Any:
+        return received, self._outcome
+
+
+def parcel(status: int, data: bytes, buffers: list[bytes], pid: int) -> Any:
+    """What becomes the outcome in whatever process this is sent to, to which its references have been lent.
+
+    Whoever drops the value that it is part of unread gives them back; those in bare bytes nobody would find.
+    """
+    return _Parcel((status, data, buffers, pid))
 
 
 def received(status: int, data: Any, buffers: Any, pid: int) -> Outcome:
-    """The outcome that a message from elsewhere has brought (leader)."""
-    if status != VALUE or not carries_references(data):  # errors carry references too rarely to be lent them
+    """The outcome that a message from elsewhere has brought (leader; parts of values: who opens those)."""
+    if status < 0 or not carries_references(data):  # negative: an object of this process
         return Outcome(status, data, buffers, pid)
     outcome = Lent(status, data, buffers, pid)
     outcome.opened = False
@@ -86,9 +148,11 @@ class _Finder(pickle.Unpickler):
         return _Nothing
 
 
-def references_in(data: Any, buffers: Sequence[Any]) -> Any:
-    """The value with nothing but its references: an object that keeps them. Not on the leader."""
+def references_in(status: int, data: Any, buffers: Sequence[Any]) -> Any:
+    """The value or error with nothing but its references: an object that keeps them. Not on the leader."""
+    if status in _ERRORS:
+        data = failure_info(data).payload or pickle.dumps(None)
     return _Finder(io.BytesIO(data), buffers=buffers).load()
 
 
-__all__ = ["Lent", "carries_references", "received", "references_in"]
+__all__ = ["Lent", "Stored", "carries_references", "parcel", "received", "references_in", "stored"]

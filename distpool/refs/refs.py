@@ -70,6 +70,11 @@ class Outcome(NamedTuple):
     buffers: Any  # out-of-band buffers of the value
     pid: int  # where it ended
 
+    @property
+    def failure(self) -> Any:
+        """`data`, for whoever rebuilds the error now."""
+        return self[1]
+
 
 #: `Outcome.data` is an exception object of this process, or a value of it.
 RAISED_HERE, LOCAL_VALUE = -1, -2
@@ -497,4 +502,4 @@ def open_outcome(raw: Outcome, cause: Callable[[str], BaseException] | None = No
     if raw.status == LOCAL_VALUE:
         return raw.data, None
     assert raw.status in (ERROR, UNSENDABLE, UNLOADABLE)
-    return None, decode_exception(raw.data, raw.pid, cause)
+    return None, decode_exception(raw.failure, raw.pid, cause)

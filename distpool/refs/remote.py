@@ -17,7 +17,7 @@ from distpool.errors import RemoteException
 from distpool.node import node as nodes
 from distpool.refs import gc
 from distpool.refs.ahead import settle_puts
-from distpool.refs.gc import Handle, Refs
+from distpool.refs.gc import Handle, Loan, Refs
 from distpool.refs.lent import received
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
@@ -167,10 +167,10 @@ class RemoteFuture(Future[Any]):
             refs.lend(seen, handle.where)
             answer = self._ask("put", data, [bytes(part) for part in buffers])
             if answer.status != VALUE:
-                raise RemoteException(handle.where, captured(answer.data))
+                raise RemoteException(handle.where, captured(answer.failure))
         if self._settle(outcome):
             refs.node.deliver(self._run_callbacks)
-        handle.release()
+        self._let_go()
         return self
 
     def finalize(self) -> None:
@@ -178,7 +178,7 @@ class RemoteFuture(Future[Any]):
         self._finalized = True
         if self._handle is not None:
             self._refs.live.pop(self._handle.rrid, None)
-            self._handle.release()
+            self._let_go()
 
     _finalized = False
 
@@ -210,27 +210,28 @@ class RemoteFuture(Future[Any]):
 
     def _entry(self) -> Any:
         """The entry of a value that this process owns; from its first use on it counts this reference."""
-        handle, refs = self._live_handle(), self._refs
-        with refs._lock:
-            first, handle.held = not handle.held, handle.held or 1
-        return refs.owner.touch(handle.rrid, refs.node.pid if first else 0)
+        handle = self._live_handle()
+        self.hold(handle)
+        return self._refs.owner.touch(handle.rrid)
 
-    def _register(self) -> None:
-        """A reference made by hand is known to its owner from its first use on."""
-        handle, refs = self._live_handle(), self._refs
+    def hold(self, handle: Handle) -> None:
+        """Be counted at the owner: a reference made by hand is known to it from its first use on. Sending it is a use:
+        whoever gets it may set the value and drop it, and the value must not go with that."""
+        refs = self._refs
         with refs._lock:
             first, handle.held = not handle.held, handle.held or 1
-        if first:
+        if not first:
+            return
+        if handle.where == refs.node.pid:
+            refs.owner.touch(handle.rrid, handle.where)
+        else:
             change = [handle.rrid.whence, handle.rrid.id, refs.node.pid, 1]
             refs.node.peers.send(handle.where, Kind.CLIENTS, structs.Clients([change]).pack())
 
-    def hold(self) -> None:
-        """Be counted at the owner. Sending a reference is a use of it: whoever gets it may set the value and drop it,
-        and the value must not go with that."""
-        if self._live_handle().where == self._refs.node.pid:
-            self._entry()
-        else:
-            self._register()
+    def _let_go(self) -> None:
+        """The value is not needed from its owner any more."""
+        if self._handle is not None:
+            self._handle = self._handle.empty()
 
     def _watch(self) -> None:
         """Let the owner tell us when the value is there (once)."""
@@ -241,7 +242,7 @@ class RemoteFuture(Future[Any]):
         if handle.where == refs.node.pid:
             refs.owner.watch(self._entry(), self._arrived)
             return
-        self._register()
+        self.hold(handle)
         self._send("watch", lambda status, data, buffers: None, b"", [])
 
     def _arrived(self, outcome: Outcome) -> None:
@@ -297,7 +298,7 @@ class RemoteFuture(Future[Any]):
         with self.__dict__.setdefault("_starting", threading.Lock()):
             transfer = self._transfer
             if transfer is None:
-                self._register()
+                self.hold(handle)
                 transfer = Future()
                 transfer._call = self._call or _Waiting(self._refs)
                 self._transfer = transfer
@@ -334,9 +335,9 @@ class RemoteFuture(Future[Any]):
         reply: Future[Any] = Future()
         reply._call = _Waiting(self._refs)
         where = self.where
-        self._register()
+        self.hold(self._live_handle())
         self._send(
-            op, lambda status, data, parts: reply._settle(Outcome(status, data, parts, where)), body, buffers or []
+            op, lambda status, data, parts: reply._settle(received(status, data, parts, where)), body, buffers or []
         )
         if not reply.done():
             reply._await(None)
@@ -348,14 +349,14 @@ class RemoteFuture(Future[Any]):
 
     def _decode(self) -> None:
         super()._decode()
-        if self._handle is not None and self.travels_with_value:
-            self._handle.release()  # the value is cached here; an error stays at its owner, for whoever this is sent to
+        if self.travels_with_value:
+            self._let_go()  # the value is cached here; an error stays at its owner, for whoever this is sent to
 
     def _open(self, raw: Outcome) -> tuple[Any, BaseException | None]:
         if raw.status == LOCAL_VALUE:
             return raw.data, None
         if raw.status in (ERROR, UNSENDABLE):
-            return None, RemoteException(raw.pid, captured(raw.data))
+            return None, RemoteException(raw.pid, captured(raw.failure))
         if raw.status == RAISED_HERE and type(raw.data) is RemoteException:
             # The owner's table keeps the error; raised as that object it would get a traceback, whose frames keep this
             # future, which keeps the table's entry: for ever.
@@ -410,8 +411,7 @@ def arrive_value(whence: int, ident: int, where: int, value: Any) -> RemoteFutur
         if future is None or future._handle is None:
             future = RemoteFuture.make(refs, rrid, where, 0)
     future._arrived(Outcome(LOCAL_VALUE, value, (), where))
-    assert future._handle is not None
-    future._handle.release()
+    future._let_go()
     return future
 
 
@@ -426,7 +426,7 @@ def reduce_future(future: Any, peer: Any) -> tuple[Any, ...]:
         handle = gc.of(nodes.current()).adopt(future)
     if future.travels_with_value:
         return arrive_value, (*handle.rrid, handle.where, future.result())
-    return arrive_future, (*handle.rrid, handle.where)
+    return codec.Reduced.of((arrive_future, (*handle.rrid, handle.where)), Loan(future, handle))
 
 
 codec.register_reducer(RemoteFuture, reduce_future)

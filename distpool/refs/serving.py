@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from distpool.refs import gc
 from distpool.refs.ahead import settle_puts
 from distpool.refs.gc import Refs
-from distpool.refs.lent import carries_references, received
+from distpool.refs.lent import Stored, carries_references, received
 from distpool.refs.owner import RRID, Entry
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.refs.remote import SET_TWICE, dead_future, new_future, stable
@@ -98,6 +98,8 @@ class Serving:
         elif outcome.status == RAISED_HERE:
             self._refs.node.deliver(lambda: self.reply_error(pid, request, outcome.data))
         else:
+            if isinstance(outcome, Stored):
+                outcome.lend(pid)
             self.reply(pid, request, outcome.status, outcome.data, outcome.buffers)
 
     def reply(self, pid: int, request: int, status: int, data: bytes, buffers: Any = ()) -> None:

@@ -63,7 +63,7 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
         if reduce_fn is not None:
             reduced = reduce_fn(obj, self._peer)
             if self._seen is not None:
-                self._seen.append(obj)
+                self._seen.append(getattr(reduced, "token", obj))  # see `codec.Reduced`
             return reduced
         if kind is types.FunctionType:
             if obj.__module__ == "__mp_main__":

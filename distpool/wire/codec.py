@@ -45,6 +45,20 @@ _MAIN = b"_main__"
 #: would only be raised again, after its side effects ran twice; so would MemoryError and RecursionError.
 _TRY_BY_VALUE = (pickle.PicklingError, TypeError, AttributeError, NotImplementedError)
 
+
+class Reduced(tuple[Any, ...]):
+    """What a reducer gives, with what `seen` gets in place of the object."""
+
+    token: Any
+
+    @classmethod
+    def of(cls, reduced: tuple[Any, ...], token: Any) -> Reduced:
+        """`reduced`, and what it was made of."""
+        made = cls(reduced)
+        made.token = token
+        return made
+
+
 #: type -> reducer. Filled when modules above this one are imported; only read afterwards.
 _reducers: dict[type, Reducer] = {}
 
@@ -57,6 +71,7 @@ def register_reducer(type_: type, reduce_fn: Reducer) -> None:
 
     Elsewhere (`pickle.dumps` by the user) their own `__reduce__` counts. `reduce_fn` may be called twice for one
     message, and for a message that fails later on, so it must have no effect: act on `encode(seen=...)` afterwards.
+    What the object is like then may differ from what was written: `Reduced` tells `seen` what that was.
 
     Example: `register_reducer(Future, lambda ref, peer: (rebuild, (ref.rrid, peer)))`
     """
@@ -71,7 +86,8 @@ def unregister_reducer(type_: type) -> None:
 def encode(obj: Any, peer: Any = None, seen: list[Any] | None = None, what: str = "") -> tuple[bytes, list[memoryview]]:
     """The pickle of `obj` for a message to `peer`, and its large buffers as flat views of the object's own memory.
 
-    `seen` gets every object that a registered reducer took (a message that carries references must say so). `what`
+    `seen` gets every object that a registered reducer took, or its token (a message that carries references must say
+    so). `what`
     names the object in the error's text, e.g. "the result of f on worker 3". Raises SerializationError, whose
     `__cause__` is the original error; nothing else except KeyboardInterrupt.
 
@@ -183,7 +199,7 @@ def reduce_for_peer(reduce_fn: Reducer, peer: Any, seen: list[Any] | None, obj: 
     """Reduce a library object and note it down."""
     reduced = reduce_fn(obj, peer)
     if seen is not None:
-        seen.append(obj)
+        seen.append(getattr(reduced, "token", obj))
     return reduced
 
 

@@ -3,6 +3,7 @@
     task raised -> encode_exception -> bytes of (class name, message, traceback text, pickle or None, why not)
     caller      -> decode_exception -> the original exception, remote traceback as `__cause__`
                    captured         -> the same for `RemoteException` (Julia's calls)
+    in between  -> pass_on          -> the same for the next one, where it has to be looked into
 
 Runs where the task ran, and in the thread that wants the result. Neither direction raises, whatever the user's
 exception class does: an error about an error would hide the first one.
@@ -17,7 +18,7 @@ from typing import Any
 from distpool.errors import CapturedException, DistpoolError, RemoteException
 from distpool.wire import codec
 
-__all__ = ["FailureInfo", "captured", "decode_exception", "encode_exception", "failure_info"]
+__all__ = ["FailureInfo", "captured", "decode_exception", "encode_exception", "failure_info", "pass_on"]
 
 
 class FailureInfo:
@@ -53,6 +54,20 @@ def encode_exception(
         if seen is not None:
             del seen[start:]
     return pickle.dumps((_type_name(type(exc)), _text(exc), text, payload, reason), codec.PROTOCOL)
+
+
+def pass_on(data: Any, peer: Any, seen: list[Any]) -> bytes:
+    """The encoded exception for another process: rebuilt here, so that what is in it goes from us to `peer`."""
+    info = failure_info(data)
+    exc, reason = _rebuild(info)
+    payload: bytes | None = None
+    if exc is not None:
+        try:
+            payload = codec.dump(exc, peer, seen, None)
+        except BaseException as error:  # as in `encode_exception`
+            reason = f"it cannot be serialised: {type(error).__name__}: {_text(error)}"
+            seen.clear()
+    return pickle.dumps((info.type_name, info.message, info.traceback, payload, reason), codec.PROTOCOL)
 
 
 def failure_info(data: Any) -> FailureInfo:
