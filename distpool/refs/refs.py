@@ -47,7 +47,6 @@ CANCELLED_AND_NOTIFIED: str = _base.CANCELLED_AND_NOTIFIED
 FINISHED: str = _base.FINISHED
 _DONE = (FINISHED, CANCELLED_AND_NOTIFIED, CANCELLED)
 
-
 #: Makes "no condition, so set the state" one step against "make the condition". Reentrant: the collector (since 3.12),
 #: and so a user's `__del__`, and a signal handler may run between two bytecodes under it.
 _settling = threading.RLock()
@@ -343,9 +342,7 @@ class Future(concurrent.futures.Future[T]):
         """How it ended, for the owner's table."""
         if self._raw is not None:
             return self._raw
-        error = self._exception
-        if error is None and self.cancelled():
-            error = concurrent.futures.CancelledError()
+        error = concurrent.futures.CancelledError() if self.cancelled() else self._exception
         if error is not None:
             return Outcome(RAISED_HERE, error, (), nodes.current().pid)
         return Outcome(LOCAL_VALUE, self._result, (), nodes.current().pid)
@@ -453,11 +450,9 @@ class Future(concurrent.futures.Future[T]):
 
 
 def _release(sleeper: threading.Lock) -> None:
-    """Wake who sleeps on it; an interrupt may have done so already."""
-    try:
+    """Wake who sleeps on it."""
+    with contextlib.suppress(RuntimeError):  # an interrupt may have done so already
         sleeper.release()
-    except RuntimeError:
-        pass
 
 
 def set_values(futures: list[Future[Any]], values: list[Any]) -> list[int]:

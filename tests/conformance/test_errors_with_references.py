@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -113,10 +114,10 @@ def test_executors(trio: list[int]) -> None:
         use(raised(lambda: executor.pmap(refuse, [owner] * 3)))
         assert executor.submit(nested, executor, owner).result(WAIT) == "used"
         kept = executor.options(keep=True).submit(refuse, owner)
-        use(raised(lambda: kept.result(WAIT)))
+        use(raised(partial(kept.result, WAIT)))
         del kept
         again = executor.options(retries=1).submit(refuse, owner)
-        use(raised(lambda: again.result(WAIT)))
+        use(raised(partial(again.result, WAIT)))
         del again
         nothing_left([*trio, *executor.workers])
 
@@ -126,7 +127,7 @@ def test_a_future_of_an_executor_that_is_sent_on(trio: list[int]) -> None:
     with ClusterExecutor(1) as executor:
         future = executor.submit(refuse, owner)
         assert remotecall_fetch(look, other, future) == "used"
-        use(raised(lambda: future.result(WAIT)))
+        use(raised(partial(future.result, WAIT)))
         del future
         nothing_left([*trio, *executor.workers])
 
