@@ -15,14 +15,26 @@ from distpool.mapruns import Many, MapRun
 from distpool.refs.refs import Future
 
 
+class _Reader:
+    """Whoever reads the results of a map. Nothing of a generator runs when it is dropped before its first value: this
+    is one of its arguments, and goes with it."""
+
+    def __init__(self, run: MapRun) -> None:
+        self.run = run
+
+    def __del__(self) -> None:
+        self.run.disown()
+
+
 def fed_results(run: MapRun, deadline: float | None, chunked: bool) -> Iterator[Any]:
     """The results of a map whose input has been fed, in order, keeping no reference to what was yielded."""
     if chunked:  # chunks are there for tiny elements: no Python code runs for each of them
-        return itertools.chain.from_iterable(_fed_chunks(run, deadline))
-    return _fed_elements(run, deadline)
+        return itertools.chain.from_iterable(_fed_chunks(_Reader(run), deadline))
+    return _fed_elements(_Reader(run), deadline)
 
 
-def _fed_chunks(run: MapRun, deadline: float | None) -> Iterator[Iterator[Any]]:
+def _fed_chunks(reader: _Reader, deadline: float | None) -> Iterator[Iterator[Any]]:
+    run = reader.run
     try:
         for index in range(run.fed):
             if index not in run.results and not run.wait_for(index, deadline):
@@ -38,7 +50,8 @@ def _popping(values: list[Any]) -> Iterator[Any]:
     return map(list.pop, itertools.repeat(values, len(values)))
 
 
-def _fed_elements(run: MapRun, deadline: float | None) -> Iterator[Any]:
+def _fed_elements(reader: _Reader, deadline: float | None) -> Iterator[Any]:
+    run = reader.run
     results, take = run.results, run.results.pop
     index = 0
     try:

@@ -195,6 +195,7 @@ class MapRun:
         self.ready: collections.deque[int] | None = None if ordered else collections.deque()
         self.on_settled: Callable[[int], object] | None = None  # leader: called with each index
         self.closed = False
+        self.unwanted = False  # it runs to its end, but nobody will ask for its values: None takes their place
         self.takes_many = False  # the consumer understands `Many` in `results`
         self.queued = False  # in the scheduler's queue
         self._blocks: collections.deque[Any] = collections.deque()  # protected by the scheduler's lock, except append
@@ -321,8 +322,7 @@ class MapRun:
     def take(self, count: int) -> list[Any]:
         """Up to `count` elements as entries for one frame; empty when there are none."""
         if self.closed:
-            self._blocks.clear()
-            self._urgent.clear()
+            return []
         blocks = self._urgent or self._blocks
         if not blocks:
             return []
@@ -344,6 +344,13 @@ class MapRun:
         if self not in queue:
             queue.appendleft(self)
 
+    def drop_unsent(self) -> list[Any]:
+        """It is closed: the elements that nobody will run, to be let go of without the lock."""
+        unsent = [*self._urgent, *self._blocks]
+        self._urgent.clear()
+        self._blocks.clear()
+        return unsent
+
     def fail_rest(self, outcome: Outcome) -> None:
         """Nothing of this map will be sent any more."""
         while blocks := self._urgent or self._blocks:
@@ -359,6 +366,8 @@ class MapRun:
         if self.closed:
             return
         self.results[index] = outcome
+        if self.unwanted:  # looked at after the store, and set before what is stored is looked at
+            self.results[index] = None
         self.settled += 1
         if self.ready is not None:
             self.ready.append(index)
@@ -418,9 +427,15 @@ class MapRun:
             self.abandon()
             self.scheduler.pump()
 
+    def disown(self) -> None:
+        """Nobody will ask for the values: let go of them, now and as they come. All of it runs. Safe in finalizers."""
+        self.unwanted = True
+        for index in list(self.results):
+            self.results[index] = None
+
     def abandon(self) -> None:
-        """As `close`, but safe in a finalizer: what waits is dropped when the queue is next looked at."""
-        self.closed = True
+        """As `close`, but safe in a finalizer: what waits is dropped a moment later, by the leader."""
+        self.closed = self.unwanted = True
         self.results.clear()
         if self.settled < self.fed + self._again:
             self.scheduler.withdraw(self)

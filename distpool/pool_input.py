@@ -154,6 +154,7 @@ class Feed:
         One that was left half-way was left on purpose, perhaps because its input is endless: nothing more is taken.
         """
         self.orphaned = True
+        self.run.disown()
         if self.consumed or self._source is None:
             self._source = None
             if self.consumed:

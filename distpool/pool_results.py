@@ -266,6 +266,11 @@ class MapResult(AsyncResult, stdlib.MapResult):  # type: ignore[type-arg]
     def _release(self) -> None:
         self._run, self._results = None, {}
 
+    def __del__(self) -> None:
+        run = self.__dict__.get("_run")
+        if run is not None:
+            run.disown()
+
 
 def _elements(done: int, entries: int, total: int) -> int:
     return total if done >= entries else done * total // entries

@@ -14,6 +14,7 @@ Callbacks run on library threads; `_lock` protects the waiting elements and the 
 from __future__ import annotations
 
 import collections
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from distpool.replies import note_traceback, request
 from distpool.wire import codec
 from distpool.wire.failures import encode_exception
 from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
+
+log = logging.getLogger("distpool.pmap")
 
 _MAX_BATCH = 64
 _PATIENCE = 1.0  # seconds that a map inside a call waits for a worker before it shares one
@@ -101,11 +104,15 @@ class PoolCarrier:
     def close(self) -> None:
         self.abandon()
         with self._lock:
+            unsent = [*self._waiting, *self._again]
             self._waiting.clear()
             self._again.clear()
+        del unsent  # without the lock: that may run user code
 
     def abandon(self) -> None:
         self._closed = True
+        self.results.clear()
+        self.failed.clear()
 
     # -- asking for workers (any thread) -----------------------------------------------------------------------
 
@@ -163,8 +170,10 @@ class PoolCarrier:
     def _put(self, pid: int) -> None:
         try:
             self._pool.put(pid)
-        except ProcessExitedException:
-            pass  # the pool has died; that is the next taker's error, not that of the elements which have ended
+        except Exception:
+            # The pool has died, as a rule; that is the next taker's error, not that of the elements which have ended,
+            # and who waits for those has to hear of them.
+            log.debug("worker %d could not be given back to its pool", pid, exc_info=True)
 
     def _give_up(self, error: BaseException) -> None:
         """No worker is left, or nobody can give one out: what waits has failed.
@@ -269,6 +278,8 @@ class PoolCarrier:
                 self.results[index] = outcome
             else:
                 self.failed.append((index, outcome))
+        if self._closed:  # looked at after the stores, and set before what is stored is dropped
+            self.abandon()
         self._landed()
         self._ask()
 
@@ -292,7 +303,7 @@ class _Lane:
         self._carrier = carrier
         self._pid = 0  # not open
         self._busy = False
-        self._lock = threading.Lock()  # protects _busy
+        self._lock = threading.Lock()  # protects _busy, and the end of `_pid`
         self._seen = -1  # messages sent, at the last look
         node = carrier._node
         if node.pid in carrier._members and carrier._pool._do("has", node.pid):
@@ -309,9 +320,11 @@ class _Lane:
         if carrier._closed:
             return
         if carrier.waits() and not carrier.inflight and carrier.sent == self._seen:
-            self._pid = carrier._members[0]
-            carrier._node.deliver(self.look)
-            return
+            living = [pid for pid in carrier._members if pid not in carrier._node.peers.dead]
+            if living:
+                self._pid = living[0]
+                carrier._node.deliver(self.look)
+                return
         self._seen = carrier.sent
         self._wait()
 
@@ -319,6 +332,10 @@ class _Lane:
         """Send something if it is free."""
         with self._lock:
             if not self._pid or self._busy:
+                return
+            if self._pid in self._carrier._node.peers.dead:  # it would bring back whatever it is sent, for ever
+                self._pid, self._seen = 0, -1
+                self._carrier._node.loop.call_soon(self._wait)
                 return
             self._busy = True
         self._carrier._node.deliver(lambda: self._carrier.send(self._pid, self._free))

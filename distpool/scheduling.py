@@ -325,7 +325,15 @@ class Scheduler:
 
     def withdraw(self, run: MapRun) -> None:
         """Nobody wants the rest of this map: recall what workers have not started. Safe in a finalizer."""
-        self.loop.call_soon(lambda: withdraw(run, list(self.slots.values())))
+        self.loop.call_soon(lambda: self._withdraw(run))
+
+    def _withdraw(self, run: MapRun) -> None:
+        # Not when the queue comes to it: it may wait behind long calls, and what its arguments refer to with it.
+        with self.lock:
+            unsent = run.drop_unsent()
+        self._look_again()
+        del unsent  # without the lock: that may run user code
+        withdraw(run, list(self.slots.values()))
 
     def gave_back(self, slot: Slot, numbers: list[int]) -> None:
         """Leader: these calls have been taken from a worker that does not answer."""
