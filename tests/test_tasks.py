@@ -449,3 +449,60 @@ def test_where_nobody_sees_the_journal_a_result_is_out_before_the_next_call() ->
             link._write_lock.release()
         link._pump()
         assert made.collect(2) == {first: 4, first + 1: 9}
+
+
+# ----------------------------------------------------------------------------------------------------- revoked calls
+
+
+class RevokesAtOnce:
+    """A journal in which the master revokes a call just when the worker has marked it as started."""
+
+    def __init__(self, journal: Any, number: int) -> None:
+        self._journal = journal
+        self._number = number
+        self.marks: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._journal, name)
+
+    def set_started(self, number: int) -> None:
+        self.marks.append(number)
+        self._journal.set_started(number)
+        if number == self._number:
+            self._journal.revoke(number, number + 5)
+
+
+def test_a_call_that_is_revoked_just_when_it_was_marked_has_not_run_if_the_worker_dies(runner: Bench) -> None:
+    """What the journal says then: the mark is taken back, once, and the call is held until the RECALL comes."""
+    first = runner.sequence
+    spy: Any = RevokesAtOnce(runner.journal, first + 1)
+    runner.runner.journal = spy
+    runner.send(runner.one(note, 1), runner.one(note, 2), runner.one(note, 3))
+    assert runner.collect(1) == {first: 1}
+    until(lambda: len(spy.marks) == 3, "the mark is taken back")
+    assert spy.marks == [first, first + 1, first]
+    runner.recall(count=10)
+    assert runner.collect(2) == {first + 1: "recalled", first + 2: "recalled"}
+    assert ran == [1] and runner.journal.started == first and len(spy.marks) == 3
+
+
+revoking: list[tuple[Bench, int, int]] = []
+
+
+def revoke_those_behind(number: int) -> int:
+    ran.append(number)
+    if number == 2:
+        bench, first, last = revoking.pop()
+        bench.journal.revoke(first, last)
+    return number
+
+
+def test_an_element_of_a_span_that_is_revoked(runner: Bench) -> None:
+    first = runner.sequence
+    revoking.append((runner, first + 2, first + 9))
+    runner.send(runner.span(revoke_those_behind, [1, 2, 3, 4]))
+    assert runner.collect(2) == {first: 1, first + 1: 2}
+    until(lambda: runner.journal.started == first + 1, "the mark is taken back")
+    runner.recall(count=10)
+    assert runner.collect(2) == {first + 2: "recalled", first + 3: "recalled"}
+    assert ran == [1, 2] and runner.journal.started == first + 1

@@ -34,14 +34,7 @@ from distpool.wire import codec, messages
 from distpool.wire.failures import encode_exception
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.functions import decode_function
-from distpool.wire.messages import (
-    CHUNK,
-    CHUNK_OF_SCALARS,
-    ERROR,
-    ONE,
-    ONE_FRESH,
-    UNLOADABLE,
-)
+from distpool.wire.messages import CHUNK, CHUNK_OF_SCALARS, ERROR, ONE, ONE_FRESH, UNLOADABLE
 
 _LOOK = 0.005  # seconds until a call that could not be struck is looked at again
 CALLERS.add(run_span.__code__)
@@ -249,7 +242,8 @@ class TaskRunner:
 
     def _runnable(self) -> bool:
         """Whether a call waits that may run. Those that the master has given to others are held until its RECALL has
-        come, which takes them away: the first was marked as started, so the master counts on an answer for it."""
+        come, which takes them away: it may have looked while the first was marked as started, and then counts on an
+        answer for that one."""
         inbox = self._inbox
         try:
             return bool(inbox) and not self.journal.revoked(inbox[0].sequence)
@@ -264,9 +258,12 @@ class TaskRunner:
             if not self._inbox or self._initializer is not None:
                 return None
             item = self._inbox[0]
-            self.mark_started(item.sequence)
             if self.journal.revoked(item.sequence):
                 return None  # RECALL is on its way: see `_runnable`
+            self.mark_started(item.sequence)
+            if self.journal.revoked(item.sequence):  # this very moment
+                self._unmark(item.sequence)
+                return None
             self._inbox.popleft()
             self.running[threading.get_ident()] = item
             return item
@@ -277,6 +274,15 @@ class TaskRunner:
             self.started = sequence
             self.journal.set_started(sequence)
 
+    def _unmark(self, sequence: int) -> None:
+        """It has not begun after all: should this process die, it has not run. `lock` is held.
+
+        Only if the mark is still its own: when helpers have overtaken, a later call may have begun.
+        """
+        if self.started == sequence:
+            self.started = sequence - 1
+            self.journal.set_started(sequence - 1)
+
     def _strike_again(self) -> None:
         """Any thread, also in a signal handler. Nobody says when an import is through: one has to look."""
         loop = self.link.loop
@@ -285,6 +291,7 @@ class TaskRunner:
     def hold(self, item: Item, index: int) -> None:
         """Elements of a running span, from `index` on, have been given to others: they wait for the RECALL."""
         with self.lock:
+            self._unmark(item.sequence + index)
             item.index = index - 1
             rest = item.rest()
             if rest is not None:

@@ -7,6 +7,7 @@ Data flow:
     append(record)    when it has finished            started             the call that was running
     send pending(); mark_sent(written)                read_from(received) records finished but never sent
     revoked(n)        before call n runs  <-------  revoke(first, last): these have been given to others
+    set_started(n-1)  if so: it does not run
 
 No thread of its own.  One writer at a time appends, uninterrupted (the worker's caller sees to that), and one thread of
 the master at a time revokes.  A worker elsewhere has a `private()` journal: same interface,
