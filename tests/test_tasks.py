@@ -506,3 +506,27 @@ def test_an_element_of_a_span_that_is_revoked(runner: Bench) -> None:
     runner.recall(count=10)
     assert runner.collect(2) == {first + 2: "recalled", first + 3: "recalled"}
     assert ran == [1, 2] and runner.journal.started == first + 1
+
+
+def test_results_stay_in_the_journal_until_the_kernel_has_them() -> None:
+    """The master does not read; when the worker is killed now, it finds all that was finished in socket and journal."""
+    with bench() as made:
+        link, journal = made.worker.link, made.journal
+        assert link._write_lock.acquire(timeout=PATIENCE)  # nothing gets out
+        try:
+            size, count = 10_000, 100
+            assert size * count > 3 * journal.capacity
+            first = made.send(*(made.one(make_bytes, number) for number in range(count)))
+            until(lambda: link._drainers, "the worker waits until the journal has room")
+            records = [record[0] for record in messages.result_records(journal.read_from(0))]
+            assert records == list(range(first, journal.started)), "all but the one that waits for room"
+            assert 1 < len(ran) < count / 2
+        finally:
+            link._write_lock.release()
+            link._pump()
+        assert made.collect(count) == {first + number: bytes([number]) * size for number in range(count)}
+
+
+def make_bytes(number: int) -> bytes:
+    ran.append(number)
+    return bytes([number]) * 10_000

@@ -3,7 +3,10 @@
     task threads: succeed / fail / scalar -> journal (shared with the master)  --flush--> RESULTS
 
 A finished result is in the journal before the next call starts, so that the master finds it there whatever kills this
-process. Scalars of consecutive calls are also kept as a list: what is sent is then one pickle of the list instead of
+process; it stays there until the kernel has the frame that it is in. (A frame that waits in the link's queue, because
+the master does not read at the moment, goes with this process. Were its results overwritten by then, the master would
+take all of these calls for killed ones. Tried: overwriting them when the link has the frame; 4 MiB of it were lost.)
+Scalars of consecutive calls are also kept as a list: what is sent is then one pickle of the list instead of
 their records, which costs the master a tenth. A result too large for the journal is sent at once, and waited for.
 
 `_lock` protects appends to the journal and the list; `_flushing` makes one flush at a time, so that RESULTS frames are
@@ -30,7 +33,6 @@ from distpool.wire.messages import ERROR, RESULT, UNSENDABLE, VALUE, VALUES
 SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
 _JOURNALED = config.JOURNAL_SIZE // 4  # larger results are sent at once
 _pack = RESULT.pack
-_BACKLOG = 4 << 20  # a worker does not produce results faster than the master reads them
 
 
 class ResultWriter:
@@ -46,7 +48,7 @@ class ResultWriter:
         self.busy = 0.0  # seconds of running time since the last flush, and how many calls
         self.ran = 0
         self.flushed = 0.0  # when (perf_counter)
-        self._sent = 0  # absolute journal offset that has been sent
+        self._sent = 0  # absolute journal offset up to which the link has got the results
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
         self._append = journal.append
@@ -94,7 +96,7 @@ class ResultWriter:
                     return
             finally:
                 lock.release()
-            self.flush()
+            self._make_room()
 
     def fail(self, sequence: int, error: BaseException, status: int = ERROR) -> None:
         """The call raised, or (`status`) could not even be loaded."""
@@ -126,7 +128,7 @@ class ResultWriter:
             with self._lock:
                 if not self._values and self.journal.append(record):
                     break
-            self.flush()
+            self._make_room()
         if not self.journal.shared:
             self.flush()
             self.link.drain()  # whoever holds the link's lock, or a full socket, may have left it in the queue
@@ -147,7 +149,7 @@ class ResultWriter:
             with self._lock:
                 values, self._values = self._values, []
                 end = self.journal.written
-                data = b"" if values else self.journal.pending()
+                data = b"" if values else self.journal.between(self._sent, end)
             if values:
                 payload = dumps(values, 5)
                 data = RESULT.pack(self._first, len(values), len(payload), 0, VALUES) + payload
@@ -157,6 +159,19 @@ class ResultWriter:
             ran, self.ran = self.ran, 0
             self._sent = end
             self.link.send(Kind.RESULTS, messages.RESULTS.pack(end, busy, ran), data)
-            self.journal.mark_sent(end)
-        if self.link.backlog > _BACKLOG and not self.link.loop.leads:
-            self.link.drain()
+            self._note_sent()
+
+    def _note_sent(self) -> None:
+        """What the kernel has may be overwritten. `_flushing` is held, so that nothing is sent meanwhile."""
+        if self.link.idle:
+            self.journal.mark_sent(self._sent)
+
+    def _make_room(self) -> None:
+        """The next record cannot be added: send what is there; if the journal is full, wait until the kernel has it.
+
+        So a worker does not produce results faster than the master reads them. Not on the leader.
+        """
+        self.flush()
+        if self.journal.is_full and self.link.drain():
+            with self._flushing:
+                self._note_sent()

@@ -8,8 +8,11 @@ The main thread runs the calls, because only there can a C call be interrupted. 
 I/O loop itself; while it runs a call, the I/O thread takes over after a few milliseconds.
 
 Durability: a finished result is in the journal (shared with the master on the same host) before the next call starts,
-and the number of the started call as well. So whatever kills this process, the master knows exactly which call was
-running, and loses no finished one. Where memory cannot be shared, results are sent before the next call starts.
+and the number of the started call as well, before its function and arguments are loaded: an argument that kills while
+it loads is that call's own death. So whatever kills this process, the master knows exactly which call was running, and
+loses no finished one. Where memory cannot be shared, results are in the kernel before the next call starts. (Through
+streams that a manager has made, they have only been given to the pump by then: a call that kills at once may take the
+one before it along.)
 """
 
 from __future__ import annotations

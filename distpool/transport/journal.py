@@ -5,7 +5,7 @@ Data flow:
     worker                                          master
     set_started(n)    before call n runs            after the worker's death, not before:
     append(record)    when it has finished            started             the call that was running
-    send pending(); mark_sent(written)                read_from(received) records finished but never sent
+    send between(..); mark_sent(in the kernel)        read_from(received) records finished but never sent
     revoked(n)        before call n runs  <-------  revoke(first, last): these have been given to others
     set_started(n-1)  if so: it does not run
 
@@ -132,8 +132,13 @@ class Journal:
         words = self.words
         return number <= words[REVOKED_TO] and number >= words[REVOKED_FROM]
 
+    @property
+    def is_full(self) -> bool:
+        """Writer: whether more than half of it is not sent."""
+        return self._written - self.words[SENT] > self._capacity // 2
+
     def append(self, record: bytes) -> bool:
-        """Add a record; `False` when there is no room: send `pending()` and `mark_sent` first (or it is too large)."""
+        """Add a record; `False` when there is no room: send what is there, `mark_sent` first (or it is too large)."""
         # The words are for the reader; the writer has the same numbers as attributes, which are cheaper to read.
         start = self._written
         length = len(record)
@@ -162,6 +167,10 @@ class Journal:
     def pending(self) -> bytes:
         """The bytes that are written and not yet marked as sent."""
         return self._between(self.words[SENT], self.words[WRITTEN])
+
+    def between(self, start: int, end: int) -> bytes:
+        """Writer: the bytes from absolute offset `start` to `end`, which are written and not marked as sent."""
+        return self._between(start, end)
 
     def mark_sent(self, upto: int) -> None:
         """Writer: everything below the absolute offset `upto` is on its way; its room may be used again."""

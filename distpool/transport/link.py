@@ -198,6 +198,11 @@ class Link:
         finally:
             self._drainers.pop()
 
+    @property
+    def idle(self) -> bool:
+        """Whether everything is in the kernel, or the link is closed."""
+        return self._idle()
+
     def _idle(self) -> bool:
         return self._closed or not (self._queue or self._outbox or self._write_lock.locked())
 
