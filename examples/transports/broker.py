@@ -34,30 +34,41 @@ class BrokerManager(distpool.ClusterManager):
         self.hub: subprocess.Popen[bytes] | None = None
         self._living = 0
         self._streams: dict[int, tuple[star.Reader, star.Writer]] = {}
-        self._lock = threading.Lock()  # protects _living, hub, clients: one launch may begin while another ends
+        self._lock = threading.Lock()  # protects _living (workers, and launches under way), hub, clients
 
     def launch(self, params: dict[str, Any]) -> Iterator[distpool.WorkerConfig]:
         with self._lock:
-            self._living += self.count
-            if self.hub is None:
-                self._directory = tempfile.mkdtemp(prefix="broker-")
-                self._endpoint = f"ipc://{self._directory}/hub"
-                self.hub = self._start("hub", self._endpoint)
-                self.clients[self._endpoint] = star.Client(self._endpoint, "master")
-        started = []
-        for _ in range(self.count):
-            name = f"worker-{len(self.processes)}"
-            process = self._start("worker", self._endpoint, name, stdout=subprocess.PIPE)
-            self.processes.append(process)
-            started.append((name, process))
-            assert process.stdin is not None
-            with contextlib.suppress(OSError), process.stdin as stdin:  # it may have died: `connect` will tell
-                stdin.write(params["cookie"].encode() + b"\n")
-        for name, process in started:
-            assert process.stdout is not None
-            while process.stdout.readline() not in (b"", b"ready\n"):
-                pass
-            yield distpool.WorkerConfig(io=process.stdout, process=process, userdata=(self._endpoint, name))
+            self._living += 1  # this launch: it may fail half-way, or be given up, and the star is to end all the same
+        started: list[tuple[str, subprocess.Popen[bytes]]] = []  # and nobody else knows of them yet
+        try:
+            with self._lock:
+                if self.hub is None:
+                    self._directory = tempfile.mkdtemp(prefix="broker-")
+                    self._endpoint = f"ipc://{self._directory}/hub"
+                    self.hub = self._start("hub", self._endpoint)
+                    self.clients[self._endpoint] = star.Client(self._endpoint, "master")
+            for _ in range(self.count):
+                name = f"worker-{len(self.processes)}"
+                process = self._start("worker", self._endpoint, name, stdout=subprocess.PIPE)
+                self.processes.append(process)
+                started.append((name, process))
+                assert process.stdin is not None
+                with contextlib.suppress(OSError), process.stdin as stdin:  # it may have died: `connect` will tell
+                    stdin.write(params["cookie"].encode() + b"\n")
+            while started:
+                name, process = started[0]
+                assert process.stdout is not None
+                while process.stdout.readline() not in (b"", b"ready\n"):
+                    pass
+                with self._lock:
+                    self._living += 1
+                del started[0]
+                yield distpool.WorkerConfig(io=process.stdout, process=process, userdata=(self._endpoint, name))
+        finally:
+            for _, process in started:
+                process.kill()
+                process.wait()
+            self._leave()
 
     def _start(self, *arguments: str, stdout: int | None = None) -> subprocess.Popen[bytes]:
         command = [sys.executable, __file__, *arguments]  # a session of its own: Ctrl-C is for the master
@@ -84,18 +95,23 @@ class BrokerManager(distpool.ClusterManager):
     def manage(self, pid: int, config: distpool.WorkerConfig, op: str) -> None:
         if op == "finalize":
             self._streams.pop(pid, None)
-            with self._lock:
-                self._living -= 1
-                if not self._living:
-                    self._end_star()
+            self._leave()
 
-    def _end_star(self) -> None:
-        assert self.hub is not None and self.hub.stdin is not None
-        with contextlib.suppress(ConnectionError):
+    def _leave(self) -> None:
+        with self._lock:
+            self._living -= 1
+            if not self._living and self.hub is not None:
+                self._end_star(self.hub)
+                self.hub = None
+
+    def _end_star(self, hub: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(ConnectionError, KeyError):
             self.clients.pop(self._endpoint).close()
-        self.hub.stdin.close()
-        self.hub.wait()
-        self.hub = None
+        try:
+            hub.communicate(b"end", timeout=10)  # not only the end of stdin: a fork of this process keeps that open
+        except subprocess.TimeoutExpired:
+            hub.kill()
+            hub.wait()
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
@@ -125,9 +141,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["hub", endpoint]:
             star.be_hub(endpoint)
-            shutil.rmtree(
-                os.path.dirname(endpoint.removeprefix("ipc://")), ignore_errors=True
-            )  # the master may be gone
+            directory = os.path.dirname(endpoint.removeprefix("ipc://"))
+            shutil.rmtree(directory, ignore_errors=True)  # the master may be gone
         case ["worker", endpoint, name]:
             be_worker(endpoint, name)
         case _:

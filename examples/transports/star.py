@@ -131,7 +131,7 @@ class Client:
 
 
 def be_hub(endpoint: str) -> None:
-    """Pass messages on until stdin ends: the process that started us is gone, or needs us no longer."""
+    """Pass messages on until stdin ends or brings something: who started us is gone, or needs us no longer."""
     context = zmq.Context()
     router = context.socket(zmq.ROUTER)
     router.set_hwm(0)

@@ -494,3 +494,54 @@ def test_C271_connect_that_fails_or_leads_to_another_worker() -> None:
         remotecall_fetch(remotecall_fetch, three, distpool.myid, two)
     assert isinstance(info.value.captured.ex, ConnectionError)
     assert remotecall_fetch(remotecall_fetch, three, distpool.myid, one) == one
+
+
+def launch_of_a_star(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Iterator[distpool.WorkerConfig]]:
+    monkeypatch.setenv("PYTHONPATH", transports.ROOT)
+    manager = transports.manager_of("star", 3)
+    return manager, manager.launch({"cookie": "0123456789abcdef"})
+
+
+def test_a_star_whose_launch_is_given_up_ends_with_the_last_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`launch` is closed after its first worker: nobody will ever hear of the others, which count for the hub."""
+    manager, launching = launch_of_a_star(monkeypatch)
+    config = next(launching)
+    hub = manager.hub
+    launching.close()
+    first, *others = manager.processes
+    assert [other.returncode for other in others] == [-9, -9] and first.poll() is None and hub.poll() is None
+    manager.manage(2, config, "finalize")
+    assert manager.hub is None and hub.returncode == 0
+    first.kill()
+    assert first.wait(timeout=10) is not None
+
+
+def test_a_star_whose_launch_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, launching = launch_of_a_star(monkeypatch)
+    begun: list[Any] = []
+
+    def start(*arguments: str, **keywords: Any) -> Any:
+        if len(begun) == 2:
+            raise OSError("no further process can be started")
+        begun.append(type(manager)._start(manager, *arguments, **keywords))
+        return begun[-1]
+
+    monkeypatch.setattr(manager, "_start", start)
+    with pytest.raises(OSError, match="no further process"):
+        next(launching)
+    assert manager.hub is None and [process.returncode for process in begun] == [0, -9]
+
+
+def test_the_hub_of_a_star_ends_although_a_fork_of_the_master_holds_its_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, launching = launch_of_a_star(monkeypatch)
+    manager.count = 0
+    monkeypatch.setattr(manager, "_leave", lambda: None)
+    assert list(launching) == []
+    monkeypatch.undo()
+    copy = os.dup(manager.hub.stdin.fileno())  # as a fork of this process has it
+    try:
+        hub = manager.hub
+        manager._leave()
+        assert hub.returncode == 0
+    finally:
+        os.close(copy)
