@@ -446,7 +446,7 @@ class Peers:
                 link.close(None)
         self._waiting.pop(pid, None)
         self.requests.fail(pid, make_error)
-        for callback in self.on_lost:
+        for callback in list(self.on_lost):  # some of them leave
             callback(pid)
         self._announce(pid)
 

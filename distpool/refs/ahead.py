@@ -48,9 +48,9 @@ from typing import TYPE_CHECKING, Any
 from distpool.node import node as nodes
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome, open_outcome
-from distpool.wire import structs
+from distpool.wire import codec, structs
 from distpool.wire.frames import Frame, Kind
-from distpool.wire.records import SPAN, SPAN_OF_SCALARS, VALUE
+from distpool.wire.records import PLAIN_ERROR, SPAN, SPAN_OF_SCALARS, VALUE
 
 if TYPE_CHECKING:
     from distpool.node.node import Node
@@ -171,6 +171,7 @@ class Ahead:
             if not self.flying and not self.batch:
                 group.busy.pop(self, None)
             group.landed(flight)
+        group.show_landed()
 
     def _fail(self, flight: _Flight, outcome: Outcome) -> None:
         self.credit = 0
@@ -325,12 +326,14 @@ class Aheads:
         As for `settle`: not later than an owner that is well may need, because it may be others that wait for it.
         """
         with self.lock:
-            if not is_open(tie):
-                show()
-                return
             entry = (tie, show)
-            self._deferred.append(entry)
-        self.node.loop.call_later(OTHERS, lambda: self._show(entry))
+            waits = is_open(tie)
+            if waits:
+                self._deferred.append(entry)
+        if waits:
+            self.node.loop.call_later(OTHERS, lambda: self._show(entry))
+        else:
+            show()
 
     def _show(self, entry: tuple[Tie, Callable[[], object]]) -> None:
         with self.lock:
@@ -339,10 +342,17 @@ class Aheads:
             self._deferred.remove(entry)
         entry[1]()
 
+    def show_landed(self) -> None:
+        """A PUTS was answered. Without the lock: to show a channel takes that of the channel, and whoever has that one
+        may be in a `__del__` that puts something."""
+        if self._deferred:
+            with self.lock:
+                due = [entry for entry in self._deferred if not is_open(entry[0])]
+            for entry in due:
+                self._show(entry)
+
     def landed(self, flight: _Flight) -> None:
         """A PUTS was answered. The lock is held."""
-        for entry in [entry for entry in self._deferred if not is_open(entry[0])]:
-            self._show(entry)
         for landing in list(self._landings):
             landing.flights.discard(flight)
             if not landing.flights:
@@ -359,7 +369,8 @@ class Aheads:
         """Raise what became of former puts of this thread, once."""
         teller = self.teller()
         if teller.errors:
-            _, error = open_outcome(teller.errors.pop())
+            outcome = teller.errors.pop()
+            _, error = open_outcome(outcome) if outcome.status != PLAIN_ERROR else (None, codec.decode(outcome.data))
             if error is not None:
                 raise error
 

@@ -31,9 +31,8 @@ from distpool.refs.room import SMALLEST, Due, Room
 from distpool.wire import codec
 from distpool.wire.failures import captured
 from distpool.wire.messages import ERROR, UNSENDABLE
+from distpool.wire.records import PLAIN_ERROR
 
-#: Status of a reply: a library error that arrives as itself (ChannelClosedError, TimeoutError, TypeError).
-PLAIN_ERROR = 4
 _CLOSED = "Channel is closed."
 _NO_FETCH = "`fetch` is not supported on an unbuffered Channel."
 
@@ -126,6 +125,8 @@ class Channel:
             if kind == "fetch" and not self.maxsize:
                 due = [(waiter, _failed(RuntimeError(_NO_FETCH)))]
             else:
+                if kind == "wait":  # those that have given up go here: others wait until there is an item
+                    self._watchers = [watcher for watcher in self._watchers if watcher.live]
                 (self._watchers if kind == "wait" else self._takers).append(waiter)
                 due = self._match()
         self._call(due)

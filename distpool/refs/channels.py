@@ -15,7 +15,10 @@ such a channel is to live where it is read. There each item costs what it costs 
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from distpool.errors import ChannelClosedError
@@ -24,7 +27,7 @@ from distpool.node.node import Node
 from distpool.refs import gc
 from distpool.refs.ahead import Ahead, group_of, settle_puts
 from distpool.refs.channel import Channel, ChannelReply
-from distpool.refs.gc import Handle, Loan
+from distpool.refs.gc import Handle, Loan, Reference
 from distpool.refs.lent import carries_references, received
 from distpool.refs.owner import RRID
 from distpool.refs.refs import RAISED_HERE, Future
@@ -35,7 +38,7 @@ from distpool.wire.messages import VALUE
 from distpool.wire.structs import CREDIT
 
 
-class RemoteChannel:
+class RemoteChannel(Reference):
     """A channel that any process of the group may use; it lives on process `pid` (default: this one).
 
     `factory()` makes the channel there: a `Channel`, or an object of a class of your own with `put take fetch isready
@@ -45,8 +48,6 @@ class RemoteChannel:
     Example: `rc = RemoteChannel(lambda: Channel(10), 2); rc.put(1); rc.take()`
     """
 
-    _handle: Handle | None
-    _finalized = False
     _ahead: Ahead | None = None  # once the owner has reserved room for items of this process
 
     def __init__(self, factory: Callable[[], Any] | int | None = None, pid: int | None = None) -> None:
@@ -77,43 +78,11 @@ class RemoteChannel:
         try:
             self._perform("make", data, stable(buffers), None, 0)
         except BaseException:
-            handle.held = 0  # the owner has no entry of it
+            handle.held = 0  # the owner has no entry of it, or will not have it for long (`_unmake`)
             raise
-
-    # -- identity ----------------------------------------------------------------------------------------------
-
-    @property
-    def where(self) -> int:
-        """Pid of the owner (0: a dead handle)."""
-        return self._handle.where if self._handle is not None else 0
-
-    @property
-    def whence(self) -> int:
-        """Pid of the process that made the reference."""
-        return self._handle.rrid.whence if self._handle is not None else 0
-
-    @property
-    def id(self) -> int:
-        """Number of the reference at `whence`."""
-        return self._handle.rrid.id if self._handle is not None else 0
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, RemoteChannel):
-            return NotImplemented
-        return (self.whence, self.id) == (other.whence, other.id) and (self.id != 0 or self is other)
-
-    def __hash__(self) -> int:
-        return hash((self.whence, self.id))
 
     def __repr__(self) -> str:
         return f"RemoteChannel(where={self.where}, whence={self.whence}, id={self.id})"
-
-    def _live(self) -> Handle:
-        if self._finalized:
-            raise RuntimeError("this reference was finalized")
-        if self._handle is None:
-            raise RuntimeError("this is a dead handle: it was pickled outside of a distpool message")
-        return self._handle
 
     # -- operations --------------------------------------------------------------------------------------------
 
@@ -169,13 +138,6 @@ class RemoteChannel:
         as its cause."""
         self._do("bind", (pid,), None)
         return self
-
-    def finalize(self) -> None:
-        """Give the reference back now; any later use raises RuntimeError. May be called again."""
-        self._finalized = True
-        if self._handle is not None:
-            self._refs.live.pop(self._handle.rrid, None)
-            self._handle = self._handle.empty()
 
     def __iter__(self) -> Iterator[Any]:
         while True:
@@ -277,17 +239,18 @@ class _RemoteReply(ChannelReply):
             return  # not asked yet
         if not self.done():
             self._give_up()
-        elif self.op == "take" and raw is not None and raw.status == VALUE:
-            _give_back(self._channel, self)  # interrupted just when it had come
+        elif self.op in _UNDONE and raw is not None:
+            _UNDONE[self.op](self._channel, self)  # interrupted just when it had come
 
     def _give_up(self) -> None:
         """Ask the owner to forget the request; an item that is on its way goes back."""
         node = self._channel._refs.node
         where = self._channel.where
         node.peers.send(where, Kind.CANCEL_REQUEST, structs.CancelRequest(self.number).pack())
-        if self.op == "take":
+        undo = _UNDONE.get(self.op)
+        if undo is not None:
             channel = self._channel
-            self.add_done_callback(lambda late: _give_back(channel, late))
+            self.add_done_callback(lambda late: undo(channel, late))
 
 
 def _give_back(channel: RemoteChannel, late: Future[Any]) -> None:
@@ -301,6 +264,17 @@ def _give_back(channel: RemoteChannel, late: Future[Any]) -> None:
         channel._refs.lend(seen, channel.where)
         buffers = stable(views)
     channel._request(_RemoteReply(channel, "restore"), data, buffers, None, 1)
+
+
+def _unmake(channel: RemoteChannel, late: Future[Any]) -> None:
+    """It was made, and counts one reference; but who has asked for it has not got it."""
+    raw, handle = late._raw, channel._handle
+    if raw is not None and raw.status == VALUE and handle is not None:
+        channel._refs.drop(handle.rrid, handle.where, 1)
+
+
+#: What has to be done when an answer comes that nobody waits for any more.
+_UNDONE: dict[str, Callable[[RemoteChannel, Future[Any]], object]] = {"take": _give_back, "make": _unmake}
 
 
 def _channel_of_one() -> Channel:
@@ -319,17 +293,37 @@ def run_here(node: Node, channel: Any, op: str, arguments: tuple[Any, ...], time
 
 
 def _bind(node: Node, channel: Any, pid: int) -> None:
-    def close(make_error: Callable[[], BaseException]) -> None:
-        error = ChannelClosedError(f"process {pid}, which this channel is bound to, has exited")
-        error.__cause__ = make_error()
-        channel.close(error) if isinstance(channel, Channel) else channel.close()
+    """Weakly: a binding does not keep a channel that nobody holds any more."""
+    try:
+        bound: Callable[[], Any] = weakref.ref(channel)
+    except TypeError:  # of a class of the user's that has no room for that
+        bound = partial(_same, channel)
+    del channel
+    peers = node.peers
 
-    dead = node.peers.dead.get(pid)
-    if dead is not None:
-        close(dead)
-        return
-    node.peers.check(pid)
-    node.peers.on_lost.append(lambda gone: close(node.peers.dead[pid]) if gone == pid else None)
+    def close(gone: int) -> None:
+        """Leader, or the caller."""
+        found = bound()
+        if gone == pid and found is not None:
+            error = ChannelClosedError(f"process {pid}, which this channel is bound to, has exited")
+            error.__cause__ = peers.dead[pid]()
+            if type(found) is Channel:
+                found.close(error)
+            else:
+                node.deliver(partial(found.close, error) if isinstance(found, Channel) else found.close)
+        if gone == pid or found is None:
+            with contextlib.suppress(ValueError):
+                peers.on_lost.remove(close)
+
+    if pid not in peers.dead:
+        peers.check(pid)
+        peers.on_lost.append(close)
+    if pid in peers.dead:  # already, or between the two looks
+        close(pid)
+
+
+def _same(channel: Any) -> Any:
+    return channel
 
 
 def dead_channel() -> RemoteChannel:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distpool.errors import ChannelClosedError
 from distpool.refs import gc
 from distpool.refs.ahead import is_open, on_revoke, settle_puts
-from distpool.refs.channel import PLAIN_ERROR, Channel, Handed, Waiter
+from distpool.refs.channel import Channel, Handed, Waiter
 from distpool.refs.channels import run_here
 from distpool.refs.lent import carries_references
 from distpool.refs.owner import RRID
@@ -21,12 +21,14 @@ from distpool.refs.serving import Serving, serving
 from distpool.wire import codec, structs
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.messages import VALUE
+from distpool.wire.records import PLAIN_ERROR
 from distpool.wire.structs import CREDIT, REPLY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from distpool.node.node import Node
+    from distpool.transport.ioloop import Timer
     from distpool.transport.link import Link
 
 
@@ -41,15 +43,33 @@ class _Requests:
         self._node = node
         self._refs = gc.of(node)
         self._answers = answers
-        self._waiters: dict[tuple[int, int], tuple[Channel, Waiter]] = {}  # (pid, request) -> who waits
+        #: (pid, request) -> who waits, and the timer that ends it; dict operations are atomic.
+        self._waiters: dict[tuple[int, int], tuple[Channel, Waiter, Timer | None]] = {}
+        node.peers.on_lost.append(self._on_lost)
         node.handlers[Kind.CHANNEL] = self._on_channel
         node.handlers[Kind.CANCEL_REQUEST] = self._on_cancel
         node.handlers[Kind.PUTS] = self._on_puts
         node.handlers[Kind.REVOKE] = lambda link, frame: on_revoke(node, link, frame)
 
+    def _on_lost(self, pid: int) -> None:
+        """Leader: its channels have forgotten its waiters already."""
+        for key in list(self._waiters):
+            if key[0] == pid:
+                self._served(key)
+
+    def _served(self, key: tuple[int, int]) -> tuple[Channel, Waiter] | None:
+        """Any thread: nobody waits there any more; who did."""
+        found = self._waiters.pop(key, None)
+        if found is None:
+            return None
+        channel, waiter, timer = found
+        if timer is not None:
+            timer.cancel()
+        return channel, waiter
+
     def _on_cancel(self, link: Link, frame: Frame) -> None:
         number = structs.CancelRequest.unpack(frame.control).request
-        found = self._waiters.pop((int(link.peer), number), None)
+        found = self._served((int(link.peer), number))
         if found is not None and found[0].withdraw(found[1]):
             self._plain_error(int(link.peer), number, TimeoutError())  # ends the asker's request
 
@@ -80,7 +100,7 @@ class _Requests:
         key = (pid, message.request)
 
         def served(outcome: Outcome) -> None:
-            self._waiters.pop(key, None)
+            self._served(key)
             if message.op == "wait" and outcome.status == LOCAL_VALUE:
                 self._show(channel, lambda: self._answers.reply(pid, message.request, VALUE, _NONE))
             else:
@@ -110,7 +130,7 @@ class _Requests:
             self._show(channel, lambda: self._accept(channel, rrid, pid, message.request))
 
         def accepted(outcome: Outcome) -> None:
-            self._waiters.pop(key, None)
+            self._served(key)
             if outcome.status == RAISED_HERE:
                 self._plain_error(pid, message.request, outcome.data)
             elif not waited or pid == 1:
@@ -176,15 +196,16 @@ class _Requests:
     def _keep(self, key: tuple[int, int], channel: Channel, waiter: Waiter, timeout: float | None) -> None:
         if not waiter.live:
             return
-        self._waiters[key] = channel, waiter
-        if timeout is not None:
 
-            def expire() -> None:
-                if channel.expire(waiter):
-                    self._waiters.pop(key, None)
-                    self._plain_error(*key, TimeoutError())
+        def expire() -> None:
+            if channel.expire(waiter):
+                self._served(key)
+                self._plain_error(*key, TimeoutError())
 
-            self._node.loop.call_later(timeout, expire)
+        timer = None if timeout is None else self._node.loop.call_later(timeout, expire)
+        self._waiters[key] = channel, waiter, timer
+        if not waiter.live or key[0] in self._node.peers.dead:  # meanwhile: nobody else would look for it here
+            self._served(key)
 
     def _send(self, pid: int, request: int, outcome: Outcome) -> None:
         if outcome.status == RAISED_HERE:

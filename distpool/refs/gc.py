@@ -59,6 +59,61 @@ class Handle:
             self._refs.drop(self.rrid, self.where, self.held)
 
 
+class Reference:
+    """What all objects of references have in common: identity, and one end."""
+
+    _handle: Handle | None  # None: a dead handle, pickled outside of a distpool message
+    _refs: Refs
+    _finalized = False
+
+    @property
+    def where(self) -> int:
+        """Pid of the owner (0: a dead handle)."""
+        return self._handle.where if self._handle is not None else 0
+
+    @property
+    def whence(self) -> int:
+        """Pid of the process that made the reference."""
+        return self._handle.rrid.whence if self._handle is not None else 0
+
+    @property
+    def id(self) -> int:
+        """Number of the reference at `whence`."""
+        return self._handle.rrid.id if self._handle is not None else 0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Reference):
+            return NotImplemented
+        return (self.whence, self.id) == (other.whence, other.id) and (self.id != 0 or self is other)
+
+    def __hash__(self) -> int:
+        return hash((self.whence, self.id))
+
+    def finalize(self) -> None:
+        """Give the reference back now; any later use raises RuntimeError. May be called again."""
+        handle, refs = self._handle, getattr(self, "_refs", None)
+        self._finalized = True
+        if handle is None or refs is None:
+            return
+        with refs._lock:  # another one of the same reference may have come meanwhile
+            if refs.live.get(handle.rrid) is self:
+                del refs.live[handle.rrid]
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """The value is not needed from its owner any more."""
+        if self._handle is not None:
+            self._handle = self._handle.empty()
+
+    def _live(self) -> Handle:
+        """RuntimeError if it cannot be used."""
+        if self._finalized:
+            raise RuntimeError("this reference was finalized")
+        if self._handle is None:
+            raise RuntimeError("this is a dead handle: it was pickled outside of a distpool message")
+        return self._handle
+
+
 class Loan:
     """A reference in a message that was not sent yet: what `codec.encode(seen=...)` notes, for `Refs.lend`.
 

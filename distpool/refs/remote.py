@@ -17,7 +17,7 @@ from distpool.errors import RemoteException
 from distpool.node import node as nodes
 from distpool.refs import gc
 from distpool.refs.ahead import settle_puts
-from distpool.refs.gc import Handle, Loan, Refs
+from distpool.refs.gc import Handle, Loan, Reference, Refs
 from distpool.refs.lent import received
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
@@ -66,11 +66,8 @@ class _Waiting:
         return self._node.given_away()
 
 
-class RemoteFuture(Future[Any]):
+class RemoteFuture(Reference, Future[Any]):
     """A future owned by process `where`; see `distpool.Future`."""
-
-    _handle: Handle | None
-    _refs: Refs
 
     _watched = False  # the owner will tell us when it is done
     _transfer: Future[Any] | None = None
@@ -85,31 +82,6 @@ class RemoteFuture(Future[Any]):
         future._watched = watched
         refs.live[rrid] = future
         return future
-
-    # -- identity ----------------------------------------------------------------------------------------------
-
-    @property
-    def where(self) -> int:
-        """Pid of the owner (0: a dead handle)."""
-        return self._handle.where if self._handle is not None else 0
-
-    @property
-    def whence(self) -> int:
-        """Pid of the process that made the reference."""
-        return self._handle.rrid.whence if self._handle is not None else 0
-
-    @property
-    def id(self) -> int:
-        """Number of the reference at `whence`."""
-        return self._handle.rrid.id if self._handle is not None else 0
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, RemoteFuture):
-            return NotImplemented
-        return (self.whence, self.id) == (other.whence, other.id) and (self.id != 0 or self is other)
-
-    def __hash__(self) -> int:
-        return hash((self.whence, self.id))
 
     # -- what Julia offers -------------------------------------------------------------------------------------
 
@@ -129,7 +101,7 @@ class RemoteFuture(Future[Any]):
 
     def wait(self, timeout: float | None = None) -> RemoteFuture:
         """Wait until the call has ended, without moving its value; `RemoteException` if it failed."""
-        self._check()
+        self._live()
         self._watch()
         if not self.done() and not self._await(timeout):
             raise TimeoutError
@@ -140,10 +112,10 @@ class RemoteFuture(Future[Any]):
 
     def isready(self) -> bool:
         """Whether the value is there; asks the owner if this process does not know."""
-        self._check()
+        self._live()
         if self.done():
             return True
-        refs, handle = self._refs, self._live_handle()
+        refs, handle = self._refs, self._live()
         if handle.where == refs.node.pid:
             return self._entry().outcome is not None
         answer = self._ask("isready")
@@ -151,10 +123,10 @@ class RemoteFuture(Future[Any]):
 
     def put(self, value: Any) -> RemoteFuture:
         """Set the value, once; `RuntimeError` (`RemoteException` if another process was first) the second time."""
-        self._check()
+        self._live()
         if self.done():
             raise RuntimeError(SET_TWICE)
-        handle = self._live_handle()
+        handle = self._live()
         refs = self._refs
         outcome = Outcome(LOCAL_VALUE, value, (), refs.node.pid)
         if handle.where == refs.node.pid:
@@ -173,15 +145,6 @@ class RemoteFuture(Future[Any]):
         self._let_go()
         return self
 
-    def finalize(self) -> None:
-        """Give the reference back now; any later use raises RuntimeError. May be called again."""
-        self._finalized = True
-        if self._handle is not None:
-            self._refs.live.pop(self._handle.rrid, None)
-            self._let_go()
-
-    _finalized = False
-
     # -- settling ----------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
@@ -191,26 +154,16 @@ class RemoteFuture(Future[Any]):
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         """Call `fn(self)` when the call has ended; the value is not moved for that."""
-        self._check()
+        self._live()
         self._watch()
         self._refs.kept.add(self)  # whoever drops the future still wants the callback
         super().add_done_callback(fn)
         if self.done():
             self._refs.kept.discard(self)
 
-    def _check(self) -> None:
-        if self._finalized:
-            raise RuntimeError("this reference was finalized")
-        if self._handle is None:
-            raise RuntimeError("this is a dead handle: it was pickled outside of a distpool message")
-
-    def _live_handle(self) -> Handle:
-        assert self._handle is not None
-        return self._handle
-
     def _entry(self) -> Any:
         """The entry of a value that this process owns; from its first use on it counts this reference."""
-        handle = self._live_handle()
+        handle = self._live()
         self.hold(handle)
         return self._refs.owner.touch(handle.rrid)
 
@@ -227,11 +180,6 @@ class RemoteFuture(Future[Any]):
         else:
             change = [handle.rrid.whence, handle.rrid.id, refs.node.pid, 1]
             refs.node.peers.send(handle.where, Kind.CLIENTS, structs.Clients([change]).pack())
-
-    def _let_go(self) -> None:
-        """The value is not needed from its owner any more."""
-        if self._handle is not None:
-            self._handle = self._handle.empty()
 
     def _watch(self) -> None:
         """Let the owner tell us when the value is there (once)."""
@@ -281,7 +229,7 @@ class RemoteFuture(Future[Any]):
 
     def _bring(self, timeout: float | None) -> None:
         """See to it that the outcome comes here; waits only for a value that is known to be at its owner."""
-        self._check()
+        self._live()
         raw = self._raw
         if self._state != "FINISHED":
             self._start_transfer()
@@ -291,7 +239,7 @@ class RemoteFuture(Future[Any]):
                 raise TimeoutError
 
     def _start_transfer(self) -> Future[Any] | None:
-        handle = self._live_handle()
+        handle = self._live()
         if handle.where == self._refs.node.pid:
             self._watch()
             return None
@@ -314,7 +262,7 @@ class RemoteFuture(Future[Any]):
             self._transfer._settle(outcome)
 
     def _send(self, op: str, answer: Callable[[int, Any, Any], object], body: bytes, buffers: list[Any]) -> None:
-        handle, node = self._live_handle(), self._refs.node
+        handle, node = self._live(), self._refs.node
 
         def lost(error: BaseException) -> None:
             answer(RAISED_HERE, error, ())
@@ -335,7 +283,7 @@ class RemoteFuture(Future[Any]):
         reply: Future[Any] = Future()
         reply._call = _Waiting(self._refs)
         where = self.where
-        self.hold(self._live_handle())
+        self.hold(self._live())
         self._send(
             op, lambda status, data, parts: reply._settle(received(status, data, parts, where)), body, buffers or []
         )
@@ -419,7 +367,7 @@ def reduce_future(future: Any, peer: Any) -> tuple[Any, ...]:
     """How a future travels in a message: with its value if that is here, else as a reference."""
     handle = future._handle
     if isinstance(future, RemoteFuture) and future._finalized:
-        future._check()
+        future._live()
     if handle is None:
         if isinstance(future, RemoteFuture):
             return dead_future, ()

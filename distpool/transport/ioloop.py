@@ -54,6 +54,11 @@ class Timer:
     def cancel(self) -> None:
         """The callback will not run any more (if it has not begun)."""
         self.cancelled = True
+        self.callback = _nothing  # it may be hours until its time: what it was about need not wait for that
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Interrupts:

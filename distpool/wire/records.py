@@ -30,7 +30,7 @@ CHUNK_OF_SCALARS = 4
 ONE_FRESH = 5  # as ONE, with a function that captured something mutable: decoded anew for each call
 #: Status of a RESULT record. UNSENDABLE: the call returned, but its value could not be serialised.
 #: UNLOADABLE: the function or its arguments could not be rebuilt on the worker.
-VALUE, ERROR, VALUES, UNSENDABLE, UNLOADABLE = 0, 1, 2, 3, 5
+VALUE, ERROR, VALUES, UNSENDABLE, PLAIN_ERROR, UNLOADABLE = range(6)
 
 
 def call_records(body: bytes, first: int, count: int) -> Iterator[tuple[int, int, int, int, bytes, int]]:

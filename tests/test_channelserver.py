@@ -1,0 +1,206 @@
+"""The owner's side of channels: what is left of those who wait when they give up, are served or die; and bindings."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import distpool
+from distpool import Channel, ChannelClosedError, RemoteChannel, remotecall, remotecall_fetch
+from distpool.node import node as nodes
+from distpool.refs import ahead, channels
+from distpool.refs.refs import Outcome
+from distpool.wire import codec
+from distpool.wire.frames import Kind
+from distpool.wire.records import PLAIN_ERROR
+
+WAIT = 30.0
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[list[int]]:
+    pids = distpool.addprocs(2)
+    yield pids
+    distpool.rmprocs(pids)
+
+
+@pytest.fixture
+def mortal() -> Iterator[int]:
+    """A worker that the test ends."""
+    (pid,) = distpool.addprocs(1)
+    yield pid
+    distpool.rmprocs(pid)
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not holds():
+        gc.collect()
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.01)
+
+
+def requests() -> Any:
+    """The server of this process."""
+    handler: Any = nodes.current().handlers[Kind.CHANNEL]
+    return handler.__self__
+
+
+def here(maxsize: float) -> tuple[RemoteChannel, Channel]:
+    """A channel of this process, and what stands before it."""
+    channel = Channel(maxsize)  # type: ignore[arg-type]
+    return RemoteChannel(lambda: channel), channel
+
+
+def take_for_long(channel: Any) -> Any:
+    return channel.take(timeout=3600)
+
+
+def wait_briefly(channel: Any, count: int) -> int:
+    late = 0
+    for _ in range(count):
+        try:
+            channel.wait(timeout=0.001)
+        except TimeoutError:
+            late += 1
+    return late
+
+
+def test_who_is_served_leaves_nothing(team: list[int]) -> None:
+    remote, _ = here(1)
+    server = requests()
+    taking = remotecall(take_for_long, team[0], remote)
+    wait_until(lambda: server._waiters)
+    ((_, waiter, timer),) = server._waiters.values()
+    remote.put("item")
+    assert taking.fetch(timeout=WAIT) == "item"
+    assert not server._waiters and not waiter.live
+    assert timer.cancelled and timer.callback.__closure__ is None, "not even in an hour's timer"
+
+
+def test_who_dies_leaves_nothing(mortal: int) -> None:
+    remote, channel = here(1)
+    server = requests()
+    taking = remotecall(take_for_long, mortal, remote)
+    wait_until(lambda: server._waiters)
+    distpool.rmprocs(mortal)
+    assert taking.exception(timeout=WAIT) is not None
+    wait_until(lambda: not server._waiters)
+    remote.put("item")
+    assert channel.take(timeout=WAIT) == "item"
+
+
+def test_who_waits_in_vain_again_and_again_leaves_nothing(team: list[int]) -> None:
+    remote, channel = here(1)
+    assert remotecall_fetch(wait_briefly, team[0], remote, 50) == 50
+    assert wait_briefly(channel, 50) == 50
+    assert len(channel._watchers) <= 1
+    assert not requests()._waiters
+
+
+def test_a_request_that_is_served_while_it_is_noted_down(team: list[int]) -> None:
+    """Another thread brings the item between the two."""
+    remote, channel = here(1)
+    server = requests()
+
+    class Hasty(dict[Any, Any]):
+        def __setitem__(self, key: Any, value: Any) -> None:
+            channel.put("item")
+            super().__setitem__(key, value)
+
+    before, server._waiters = server._waiters, Hasty()
+    try:
+        assert remotecall_fetch(take_for_long, team[0], remote) == "item"
+        assert not server._waiters
+    finally:
+        server._waiters = before
+
+
+class Own:
+    """A channel of one's own, which notes where it was closed."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+        self.led = False
+
+    def close(self) -> None:
+        self.led = nodes.current().loop.leads
+        self.closed.set()
+
+
+def test_bindings(mortal: int) -> None:
+    """They close, run no code of the user's on the leader, and keep nothing."""
+    peers = nodes.current().peers
+    before = len(peers.on_lost)
+    own = Own()
+    remote, channel = here(1)
+    bound = [remote.bind(mortal), RemoteChannel(lambda: own).bind(mortal)]
+    gone, dropped = here(1)
+    gone.bind(mortal)
+    del gone, dropped
+    assert len(peers.on_lost) == before + 3
+    distpool.rmprocs(mortal)
+    assert own.closed.wait(WAIT) and not own.led
+    wait_until(lambda: not channel.isopen())
+    with pytest.raises(ChannelClosedError) as info:
+        channel.take(timeout=WAIT)
+    assert isinstance(info.value.__cause__, distpool.ProcessExitedException)
+    assert len(peers.on_lost) == before
+    late, closed = here(1)
+    late.bind(mortal)
+    assert not closed.isopen() and len(peers.on_lost) == before
+    del bound
+
+
+def test_a_channel_whose_making_was_interrupted_is_freed(team: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the answer had come by then, or comes later."""
+    owner = team[0]
+    for answered in (False, True):
+
+        def interrupted(self: Any, timeout: float | None = None, answered: bool = answered) -> Any:
+            if answered:
+                self._await(WAIT)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(channels._RemoteReply, "result", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                RemoteChannel(lambda: Channel(1), owner)
+        remotecall_fetch(abs, owner, 1)
+        wait_until(lambda: not distpool.debug.refs(owner))
+
+
+def test_finalizing_again_does_not_touch_another_object_of_the_same_reference(team: list[int]) -> None:
+    owner = team[0]
+    first = RemoteChannel(lambda: Channel(1), owner)
+    refs = nodes.current().references()
+    key = distpool.remoteref_id(first)
+    back = remotecall_fetch(list, owner, [first])
+    assert back[0] is first
+    keeper = remotecall(list, owner, [first])
+    keeper.wait(WAIT)
+    first.finalize()
+    second = keeper.fetch(timeout=WAIT)[0]
+    assert second is not first and second == first and refs.live[key] is second
+    first.finalize()
+    assert refs.live[key] is second
+    with contextlib.suppress(TimeoutError):
+        second.put("item", timeout=WAIT)
+    assert second.take(timeout=WAIT) == "item"
+
+
+def test_an_item_that_was_put_ahead_into_a_closed_channel_tells_so() -> None:
+    """The owner's answer is one of those errors that arrive as themselves."""
+    group = object.__new__(ahead.Aheads)
+    group._local = threading.local()
+    error = codec.encode(ChannelClosedError("Channel is closed."))[0]
+    group.teller().errors.append(Outcome(PLAIN_ERROR, error, (), 2))
+    with pytest.raises(ChannelClosedError, match="is closed"):
+        group.check()
+    group.check()
