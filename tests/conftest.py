@@ -15,6 +15,7 @@ children, are found at the end of the session by a mark in their environment.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import signal
 import tempfile
@@ -75,6 +76,48 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     for stream in (config.stash.get(stderr_key, None), config.stash.get(forks_key, None)):
         if stream is not None:
             stream.close()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several workers of pytest-xdist: begin with what takes long, and beside what waits run what computes."""
+    count = getattr(config, "workerinput", {}).get("workercount", 1)
+    if count > 1:
+        items[:] = spread(items, count)
+
+
+LANES = ("hosts", "ssh", "faults", "conformance")
+"""Directories of tests with processes. In the first two a test waits most of its time (for logins, for hosts that do
+not answer), in the others it needs the processor: they are begun at the same time, each on a worker of its own."""
+
+
+def spread(items: list[pytest.Item], count: int) -> list[pytest.Item]:
+    """The same tests in an order for `--dist worksteal`, which cuts it into `count` parts of the same length, and lets
+    who has finished take over the end of another's part. So each part ends with what is short: tests of one module.
+    """
+    lanes: dict[str, list[pytest.Item]] = {name: [] for name in LANES}
+    rest = []
+    for item in items:
+        lanes.get(item.path.parent.name, rest).append(item)
+    for lane in lanes.values():
+        lane.sort(key=lambda item: item.get_closest_marker("slow") is None)  # stable: modules stay together
+    chosen: list[pytest.Item] = []
+    for number in range(count):
+        chosen += [item for name in LANES[number::count] for item in lanes[name]]
+        missing = max(0, len(items) * (number + 1) // count - len(chosen))
+        chosen += rest[:missing]
+        del rest[:missing]
+    return chosen + rest
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave out of all later collections what is here for good: thousands of test items and the modules of all tests.
+
+    Many cases ask `gc.collect()` what becomes of *their* objects, some of them in a loop: 0.1 s each time for the rest.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def limit_of(item: pytest.Item) -> float:

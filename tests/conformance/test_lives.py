@@ -262,7 +262,10 @@ def test_C244_C257_idle_and_busy_workers_are_removed(fresh: Any) -> None:
     assert info.value.worker_id == pids[1]
 
 
-def test_C250_a_stopped_worker_is_removed(fresh: Any) -> None:
+def test_C250_a_stopped_worker_is_removed(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it was started. It is given a second here; test_rmprocs has the five that users have."""
+    begin = distpool.cluster._Removal.begin
+    monkeypatch.setattr(distpool.cluster._Removal, "begin", lambda removal: begin(removal, patience=1.0))
     (pid,) = fresh(1)
     number = remotecall_fetch(ospid, pid)
     os.kill(number, signal.SIGSTOP)

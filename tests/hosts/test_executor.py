@@ -24,10 +24,12 @@ def executor_on(rig: Rig, client: str | None, machines: list[Any], **more: Any) 
 
 
 def wait_for(holds: Any, executor: ClusterExecutor) -> None:
+    """Until then the executor serves, at a pace that leaves the processor to the logins that are waited for."""
     deadline = time.monotonic() + PATIENCE
     while not holds():
         assert time.monotonic() < deadline, (executor.workers, names(executor))
         executor.submit(abs, 1).result(PATIENCE)
+        time.sleep(0.02)
 
 
 def names(executor: ClusterExecutor) -> list[str]:

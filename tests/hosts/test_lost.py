@@ -251,13 +251,13 @@ def test_a_stopped_worker_is_not_dead(rig: Rig, encrypt: bool, busy: str) -> Non
 
 
 def a_stopped_worker_is_not_dead(rig: Rig, encrypt: bool, busy: str) -> None:
-    """For much longer than a silent host would be given; its kernel answers."""
+    """For three times as long as a silent host would be given; its kernel answers."""
     (one,) = add(rig, ["h1"], encrypt)
     ospid = remotecall_fetch(os.getpid, one)
     rig["h1"].run("kill", f"-{signal.SIGSTOP.value}", ospid)
     size = 100_000_000 if busy == "much under way" else 1
     call = remotecall(len, one, bytes(size))
-    time.sleep(10)
+    time.sleep(6)
     assert workers() == [one] and not call.done()
     rig["h1"].run("kill", f"-{signal.SIGCONT.value}", ospid)
     assert call.result(30) == size
@@ -272,7 +272,7 @@ def test_a_worker_that_holds_its_interpreter_is_not_dead(rig: Rig, encrypt: bool
 
 def a_worker_that_holds_its_interpreter_is_not_dead(rig: Rig, encrypt: bool, busy: str) -> None:
     (one,) = add(rig, ["h1"], encrypt)
-    held = remotecall(hold_interpreter, one, 10)
+    held = remotecall(hold_interpreter, one, 6)
     size = 100_000_000 if busy == "much under way" else 1
     call = remotecall(len, one, bytes(size))
     assert held.result(30) is None and call.result(30) == size
