@@ -195,11 +195,16 @@ def test_some_random_moments(operation: str) -> None:
     random_moments("executor", operation, 60)
 
 
+CLASSES = [(kind, operation) for kind in ("executor", "pool") for operation in MOMENTS]
+CLASSES.remove(("pool", "one"))  # as "submit", with one call at a time
+CLASSES.remove(("pool", "pmap"))  # it is its executor's
+
+
 @pytest.mark.time_limit(150)
 @pytest.mark.slow
-@pytest.mark.parametrize("operation", MOMENTS)
+@pytest.mark.parametrize(("kind", "operation"), CLASSES)
 def test_thousand_random_moments(kind: str, operation: str) -> None:
-    """Twelve of these: more than ten thousand in all."""
+    """Ten of these: ten thousand in all."""
     random_moments(kind, operation, 1000)
 
 
@@ -308,6 +313,9 @@ def test_workers_are_struck_at_random_moments(operation: str) -> None:
 
 @pytest.mark.time_limit(150)
 @pytest.mark.slow
-@pytest.mark.parametrize("operation", ["plain", "objects", "big"])
+@pytest.mark.parametrize(
+    ("kind", "operation"), [("executor", "plain"), ("executor", "objects"), ("executor", "big"), ("pool", "objects")]
+)
 def test_workers_are_struck_ten_thousand_times(kind: str, operation: str) -> None:
+    """What is struck is a worker, which does not know whose it is."""
     struck(kind, operation, 10_000, 60)
