@@ -5,9 +5,9 @@
     worker idle, queue empty -> RECALL from the busiest -> queue -> dispatch
     worker gone -> the call that was running fails, those that had not started run elsewhere -> replacement
 
-Window: a slot that is half empty is filled up to calls worth `config.WINDOW_SECONDS` of measured running time, at
-least 2 and at most 1024; the last calls of a queue are shared out in smaller portions. A call with a time limit travels
-alone.
+Window: a slot that is half empty is filled up to calls worth `config.WINDOW_SECONDS` of measured running time (more of
+a map that has run for long), at least 2 and at most 1024; the last calls of a queue are shared out in smaller portions.
+A call with a time limit travels alone.
 
 Who runs what: `_dispatch` runs under `lock`, on the leader or in a submitting thread. A submitter never waits for the
 lock (`_pump`): it leaves a note and the holder looks again. So user code in a finalizer, run by the collector inside
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
+from distpool import config
 from distpool.mapruns import MapRun
 from distpool.node.node import Node, existing
 from distpool.recalls import Recalls, withdraw
@@ -203,7 +204,7 @@ class Scheduler:
         self.loop.call_soon(lambda: self.settle(call, 0, Outcome(RAISED_HERE, error, (), 1)))
 
     def _share(self, slot: Slot, head: Any) -> int:
-        room = slot.room(head.timing.mean)
+        room = slot.room(head.timing.mean, head.worth() if type(head) is MapRun else config.WINDOW_SECONDS)
         if room <= 0 or (slot.load > slot.blocked and 2 * room < slot.limit - slot.blocked):
             return 0  # it has enough for now: half a window at a time costs half of the frames
         if head.policy is not None if type(head) is Call else False:

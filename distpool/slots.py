@@ -79,8 +79,8 @@ class Slot:
         """Whether it has been sent all the calls that it may run (`max_tasks_per_child`)."""
         return self._remaining == 0
 
-    def room(self, mean: float) -> int:
-        """How many more calls of `mean` seconds (negative: unknown) it should have now."""
+    def room(self, mean: float, worth: float = config.WINDOW_SECONDS) -> int:
+        """How many more calls of `mean` seconds (negative: unknown) it should have now, `worth` seconds in all."""
         if not self.usable:
             return 0
         if mean > _LONG or mean < 0:
@@ -90,7 +90,7 @@ class Slot:
         elif mean > 0.002:
             limit = 2
         else:
-            limit = max(2, min(_MAX_WINDOW, int(config.WINDOW_SECONDS / max(mean, 1e-7))))
+            limit = max(2, min(_MAX_WINDOW, int(worth / max(mean, 1e-7))))
         self.limit = limit + self.blocked
         room = self.limit - self.load
         return room if self._remaining is None else min(room, self._remaining)

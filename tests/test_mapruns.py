@@ -143,3 +143,17 @@ def test_look_ahead_follows_the_measured_time() -> None:
     assert mapruns.look_ahead(-1.0, 8) == mapruns.look_ahead(0.0, 8) == mapruns.look_ahead(1.0, 8) == 8
     assert mapruns.look_ahead(1e-4, 8) == int(config.WINDOW_SECONDS / 1e-4)
     assert mapruns.look_ahead(1e-9, 8) == mapruns._MOST_AHEAD
+
+
+def test_a_long_map_is_sent_ahead_in_larger_parts(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(mapruns.time, "monotonic", lambda: now)
+    run = office.run([1, 2, 3], fresh())
+    assert run.worth() == config.WINDOW_SECONDS, "not begun"
+    office.worker(2)
+    seen = []
+    for _ in range(100):
+        now += 0.01
+        seen.append(run.worth())
+    assert seen == sorted(seen) and seen[0] == config.WINDOW_SECONDS and seen[-1] == config.LONG_WINDOW_SECONDS
+    assert any(config.WINDOW_SECONDS < worth < config.LONG_WINDOW_SECONDS for worth in seen)

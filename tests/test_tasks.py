@@ -159,6 +159,38 @@ def test_results_come_while_a_long_call_runs(runner: Bench) -> None:
     assert runner.collect(1) == {first + 2: 3}
 
 
+def hold_third(number: int) -> int:
+    return hold(number) if number == 3 else number
+
+
+def test_results_of_a_span_come_while_a_long_element_of_it_runs(runner: Bench) -> None:
+    first = runner.send(runner.span(hold_third, [1, 2, 3, 4]))
+    assert runner.collect(2) == {first: 1, first + 1: 2}, "the others wait behind the long one"
+    assert not gate.is_set()
+    gate.set()
+    assert runner.collect(2) == {first + 2: 3, first + 3: 4}
+
+
+def nap(number: int) -> int:
+    entered.wait(0.001)
+    return number
+
+
+def test_spans_of_short_calls_are_answered_in_few_frames() -> None:
+    with bench(shared=True) as runner:
+        begin = time.monotonic()
+        runner.send(*[runner.span(nap, list(range(12))) for _ in range(10)])
+        frames, ended = 0, 0
+        while ended < 120:
+            frame = runner.master.next_frame()
+            if frame.kind == Kind.RESULTS:
+                frames += 1
+                ended += len(runner.results(frame))
+        # Each span at its end, and now and then within it, however slow the machine is: nobody flushes more often.
+        most = 11 + (time.monotonic() - begin) / config.SPAN_FLUSH_SECONDS
+        assert frames <= most, f"{frames} frames for 10 spans"
+
+
 def test_a_forgotten_function_is_gone(runner: Bench) -> None:
     number = runner.function(note).number
     runner.master.link.send(Kind.FORGET, messages.Forget([number, 12345]).pack())

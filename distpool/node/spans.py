@@ -106,7 +106,7 @@ def run_span(runner: TaskRunner, item: Item, function: Any, begin: float) -> Non
     on_main = threading.current_thread() is threading.main_thread()
     arguments, first = item.arguments, item.sequence
     assert arguments is not None
-    flush_at = results.flushed + config.FLUSH_SECONDS
+    flush_at = results.flushed + config.SPAN_FLUSH_SECONDS
     index, ran = 0, 0
     while True:
         item.index = index
@@ -152,7 +152,7 @@ def run_span(runner: TaskRunner, item: Item, function: Any, begin: float) -> Non
             results.busy += now - begin
             begin, ran = now, 0
             results.flush()
-            flush_at = results.flushed + config.FLUSH_SECONDS
+            flush_at = results.flushed + config.SPAN_FLUSH_SECONDS
     item.index = index
     results.ran += ran
     results.busy += clock() - begin

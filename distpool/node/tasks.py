@@ -181,7 +181,17 @@ class TaskRunner:
         self._brought()
 
     def tick(self) -> float | None:
-        """Called by the I/O thread: send what waits; how long it may sleep."""
+        """Called by the I/O thread: send what waits; how long it may sleep.
+
+        A span flushes by itself, but only between its elements; looking after it every 5 ms would take the GIL from it
+        as often, and send the master many small frames.
+        """
+        if any(item.flags in SPANS for item in list(self.running.values())):
+            left = self.results.flushed + config.SPAN_FLUSH_SECONDS - time.perf_counter()
+            if left > 0:
+                return left
+            self.flush()
+            return config.SPAN_FLUSH_SECONDS
         if self.results.unsent:
             self.flush()
         return config.GRACE if self._inbox or self.results.unsent else None
