@@ -17,7 +17,7 @@ from typing import Any
 from distpool import config, errors
 from distpool.joining import launcher
 from distpool.node.group import Member, State
-from distpool.node.node import Node
+from distpool.node.node import Node, existing
 from distpool.scheduling import Scheduler
 from distpool.slots import Slot
 from distpool.supply import Order, Place, Supply, launch_errors
@@ -28,6 +28,7 @@ from distpool.wire.frames import Frame, Kind
 log = logging.getLogger("distpool.crew")
 
 _PATIENCE = 5.0  # seconds that a worker has to exit when asked
+_NOTICES = 5.0  # seconds for the user's stdout to take the last output of the workers
 
 
 def end(member: Member, signum: int) -> None:
@@ -76,6 +77,23 @@ class Crew:
         self._replace = replace
         self._dismissed = False
         node.crews.add(self)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process that the workers belong to, and not one that was forked from it."""
+        return existing() is self.node
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait (at most `timeout` seconds) until the work is done, the workers are gone and their output is printed."""
+        loop = self.node.loop
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self.finished.is_set():
+            if not loop.lead(self.finished.is_set, deadline):
+                with loop.following():
+                    self.finished.wait(timeout)
+            if deadline is not None and time.monotonic() >= deadline:
+                break
+        self.node.notices.join(_NOTICES)
 
     def start(self) -> None:
         """Launch the workers in the background. Any thread."""

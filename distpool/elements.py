@@ -22,15 +22,13 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from distpool import config
-from distpool.mapruns import SCALARS, MapRun
+from distpool.mapruns import LOOK_AHEAD, SCALARS, MapRun
 from distpool.refs.refs import RAISED_HERE, Outcome, open_outcome
 from distpool.scheduling import Scheduler
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import ERROR, UNSENDABLE
 
-#: Elements taken ahead per worker from an input that is taken lazily.
-LOOK_AHEAD = 8
 _AT_HAND = 2048  # the same for an input that lies in memory anyway, unless its elements are large
 _BYTES_AHEAD = 1 << 20  # serialised elements that wait, per worker
 _FAILURES = (ERROR, UNSENDABLE, RAISED_HERE)
@@ -293,4 +291,4 @@ def thread_count() -> int:
     return min(32, cpus + 4)
 
 
-__all__ = ["LOOK_AHEAD", "SCALARS", "Carrier", "FutureCarrier", "SpanCarrier", "ThreadCarrier", "thread_count"]
+__all__ = ["SCALARS", "Carrier", "FutureCarrier", "SpanCarrier", "ThreadCarrier", "thread_count"]

@@ -9,26 +9,17 @@ The workers belong to the `Crew`, which lives as long as work is pending, also a
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import threading
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distpool import exits
-from distpool.borrowing import BorrowedCrew
-from distpool.crew import Crew, end
-from distpool.hosts import Plan, plan_for
-from distpool.nested import reduce_executor, reduce_view
-from distpool.node import group as groups
-from distpool.node import node as nodes
-from distpool.node.group import State
-from distpool.policy import make_policy
-from distpool.submitter import LOOK_AHEAD, Submitter, strict_future
-from distpool.supply import can_grow
-from distpool.wire import codec
-from distpool.work import Policy
+from distpool.managers import zygotes
+from distpool.submitter import Submitter
+
+if TYPE_CHECKING:
+    from distpool.crew import Crew
+    from distpool.work import Policy
 
 _UNSET: Any = object()
 
@@ -75,10 +66,6 @@ class ClusterExecutor(Submitter):
         _check_max_tasks(max_tasks_per_child, mp_context)
         if on_worker_exit not in ("replace", "break"):
             raise ValueError(f"on_worker_exit must be 'replace' or 'break', not {on_worker_exit!r}")
-        plan: Plan = plan_for(hosts, max_workers, addprocs_options)
-        self._policy = make_policy(
-            None, timeout=timeout, retries=retries, retry_delays=retry_delays, retry_check=retry_check
-        )
         self._progress = progress
         self._mp_context = mp_context if mp_context is not None else _SpawnContext()
         self._initializer = initializer
@@ -86,38 +73,25 @@ class ClusterExecutor(Submitter):
         self._shutdown = False
         self._shutdown_thread = False
         self._key: str | None = None  # under which handles inside tasks know this executor
-        exits.check_alive()
-        if "DISTPOOL_TOP" in os.environ:
-            from distpool.top import serve_if_wanted
+        started = zygotes.begin(hosts, addprocs_options)
+        try:
+            from distpool import opening, submitting  # and with them all the rest, while the zygote comes up
 
-            serve_if_wanted(nodes.current())
-        start = codec.encode((initializer, tuple(initargs))) if initializer is not None else None
-        if start is not None and start[1]:
-            start = codec.dump((initializer, tuple(initargs)), None, None, None), []
-        code = start[0] if start is not None else None
-        replace = on_worker_exit == "replace"
-        if plan.borrowed is not None:
-            if max_tasks_per_child is not None:
-                raise ValueError("max_tasks_per_child needs workers of the executor's own, not those of a pool")
-            self._crew: Crew = BorrowedCrew(nodes.current(), plan.borrowed, initializer=code, replace=replace)
-        else:
-            claims = not plan.params.keys().isdisjoint(("topology", "lazy"))
-            if claims:  # an executor that does not care takes what there is
-                group = groups.of(nodes.current())
-                group.claim_topology(plan.params.get("topology", "all_to_all"), plan.params.get("lazy", True))
-            self._crew = Crew(
-                nodes.current(),
-                plan.places,
-                plan.params,
-                plan.cap,
-                initializer=code,
-                max_tasks=max_tasks_per_child,
-                replace=replace,
+            self._ways = submitting
+            self._policy = opening.make_policy(
+                None, timeout=timeout, retries=retries, retry_delays=retry_delays, retry_check=retry_check
             )
-            self._crew.claims_topology = claims
-        if on_worker_exit == "break":
-            self._future_class = strict_future(self._crew)
-        exits.register(self._crew.node)
+            replace = on_worker_exit == "replace"
+            start = initializer, tuple(initargs)
+            self._crew = opening.make_crew(hosts, max_workers, addprocs_options, start, max_tasks_per_child, replace)
+            self._future_class = submitting.future_class(self._crew, replace)
+            opening.register(self._crew.node, ClusterExecutor, ExecutorView)
+        except BaseException:
+            if started is not None:
+                started.discard()
+            raise
+        if started is not None:
+            opening.adopt(self._crew.node, started)
         self._finalizer = weakref.finalize(self, _forgotten, self._crew)
         self._finalizer.atexit = False
         self._crew.start()
@@ -133,7 +107,7 @@ class ClusterExecutor(Submitter):
             raise type(crew.broken)(*crew.broken.args) from crew.broken
         if self._shutdown:
             raise RuntimeError("cannot schedule new futures after shutdown")
-        if exits.ending():
+        if crew.node.exiting:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
     # -- policy and size ---------------------------------------------------------------------------------------
@@ -163,7 +137,8 @@ class ClusterExecutor(Submitter):
             "timeout": timeout, "retries": retries, "retry_delays": retry_delays, "retry_check": retry_check,
             "pids": pids, "keep": keep, "label": label,
         }  # fmt: skip
-        return ExecutorView(self, make_policy(self._policy, **{k: v for k, v in given.items() if v is not _UNSET}))
+        changes = {name: value for name, value in given.items() if value is not _UNSET}
+        return ExecutorView(self, _make_policy(self._policy, changes))
 
     def _view(self, policy: Policy) -> ExecutorView:
         return ExecutorView(self, policy)
@@ -184,7 +159,7 @@ class ClusterExecutor(Submitter):
             raise ValueError("max_workers must be greater than 0")
         self._check_usable()
         crew = self._crew
-        if n > crew.size and not can_grow(crew.supply.places):
+        if n > crew.size and not crew.supply.can_grow:
             raise ValueError(f"there are {crew.size} workers, and their manager cannot start a given number of others")
         crew.node.loop.call_soon(lambda: crew.scale(n))
 
@@ -212,7 +187,7 @@ class ClusterExecutor(Submitter):
         """
         crew = self._crew
         first, self._shutdown, self._shutdown_thread = not self._shutdown, True, True
-        if nodes.existing() is not crew.node:
+        if not crew.is_here:
             return  # in a forked child: the workers are the parent's
         if first:
             self._finalizer.detach()
@@ -221,14 +196,14 @@ class ClusterExecutor(Submitter):
             crew.scheduler.cancel_waiting(spare=crew.coming)
         crew.node.loop.call_soon(crew.scheduler.check_done)
         if wait:
-            exits.wait_for(crew)
+            crew.wait()
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         """As `shutdown()`; but an interrupted program does not wait for its calls: what waits is dropped, what runs is
         ended. (The standard library's workers get Ctrl-C from the terminal; ours are in sessions of their own.)"""
         if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
             self.kill_workers()
-            exits.wait_for(self._crew, 1.0)
+            self._crew.wait(1.0)
         else:
             self.shutdown(wait=True)
 
@@ -243,7 +218,7 @@ class ClusterExecutor(Submitter):
     def _signal_workers(self, signum: int) -> None:
         crew = self._crew
         self.shutdown(wait=False)
-        if nodes.existing() is crew.node:
+        if crew.is_here:
             # Killed before the answers to the recalls are waited for: a worker that hangs gives none.
             crew.scheduler.cancel_waiting(lambda: crew.node.loop.call_soon(lambda: crew.kill(signum)))
 
@@ -262,8 +237,10 @@ class ClusterExecutor(Submitter):
     def _processes(self) -> dict[int, Any] | None:
         if self._shutdown:
             return None
+        from distpool.shown import ShownProcess
+
         self._crew.wait_for_members()
-        return {member.ospid: _Process(member) for member in list(self._crew.members.values())}
+        return {member.ospid: ShownProcess(member) for member in list(self._crew.members.values())}
 
 
 class ExecutorView(Submitter):
@@ -272,6 +249,7 @@ class ExecutorView(Submitter):
     def __init__(self, executor: ClusterExecutor, policy: Policy | None) -> None:
         self._executor = executor  # keeps it alive
         self._crew = executor._crew
+        self._ways = executor._ways
         self._policy = policy
         self._progress = executor._progress
         self._future_class = executor._future_class
@@ -281,7 +259,7 @@ class ExecutorView(Submitter):
 
     def options(self, **options: Any) -> ExecutorView:
         """A view with a further changed policy; see `ClusterExecutor.options`."""
-        return ExecutorView(self._executor, make_policy(self._policy, **options))
+        return ExecutorView(self._executor, _make_policy(self._policy, options))
 
     @property
     def workers(self) -> list[int]:
@@ -298,54 +276,6 @@ class ExecutorView(Submitter):
         self._executor.shutdown(wait, cancel_futures=cancel_futures)
 
 
-class _Process:
-    """One worker process as `ProcessPoolExecutor._processes` shows it."""
-
-    def __init__(self, member: Any) -> None:
-        self._member = member
-        self.pid = member.ospid
-
-    def is_alive(self) -> bool:
-        """Whether the process is still there."""
-        process = self._member.process
-        return self._member.state is not State.GONE if process is None else not process.exited
-
-    def terminate(self) -> None:
-        """Send SIGTERM."""
-        end(self._member, signal.SIGTERM)
-
-    def kill(self) -> None:
-        """Send SIGKILL."""
-        self._member.kill()
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait for the end of the process."""
-        ended = threading.Event()
-        group = self._member.group
-        if self._member.process is not None:
-            self._member.process.add_exit_callback(lambda code: ended.set())
-        else:  # there is none that we could watch: its end is the end of its connection
-            group.node.loop.call_soon(lambda: self._watch(ended))
-        with group.node.loop.following():
-            ended.wait(timeout)
-
-    def _watch(self, ended: threading.Event) -> None:
-        def gone(member: Any) -> None:
-            if member is self._member:
-                ended.set()
-                self._member.group.gone_watchers.remove(gone)
-
-        self._member.group.gone_watchers.append(gone)
-        if self._member.state is State.GONE:
-            gone(self._member)
-
-    @property
-    def exitcode(self) -> int | None:
-        """Exit status (negative: signal), `None` while it lives."""
-        code: int | None = self._member.exitcode
-        return code
-
-
 class _SpawnContext:
     """What `_mp_context` shows when none was given: workers are fresh interpreters."""
 
@@ -355,6 +285,12 @@ class _SpawnContext:
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------
+
+
+def _make_policy(base: Policy | None, changes: dict[str, Any]) -> Policy | None:
+    from distpool.policy import make_policy
+
+    return make_policy(base, **changes)
 
 
 def _check_max_tasks(count: int | None, mp_context: Any) -> None:
@@ -378,7 +314,4 @@ def _forgotten(crew: Crew) -> None:
         crew.node.loop.call_soon(crew.scheduler.check_done)
 
 
-codec.register_reducer(ClusterExecutor, reduce_executor)
-codec.register_reducer(ExecutorView, reduce_view)
-
-__all__ = ["LOOK_AHEAD", "ClusterExecutor", "ExecutorView", "make_policy"]
+__all__ = ["ClusterExecutor", "ExecutorView"]

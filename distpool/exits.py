@@ -21,11 +21,9 @@ from typing import TYPE_CHECKING, Any
 from distpool.node import node as nodes
 
 if TYPE_CHECKING:
-    from distpool.crew import Crew
     from distpool.node.node import Node
 
 _PATIENCE = 4.0  # seconds that a busy worker has to end when the program ends
-_NOTICES = 5.0  # seconds for the user's stdout to take the last output of the workers
 
 
 def register(node: Node) -> None:
@@ -68,19 +66,6 @@ def check_alive() -> None:
         raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
 
-def wait_for(crew: Crew, timeout: float | None = None) -> None:
-    """Wait (at most `timeout` seconds) until the work is done, the workers are gone and their output is printed."""
-    loop = crew.node.loop
-    deadline = None if timeout is None else time.monotonic() + timeout
-    while not crew.finished.is_set():
-        if not loop.lead(crew.finished.is_set, deadline):
-            with loop.following():
-                crew.finished.wait(timeout)
-        if deadline is not None and time.monotonic() >= deadline:
-            break
-    crew.node.notices.join(_NOTICES)
-
-
 def _at_exit(node: Node) -> None:
     node.exiting = True
     if nodes.existing() is not node:
@@ -97,4 +82,4 @@ def _at_exit(node: Node) -> None:
                 crew.finished.wait(max(0.0, deadline - time.monotonic()))
         else:
             node.loop.call_soon(crew.scheduler.check_done)
-            wait_for(crew)
+            crew.wait()

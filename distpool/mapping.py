@@ -14,7 +14,8 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from distpool.elements import LOOK_AHEAD, Carrier, FutureCarrier, SpanCarrier, ThreadCarrier
+from distpool.elements import Carrier, FutureCarrier, SpanCarrier, ThreadCarrier
+from distpool.mapruns import LOOK_AHEAD
 from distpool.node import node as nodes
 from distpool.ordered import OrderedMap
 from distpool.progress import make_progress

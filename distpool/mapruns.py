@@ -28,6 +28,8 @@ from distpool.work import SCALARS, release_all, with_references
 if TYPE_CHECKING:
     from distpool.scheduling import Scheduler
 
+#: Elements that lazy maps take ahead, per worker.
+LOOK_AHEAD = 8
 _BLOCK = 4096  # scalar elements that are kept together
 _MOST_AHEAD = 512
 _SMALL = 64  # elements of a chunk
@@ -469,4 +471,4 @@ def _all_scalars(arguments: list[Any], single: bool) -> bool:
     return all(SCALARS.issuperset(map(type, argument)) for argument in arguments)
 
 
-__all__ = ["SCALARS", "Element", "MapRun", "Span", "Timing", "look_ahead"]
+__all__ = ["LOOK_AHEAD", "SCALARS", "Element", "MapRun", "Span", "Timing", "look_ahead"]

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from distpool.errors import SerializationError
 from distpool.mapresults import check_map, map_by_futures, unordered_futures
+from distpool.mapruns import LOOK_AHEAD
 from distpool.node import node as nodes
 from distpool.node.node import Node
 from distpool.policy import make_policy
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     from distpool.transport.ioloop import IoLoop
     from distpool.transport.link import Link
 
-#: Elements that lazy maps take ahead, per worker.
-LOOK_AHEAD = 8
 _CANCEL_PATIENCE = 5.0  # seconds to wait for the owner's answer
 
 

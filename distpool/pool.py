@@ -23,8 +23,7 @@ from collections.abc import Callable, Iterable
 from multiprocessing.pool import CLOSE, INIT, RUN, TERMINATE
 from typing import Any, NoReturn, Self
 
-from distpool import exits
-from distpool.executor import ClusterExecutor, _Process
+from distpool.executor import ClusterExecutor
 from distpool.node import node as nodes
 from distpool.pool_callbacks import Callbacks, PoolTerminated
 from distpool.pool_input import Inputs
@@ -32,6 +31,7 @@ from distpool.pool_maps import PoolMaps
 from distpool.pool_results import ApplyResult, AsyncResult
 from distpool.pool_runs import Starting
 from distpool.refs.refs import RAISED_HERE, Outcome
+from distpool.shown import ShownProcess
 from distpool.wire import codec
 from distpool.wire.messages import CALL, ONE, ONE_FRESH
 from distpool.work import Call, is_plain, with_references
@@ -215,7 +215,7 @@ class DistPool(PoolMaps):
         self._executor.shutdown(wait=False)
         crew.node.loop.call_soon(lambda: _kill(crew))
         if not crew.node.loop.leads:  # in a signal handler, in the midst of the loop: nobody could do what we wait for
-            exits.wait_for(crew)
+            crew.wait()
 
     def join(self) -> None:
         """Wait until all tasks have ended, their callbacks have run and the workers are gone.
@@ -231,7 +231,7 @@ class DistPool(PoolMaps):
         if self._inputs is not None and self._state == CLOSE:
             self._callbacks.give_way()
             self._inputs.take_rest()
-        exits.wait_for(self._crew)
+        self._crew.wait()
         self._callbacks.join()
 
     # -- private names that other libraries read ---------------------------------------------------------------
@@ -246,7 +246,7 @@ class DistPool(PoolMaps):
         if self._state == INIT:
             return []
         crew = self._crew
-        found: list[Any] = [_Process(member) for member in list(crew.members.values())][: crew.size]
+        found: list[Any] = [ShownProcess(member) for member in list(crew.members.values())][: crew.size]
         if not crew.finished.is_set():
             found.extend(Starting() for _ in range(crew.size - len(found)))
         return found

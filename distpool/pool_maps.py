@@ -17,8 +17,7 @@ from multiprocessing.pool import INIT, RUN
 from typing import Any
 
 from distpool.crew import Crew
-from distpool.executor import LOOK_AHEAD
-from distpool.mapruns import MapRun, look_ahead
+from distpool.mapruns import LOOK_AHEAD, MapRun, look_ahead
 from distpool.pool_callbacks import Callbacks
 from distpool.pool_input import PLAIN, Feed, Inputs
 from distpool.pool_results import IMapIterator, IMapUnorderedIterator, MapResult

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from typing import Any
 
 from distpool import config
-from distpool.elements import LOOK_AHEAD
 from distpool.errors import ProcessExitedException
+from distpool.mapruns import LOOK_AHEAD
 from distpool.node import node as nodes
 from distpool.node.node import Node
 from distpool.pools import WorkerPool

@@ -363,20 +363,20 @@ class Supply:
             return plain[0] if type(plain[0]) in (ValueError, TypeError) else found[0]
         return CompositeException(found) if found else LaunchWorkerError("localhost", "", "no worker could be started")
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether some manager can start a given number of workers."""
+        for place in self.places:
+            with contextlib.suppress(Exception):  # the user's manager: then it cannot
+                if place.manager.sized(1) is not None:
+                    return True
+        return False
+
     def close(self) -> None:
         """Everybody has gone: managers may let go of what they kept for replacements."""
         for place in self.places:
             if type(place.manager).close is not ClusterManager.close:
                 self.node.deliver(place.manager.close)
-
-
-def can_grow(places: list[Place]) -> bool:
-    """Whether some manager can start a given number of workers."""
-    for place in places:
-        with contextlib.suppress(Exception):  # the user's manager: then it cannot
-            if place.manager.sized(1) is not None:
-                return True
-    return False
 
 
 def spread(size: int, weights: list[int]) -> list[int]:
@@ -400,4 +400,4 @@ def launch_errors(error: BaseException) -> list[Exception]:
     return [wrapped]
 
 
-__all__ = ["Order", "Place", "Supply", "can_grow", "launch_errors", "spread"]
+__all__ = ["Order", "Place", "Supply", "launch_errors", "spread"]

@@ -62,7 +62,7 @@ class Child(NamedTuple):
 # --- the zygote -------------------------------------------------------------------------------------------------------
 
 
-def main(control: int, master: int, directory: str, entry: str, own_path: list[str]) -> NoReturn:
+def main(control: int, master: int, entry: str, own_path: list[str]) -> NoReturn:
     """Serve fork requests on the socket `control` until the process `master` is gone; never returns.
 
     In each forked child this function goes on as the worker. Called by `-c`, which has set sys.path; `own_path` is
@@ -75,7 +75,7 @@ def main(control: int, master: int, directory: str, entry: str, own_path: list[s
     _stdio_to_null()
     os.chdir("/")  # a zygote keeps no directory busy
     gc.freeze()
-    birth = Zygote(control, master, directory, problem).serve()
+    birth = Zygote(control, master, problem).serve()
     # Only children come here. The frozen objects stay frozen: unfreezing would let every full collection write to the
     # headers of all modules' objects, and with that copy the pages that workers share (about 5 MB each).
     gc.enable()
@@ -124,10 +124,10 @@ def _stdio_to_null() -> None:
 class Zygote:
     """The serving loop. `serve` returns only in a child, as that child's `Birth`."""
 
-    def __init__(self, control: int, master: int, directory: str, problem: str) -> None:
+    def __init__(self, control: int, master: int, problem: str) -> None:
         self.control = socket.socket(fileno=control)
         self.control.setblocking(False)
-        self.directory = directory
+        self.directory = ""  # that of the workers' sockets; removed at the end
         self.problem = problem
         self.children: dict[int, Child] = {}
         self.received = bytearray()
@@ -225,8 +225,11 @@ class Zygote:
     def _fork_one(self, request: dict[str, Any]) -> Birth | None:
         """One worker: `None` in the zygote, which has answered; the `Birth` in the child. OSError: nothing is left."""
         settings = request["settings"]
-        if settings["transport"] == "unix" and not directories.make(settings["directory"]):  # mostly it is there
-            settings = {**settings, "transport": "tcp"}
+        if settings["transport"] == "unix":
+            if directories.make(settings["directory"]):  # mostly it is there
+                self.directory = settings["directory"]
+            else:
+                settings = {**settings, "transport": "tcp"}
         self.count += 1
         opened: list[int] = []
         listener = listen(settings, f"{os.getpid()}-{self.count}")

@@ -16,7 +16,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +74,11 @@ def by_method(method: str) -> Make:
 
 def order(count: int = 1, method: str = "fork", transport: str = "unix", **changes: Any) -> LaunchSpec:
     spec = LocalManager(count).spec({"cookie": "secret-cookie"})
-    spec = replace(spec, method=method, transport=transport, entry="launch_entries:serve", timeout=20.0)
-    return replace(spec, **changes)
+    spec.method, spec.transport, spec.entry, spec.timeout = method, transport, "launch_entries:serve", 20.0
+    for name, value in changes.items():
+        assert hasattr(spec, name)
+        setattr(spec, name, value)
+    return spec
 
 
 class Caller:

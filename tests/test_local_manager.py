@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from distpool.managers import local
+from distpool.managers import command
 from distpool.managers.base import WorkerConfig
 from distpool.managers.launch import Launcher
-from distpool.managers.local import BLAS_VARIABLES, LocalManager
+from distpool.managers.local import LocalManager
+from distpool.managers.surroundings import BLAS_VARIABLES
 from distpool.transport.ioloop import IoLoop
 
 
@@ -113,7 +114,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_interpreter_gets_no_entries_of_ours() -> None:
-    installed = local.installation()
+    installed = command.installation()
     path = spec_of(exename="/usr/bin/other-python").sys_path
     assert not set(path) & installed
     assert set(spec_of().sys_path) & installed
@@ -196,5 +197,5 @@ def test_another_interpreter_really_starts(launcher: Launcher, tmp_path: Path) -
         assert path[: len(spec.sys_path)] == spec.sys_path
         behind = path[len(spec.sys_path) :]
         assert behind and not set(behind) & set(spec.sys_path)
-        assert set(behind) & local.installation()
+        assert set(behind) & command.installation()
         os.close(process.output)

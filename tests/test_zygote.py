@@ -32,7 +32,7 @@ class Peer:
     def __init__(self, directory: Path, entry: str = "launch_entries:serve") -> None:
         self.control, theirs = socket.socketpair()
         self.control.settimeout(20)
-        call = f"main({theirs.fileno()}, {os.getpid()}, {str(directory)!r}, {entry!r}, own)"
+        call = f"main({theirs.fileno()}, {os.getpid()}, {entry!r}, own)"
         code = boot_code(f"from distpool.zygote import main; {call}", [HERE, *sys.path])
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, start_new_session=True

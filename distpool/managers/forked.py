@@ -17,7 +17,6 @@ import queue
 import select
 import socket
 import struct
-import subprocess
 import threading
 import time
 from collections import deque
@@ -27,23 +26,14 @@ from typing import Any
 
 from distpool import config
 from distpool.errors import LaunchWorkerError
-from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, boot_code, last_lines, unlink
+from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, last_lines, unlink
+from distpool.managers.zygotes import ZygoteProcess
 
 FRAME = struct.Struct("!I")
 """As in distpool.zygote, which is in a higher layer."""
 
 CLOSE_SECONDS = 5.0
 """What a zygote may take to end its workers; then it is killed."""
-
-_STARTUP_NAMES = ("LANG", "TZDIR", "GLIBC_TUNABLES")
-_STARTUP_PREFIXES = ("PYTHON", "LC_", "LD_", "DYLD_", "MALLOC_")
-
-
-def key_of(spec: LaunchSpec) -> tuple[Any, ...]:
-    """What makes two orders go to the same zygote: the command, and the variables that are read at process start."""
-    env = spec.env
-    startup = sorted(name for name in env if name in _STARTUP_NAMES or name.startswith(_STARTUP_PREFIXES))
-    return tuple(spec.argv), tuple((name, env[name]) for name in startup), spec.entry, spec.own_path
 
 
 class Gone(Exception):
@@ -61,7 +51,7 @@ class _Request:
 class ForkServer:
     """One zygote process. `alive` is False once it has ended or has been told to."""
 
-    def __init__(self, loop: Loop, spec: LaunchSpec, on_end: Callable[[ForkServer], None]) -> None:
+    def __init__(self, loop: Loop, started: ZygoteProcess, on_end: Callable[[ForkServer], None]) -> None:
         self._loop = loop
         self._on_end = on_end
         self.alive = True
@@ -80,39 +70,9 @@ class ForkServer:
         self._lock = threading.Lock()
         # Held while reading: by the leader, or by the thread that closes. Never together with a wait.
         self._reading = threading.Lock()
-        self._control, theirs = socket.socketpair()
-        try:
-            startup, their_output = os.pipe()
-            try:
-                self._process = self._start(spec, theirs, their_output)
-            except BaseException:
-                os.close(startup)
-                raise
-            finally:
-                os.close(their_output)
-        except BaseException:
-            self._control.close()
-            raise
-        finally:
-            theirs.close()
-        self._startup = startup
-        self._control.setblocking(False)
-        os.set_blocking(self._startup, False)
+        self._process, self._control, self._startup = started.process, started.control, started.startup
         loop.register(self._startup, self._on_startup)
         loop.register(self._control, self._on_readable)
-
-    def _start(self, spec: LaunchSpec, control: socket.socket, output: int) -> subprocess.Popen[bytes]:
-        arguments = f"{control.fileno()}, {os.getpid()}, {spec.directory!r}, {spec.entry!r}, own"
-        code = boot_code(f"from distpool.zygote import main; main({arguments})", spec.sys_path, spec.own_path)
-        return subprocess.Popen(
-            [*spec.argv, "-c", code],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=spec.env,
-            pass_fds=[control.fileno()],
-            start_new_session=True,
-        )
 
     # --- the launch thread ---
 

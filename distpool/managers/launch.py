@@ -12,7 +12,6 @@ the end of a pipe.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -23,8 +22,9 @@ from typing import Any
 from distpool import directories
 from distpool.errors import LaunchWorkerError
 from distpool.managers import executed
-from distpool.managers.forked import ForkServer, Gone, key_of
+from distpool.managers.forked import ForkServer, Gone
 from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, unlink
+from distpool.managers.zygotes import ZygoteProcess, key_of
 
 __all__ = ["LaunchSpec", "LaunchedProcess", "Launcher"]
 
@@ -92,8 +92,16 @@ class Launcher:
             key = key_of(spec)
             zygote = self._zygotes.get(key)
             if zygote is None or not zygote.alive:
-                zygote = self._zygotes[key] = ForkServer(self._loop, spec, self._drop_zygote)
+                zygote = self._zygotes[key] = ForkServer(self._loop, ZygoteProcess(spec), self._drop_zygote)
             return zygote
+
+    def adopt(self, started: ZygoteProcess) -> None:
+        """Use this zygote, which was started before the launcher was there, for launches of its kind."""
+        with self._lock:
+            if not self._closed and started.key not in self._zygotes:
+                self._zygotes[started.key] = ForkServer(self._loop, started, self._drop_zygote)
+                return
+        started.discard()  # somebody else was quicker
 
     def _check_open(self) -> None:
         if self._closed:
@@ -185,6 +193,8 @@ class Launcher:
                 zygote.close()
         finally:
             if directory:
+                import shutil
+
                 shutil.rmtree(directory, ignore_errors=True)
             if janitor is not None:
                 os.close(self._janitor_pipe)

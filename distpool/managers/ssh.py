@@ -21,7 +21,7 @@ from distpool import config
 from distpool.errors import CompositeException, DistpoolError
 from distpool.managers import archive, bootstrap
 from distpool.managers.base import ClusterManager, WorkerConfig
-from distpool.managers.local import pairs
+from distpool.managers.command import pairs
 from distpool.managers.login_protocol import LOGIN_ARGUMENTS, LoginSettings
 from distpool.managers.resources import wishes
 from distpool.managers.specs import Spec, machine_of, split_spec

@@ -1,0 +1,99 @@
+"""The start of a zygote process (layer 8).
+
+    first executor of a program --begin()--> ZygoteProcess, meanwhile the rest of distpool is loaded --> Launcher.adopt
+    later, or for other workers --------------------------> ZygoteProcess(spec) <------------------------ Launcher
+
+A zygote and its master both take 45 ms to load what they need: one after the other they were most of the time to the
+first result. So a new program's first executor has its zygote started before it loads more than this module needs.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+from distpool import config
+from distpool.managers.command import command, environment, import_path
+from distpool.managers.process import LaunchSpec, boot_code
+from distpool.managers.surroundings import here
+
+_STARTUP_NAMES = ("LANG", "TZDIR", "GLIBC_TUNABLES")
+_STARTUP_PREFIXES = ("PYTHON", "LC_", "LD_", "DYLD_", "MALLOC_")
+
+
+def key_of(spec: LaunchSpec) -> tuple[Any, ...]:
+    """What makes two orders go to the same zygote: the command, and the variables that are read at process start."""
+    env = spec.env
+    startup = sorted(name for name in env if name in _STARTUP_NAMES or name.startswith(_STARTUP_PREFIXES))
+    return tuple(spec.argv), tuple((name, env[name]) for name in startup), spec.entry, spec.own_path
+
+
+class ZygoteProcess:
+    """A zygote that has been started, and our ends of its channels. OSError: it cannot be started.
+
+    `control`: socket for requests. `startup`: read end of the pipe for what it prints before it serves. Both do not
+    block. They belong to whoever takes the object (`ForkServer`), unless it is discarded.
+    """
+
+    def __init__(self, spec: LaunchSpec) -> None:
+        self.key = key_of(spec)
+        self.control, theirs = socket.socketpair()
+        try:
+            self.startup, output = os.pipe()
+            try:
+                self.process = self._start(spec, theirs, output)
+            except BaseException:
+                os.close(self.startup)
+                raise
+            finally:
+                os.close(output)
+        except BaseException:
+            self.control.close()
+            raise
+        finally:
+            theirs.close()
+        self.control.setblocking(False)
+        os.set_blocking(self.startup, False)
+
+    @staticmethod
+    def _start(spec: LaunchSpec, control: socket.socket, output: int) -> subprocess.Popen[bytes]:
+        call = f"main({control.fileno()}, {os.getpid()}, {spec.entry!r}, own)"
+        code = boot_code(f"from distpool.zygote import main; {call}", spec.sys_path, spec.own_path)
+        return subprocess.Popen(
+            [*spec.argv, "-c", code],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=spec.env,
+            pass_fds=[control.fileno()],
+            start_new_session=True,
+        )
+
+    def discard(self) -> None:
+        """Nobody has taken it: end it. It has not made anything yet that would stay behind."""
+        self.process.kill()
+        self.process.wait()
+        self.control.close()
+        os.close(self.startup)
+
+
+def begin(hosts: Any, options: dict[str, Any]) -> ZygoteProcess | None:
+    """Start what plain local workers will be forked by, if that is what is asked for, and if it is worth it: the rest
+    of distpool is not loaded, so nobody can have started one. None otherwise, and where it fails: whoever really needs
+    a zygote will hear why.
+    """
+    wanted = hosts is None or hosts == "local://" or (type(hosts) is int and hosts > 0)
+    if not wanted or options or "distpool.node.node" in sys.modules or config.launch_method() != "fork":
+        return None
+    try:
+        argv, foreign = command(None, ())
+        path = import_path({}, foreign, moved=False)
+        return ZygoteProcess(LaunchSpec(1, argv, environment({}, False), here(), path, "", own_path=foreign))
+    except (OSError, ValueError):
+        return None
+
+
+__all__ = ["ZygoteProcess", "begin", "key_of"]

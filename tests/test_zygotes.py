@@ -1,0 +1,154 @@
+"""The zygote that a program's first executor has started before the rest of distpool is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import psutil
+import pytest
+
+from distpool.managers import zygotes
+from distpool.managers.local import LocalManager
+
+PREAMBLE = """
+import json, os, subprocess, sys
+started = []
+popen = subprocess.Popen.__init__
+def note(self, command, *args, **kwargs):
+    popen(self, command, *args, **kwargs)
+    if "distpool.zygote" in str(command):
+        started.append([self.pid, "distpool.node.node" in sys.modules])
+subprocess.Popen.__init__ = note
+import distpool
+def say(**found):
+    print(json.dumps({"started": started, **found}))
+"""
+
+
+def program(source: str, **env: str) -> dict[str, Any]:
+    """Run a program of its own; what it says at its end, and nothing else may be said."""
+    done = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + textwrap.dedent(source)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **env},
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended, or does so now: it learns of the end of its master."""
+    try:
+        psutil.Process(pid).wait(20)
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.TimeoutExpired:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("hosts", ["", "2", "'local://'", "max_workers=2"])
+def test_the_first_executor_is_served_by_a_zygote_that_was_started_ahead(hosts: str) -> None:
+    found = program(f"""
+        with distpool.ClusterExecutor({hosts}) as ex:
+            parents = [ex.submit(os.getppid).result() for _ in range(3)]
+        with distpool.ClusterExecutor(1) as ex:
+            parents.append(ex.submit(os.getppid).result())
+        say(parents=parents)
+    """)
+    assert [loaded for _, loaded in found["started"]][:1] == [False], "all was loaded before it was started"
+    assert set(found["parents"]) == {pid for pid, _ in found["started"]}, "it was not used"
+    assert all(gone(pid) for pid, _ in found["started"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ("max_workers=0", "ValueError"),
+        ("max_workers='2'", "TypeError"),
+        ("2, timeout=-1", "ValueError"),
+        ("2, initializer=print, initargs=(lock,)", "SerializationError"),
+    ],
+)
+def test_an_executor_that_does_not_come_to_be_leaves_no_zygote(arguments: str, error: str) -> None:
+    found = program(f"""
+        import threading
+        lock = threading.Lock()
+        descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+        try:
+            distpool.ClusterExecutor({arguments})
+        except Exception as problem:
+            error = type(problem).__name__
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True)
+        say(error=error, children=[int(each) for each in children.stdout.split()])
+    """)
+    assert found["error"] == error
+    assert not {pid for pid, _ in found["started"]} & set(found["children"])
+    assert all(gone(pid) for pid, _ in found["started"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env"),
+    [
+        ("['nobody@localhost']", {}),
+        ("distpool.LocalManager(1)", {}),
+        ("1, exename=sys.executable", {}),
+        ("1", {"DISTPOOL_LAUNCH": "exec"}),
+    ],
+)
+def test_who_may_want_another_gets_none_ahead(arguments: str, env: dict[str, str]) -> None:
+    found = program(
+        f"""
+        from distpool.managers import zygotes
+        ahead = []
+        begin = zygotes.begin
+        zygotes.begin = lambda *args: ahead.append(begin(*args)) or ahead[-1]
+        executor = distpool.ClusterExecutor({arguments})
+        executor.kill_workers()
+        say(ahead=[started is not None for started in ahead])
+        """,
+        **env,
+    )
+    assert found["ahead"] == [False]
+
+
+def test_nothing_is_begun_once_all_is_loaded() -> None:
+    assert "distpool.node.node" in sys.modules or __import__("distpool.node.node")
+    assert zygotes.begin(None, {}) is None
+
+
+def test_it_is_found_by_what_local_workers_ask_for() -> None:
+    spec = LocalManager(1).spec({"cookie": ""})
+    started = zygotes.ZygoteProcess(spec)
+    try:
+        assert (
+            started.key
+            == zygotes.key_of(spec)
+            != zygotes.key_of(LocalManager(1).spec({"cookie": "", "exeflags": "-O"}))
+        )
+        assert started.process.poll() is None
+    finally:
+        started.discard()
+    assert started.process.returncode == -9 and started.control.fileno() == -1
+    with pytest.raises(OSError):
+        os.fstat(started.startup)
+
+
+def test_what_cannot_be_started_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = LocalManager(1).spec({"cookie": "", "exename": "/no/such/python"})
+    before = socket.socketpair()
+    with pytest.raises(OSError, match="no/such/python"):
+        zygotes.ZygoteProcess(spec)
+    after = socket.socketpair()
+    assert [end.fileno() for end in after] == [end.fileno() + 2 for end in before]
+    for end in (*before, *after):
+        end.close()
