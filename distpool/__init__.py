@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import importlib
-import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,7 @@ _HOME = {
     "SerializationError": "errors",
     "TopologyError": "errors",
     "VersionMismatchError": "errors",
-    "WorkerConfig": "managers.base",
+    "WorkerConfig": "managers.record",
     "WorkerPool": "pools",
     "addprocs": "cluster",
     "addprocs_async": "cluster",
@@ -119,8 +118,9 @@ if TYPE_CHECKING:
     )
     from distpool.executor import ClusterExecutor
     from distpool.loops import distributed, splitrange
-    from distpool.managers.base import ClusterManager, WorkerConfig
+    from distpool.managers.base import ClusterManager
     from distpool.managers.local import LocalManager
+    from distpool.managers.record import WorkerConfig
     from distpool.managers.specs import load_machine_file, parse_machine
     from distpool.managers.ssh import SSHManager
     from distpool.mapping import pgenerate, pmap
@@ -243,8 +243,6 @@ __all__ = [
     "worker_id_from_socket",
     "workers",
 ]
-
-logging.getLogger("distpool").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

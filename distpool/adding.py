@@ -11,12 +11,12 @@ Everything runs on the leader unless it says otherwise; each wait has the time-o
 from __future__ import annotations
 
 import concurrent.futures
-import logging
 import threading
 from typing import Any
 
 from distpool.errors import CompositeException, LaunchWorkerError
 from distpool.joining import Launch
+from distpool.logs import Log
 from distpool.managers.base import ClusterManager
 from distpool.node.group import Group, Member
 from distpool.node.node import Node
@@ -24,7 +24,7 @@ from distpool.supply import launch_errors
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
 
-log = logging.getLogger("distpool.cluster")
+log = Log("cluster")
 
 _PATIENCE = 5.0  # seconds that a worker has to exit when asked
 

@@ -11,7 +11,6 @@ the same time; only pids and the topology are given out one after another.
 from __future__ import annotations
 
 import concurrent.futures
-import logging
 import threading
 import warnings
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from typing import Any
 from distpool import exits
 from distpool.adding import Adding, close_launcher
 from distpool.hosts import check_options, manager_for
+from distpool.logs import Log
 from distpool.managers.base import ClusterManager
 from distpool.members import myrole
 from distpool.node import group as groups
@@ -30,7 +30,7 @@ from distpool.node.node import Node
 from distpool.wire import messages
 from distpool.wire.frames import Kind
 
-log = logging.getLogger("distpool.cluster")
+log = Log("cluster")
 
 _PATIENCE = 5.0  # seconds that a worker has to exit when asked
 _BUILT_IN = ("distpool.managers.local", "distpool.managers.ssh")

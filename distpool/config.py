@@ -39,7 +39,7 @@ OUTPUT_LINES = 20
 
 #: What workers may need, but not to come up and not for simple calls (15 ms of work): loaded by a zygote or a worker
 #: that has rested for so many seconds.
-PRELOAD = ("cloudpickle", "multiprocessing", "encodings.ascii", "distpool.wire.byvalue")
+PRELOAD = ("cloudpickle", "multiprocessing", "encodings.ascii", "distpool.wire.byvalue", "traceback", "logging")
 REST_SECONDS = 0.05
 
 

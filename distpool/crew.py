@@ -8,7 +8,6 @@ Everything runs on the leader unless it says otherwise. `broken` is set once and
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 
 from distpool import config, errors
 from distpool.joining import launcher
+from distpool.logs import Log
 from distpool.node.group import Member, State
 from distpool.node.node import Node, existing
 from distpool.scheduling import Scheduler
@@ -25,7 +25,7 @@ from distpool.wire import messages
 from distpool.wire.failures import failure_info
 from distpool.wire.frames import Frame, Kind
 
-log = logging.getLogger("distpool.crew")
+log = Log("crew")
 
 _PATIENCE = 5.0  # seconds that a worker has to exit when asked
 _NOTICES = 5.0  # seconds for the user's stdout to take the last output of the workers

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from distpool import config
 from distpool.mapruns import LOOK_AHEAD, SCALARS, MapRun
 from distpool.refs.refs import RAISED_HERE, Outcome, open_outcome
+from distpool.replies import note_traceback
 from distpool.scheduling import Scheduler
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
@@ -260,7 +261,7 @@ class _Threads:
             try:
                 value = self._function(*arguments)
             except BaseException as error:  # also SystemExit: it is the call's outcome, as on a worker
-                _note_traceback(error)
+                note_traceback(error)
                 self._idle.release()
                 future.set_exception(error)
                 del error
@@ -272,17 +273,6 @@ class _Threads:
 
 
 _thread_numbers = itertools.count(1)
-
-
-def _note_traceback(error: BaseException) -> None:
-    """Errors of every mode carry the text of the traceback where they were raised as their `__cause__`."""
-    import traceback
-    from concurrent.futures.process import _RemoteTraceback
-
-    remote_traceback: Any = _RemoteTraceback
-    if error.__cause__ is None:
-        text = "".join(traceback.format_exception(error))
-        BaseException.__setattr__(error, "__cause__", remote_traceback(f'\n"""\n{text}"""'))
 
 
 def thread_count() -> int:

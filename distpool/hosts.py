@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from distpool.managers.base import ClusterManager
-from distpool.managers.batch import machines_of_job
 from distpool.managers.local import LocalManager
-from distpool.managers.specs import load_machine_file
 from distpool.supply import Place, spread
 
 ENTRY_POINTS = "distpool.managers"
@@ -21,16 +18,20 @@ _SCHEMES = {"local": ("local", "LocalManager"), "ssh": ("ssh", "SSHManager")}
 """Managers of our own, which are found without the metadata of an installation: scheme -> module, class."""
 
 
-@dataclasses.dataclass
 class Plan:
-    """Where an executor gets its workers, and with which parameters."""
+    """Where an executor gets its workers, and with which parameters.
 
-    places: list[Place]
-    params: dict[str, Any]
-    cap: int | None = None
-    """No more workers than this, where the number is not known before they come."""
-    borrowed: list[int] | None = None
-    """Pids of workers that live already, instead of all that."""
+    `cap`: no more workers than this, where the number is not known before they come. `borrowed`: pids of workers that
+    live already, instead of all that.
+    """
+
+    def __init__(
+        self, places: list[Place], params: dict[str, Any], cap: int | None = None, borrowed: list[int] | None = None
+    ) -> None:
+        self.places = places
+        self.params = params
+        self.cap = cap
+        self.borrowed = borrowed
 
 
 def usable_cpus() -> int:
@@ -51,11 +52,17 @@ def manager_for(machines: Any, options: dict[str, Any]) -> ClusterManager:
     if isinstance(machines, int):
         return LocalManager(machines, options.get("restrict", True))
     if isinstance(machines, os.PathLike):
-        return ssh_manager(load_machine_file(machines))
+        return ssh_manager(_machines_in(machines))
     if isinstance(machines, Iterable) and not isinstance(machines, str | bytes):
         return ssh_manager(list(machines))
     expected = "an int, a list of machine specs, the Path of a machine file or a ClusterManager"
     raise TypeError(f"addprocs takes {expected}, not {machines!r}")
+
+
+def _machines_in(path: os.PathLike[str]) -> list[Any]:
+    from distpool.managers.specs import load_machine_file  # with all its patterns
+
+    return list(load_machine_file(path))
 
 
 def ssh_manager(machines: list[Any]) -> ClusterManager:
@@ -111,7 +118,7 @@ def manager_of(hosts: Any) -> ClusterManager:
     if isinstance(hosts, str):
         return _named(hosts)
     if isinstance(hosts, os.PathLike):
-        machines: list[Any] = list(load_machine_file(hosts))
+        machines: list[Any] = list(_machines_in(hosts))
         if not machines:
             raise ValueError(f"{hosts}: no machine in this file")
         return ssh_manager(machines)
@@ -133,6 +140,8 @@ def manager_of(hosts: Any) -> ClusterManager:
 def _named(text: str) -> ClusterManager:
     """`"env"`, `"scheme://..."`, or one machine spec."""
     if text == "env":
+        from distpool.managers.batch import machines_of_job
+
         return ssh_manager(list(machines_of_job(os.environ)))
     scheme, separator, rest = text.partition("://")
     if not separator:

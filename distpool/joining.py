@@ -13,15 +13,14 @@ time-out is given up; workers that it brings afterwards are ended.
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distpool import config
 from distpool.errors import LaunchWorkerError
-from distpool.managers.base import ClusterManager, WorkerConfig, parse_header
+from distpool.managers.base import ClusterManager, parse_header
 from distpool.managers.handles import PopenHandle, open_output
 from distpool.managers.launch import Launcher
 from distpool.managers.local import LocalManager
@@ -33,6 +32,9 @@ from distpool.node.node import Node
 from distpool.transport.stream import Adopted, adopt, dial
 from distpool.wire import codec, messages
 from distpool.wire.frames import Frame, Kind
+
+if TYPE_CHECKING:
+    from distpool.managers.record import WorkerConfig
 
 MAX_BANNER = 1000
 """Lines that may come before the header line (CONFORMANCE C201)."""
@@ -103,6 +105,8 @@ class Launch:
         error: BaseException | None = None
         try:
             for worker in self.manager.launch(self.params):
+                from distpool.managers.record import WorkerConfig  # there by now
+
                 if not isinstance(worker, WorkerConfig):
                     raise TypeError(f"launch must give WorkerConfig objects, not {type(worker).__name__}")
                 call_soon(partial(self.begin, worker))
@@ -311,10 +315,12 @@ class Launch:
                 error = LaunchWorkerError(member.host, member.last_output, "it did not start the others")
                 done(0, [error])
                 return
+            from dataclasses import replace
+
             names = []
             for number, host, port in launched.workers:
                 there = worker.host if worker.bind_addr is None and _is_any(host) else host
-                other = dataclasses.replace(worker, io=None, process=None, count=None, host=there, port=port)
+                other = replace(worker, io=None, process=None, count=None, host=there, port=port)
                 names.append([number, self.begin(other).pid])
             if member.link is not None:
                 member.link.send(Kind.NAMED, messages.Named(names).pack())

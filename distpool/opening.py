@@ -10,11 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from distpool import exits, joining
-from distpool.borrowing import BorrowedCrew
 from distpool.crew import Crew
 from distpool.hosts import Plan, plan_for
 from distpool.managers.zygotes import ZygoteProcess
-from distpool.nested import reduce_executor, reduce_view
 from distpool.node import group as groups
 from distpool.node import node as nodes
 from distpool.node.node import Node
@@ -43,6 +41,8 @@ def make_crew(
     if plan.borrowed is not None:
         if max_tasks is not None:
             raise ValueError("max_tasks_per_child needs workers of the executor's own, not those of a pool")
+        from distpool.borrowing import BorrowedCrew
+
         return BorrowedCrew(node, plan.borrowed, initializer=code, replace=replace)
     claims = not plan.params.keys().isdisjoint(("topology", "lazy"))
     if claims:  # an executor that does not care takes what there is
@@ -62,8 +62,20 @@ def _initializer_code(initializer: tuple[Callable[..., object] | None, tuple[Any
 def register(node: Node, executor: type, view: type) -> None:
     """Have executors finished at the end of the program, and let them and their views be sent to tasks."""
     exits.register(node)
-    codec.register_reducer(executor, reduce_executor)
-    codec.register_reducer(view, reduce_view)
+    codec.register_reducer(executor, _reduce_executor)
+    codec.register_reducer(view, _reduce_view)
+
+
+def _reduce_executor(executor: Any, peer: Any) -> tuple[Any, ...]:
+    from distpool.nested import reduce_executor
+
+    return reduce_executor(executor, peer)
+
+
+def _reduce_view(view: Any, peer: Any) -> tuple[Any, ...]:
+    from distpool.nested import reduce_view
+
+    return reduce_view(view, peer)
 
 
 def adopt(node: Node, started: ZygoteProcess) -> None:

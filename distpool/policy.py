@@ -9,7 +9,7 @@ from distpool.work import Policy
 
 def make_policy(base: Policy | None, **changes: Any) -> Policy | None:
     """`base` with `changes`, checked; `None` if that needs no treatment at all."""
-    values = {name: getattr(base or Policy(), name) for name in Policy.__dataclass_fields__}
+    values = {name: getattr(base or Policy(), name) for name in Policy._fields}
     unknown = set(changes) - set(values)
     if unknown:
         raise TypeError(f"unknown option {sorted(unknown)[0]!r}")

@@ -7,7 +7,6 @@ a callback that waits for another result --give_way--> another library thread go
 from __future__ import annotations
 
 import collections
-import logging
 import multiprocessing.pool as stdlib
 import threading
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
 
 from distpool.errors import DistpoolError, SerializationError
+from distpool.logs import Log
 from distpool.refs.refs import RAISED_HERE, open_outcome
 from distpool.scheduling import Scheduler
 from distpool.wire import codec
@@ -24,7 +24,7 @@ from distpool.wire.messages import UNSENDABLE
 if TYPE_CHECKING:
     from distpool.pool_results import AsyncResult
 
-log = logging.getLogger("distpool.pool")
+log = Log("pool")
 
 
 class PoolTerminated(DistpoolError, BrokenProcessPool):

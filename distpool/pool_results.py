@@ -11,7 +11,6 @@ theirs runs.
 from __future__ import annotations
 
 import collections
-import logging
 import multiprocessing
 import multiprocessing.pool as stdlib
 import threading
@@ -19,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
+from distpool.logs import Log
 from distpool.mapruns import MapRun
 from distpool.pool_callbacks import Callbacks, PoolTerminated, open_entry, park_at_exit
 from distpool.pool_input import Feed
@@ -26,7 +26,7 @@ from distpool.progress import Progress
 from distpool.refs.refs import Future, Outcome
 from distpool.wire import codec
 
-log = logging.getLogger("distpool.pool")
+log = Log("pool")
 
 _STEPS = 200  # how often a progress bar moves during one map
 

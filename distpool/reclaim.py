@@ -23,11 +23,11 @@ All of it runs on the leader, but for `watch`.
 
 from __future__ import annotations
 
-import logging
 from pickle import loads
 from typing import TYPE_CHECKING, Any
 
 from distpool.errors import DistpoolError
+from distpool.logs import Log
 from distpool.refs.refs import LOCAL_VALUE, Outcome
 from distpool.settling import settle_records
 from distpool.wire import messages
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from distpool.scheduling import Scheduler
     from distpool.slots import Slot
 
-log = logging.getLogger("distpool.scheduling")
+log = Log("scheduling")
 
 _STEAL_DELAY = 0.002  # seconds that calls sit in a busy worker before an idle one may have them
 _PATIENCE = 0.05  # seconds for the answer to a RECALL; a worker that runs Python code takes at most 10 ms

@@ -10,12 +10,13 @@ Everything runs in the thread that calls `pmap`: the hooks are the user's code a
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-log = logging.getLogger("distpool.pmap")
+from distpool.logs import Log
+
+log = Log("pmap")
 
 
 class Given(NamedTuple):

@@ -6,10 +6,10 @@ result or death (leader) -> Retries.consider -> library thread: the user's retry
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from distpool.logs import Log
 from distpool.node.node import Node
 from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.transport.ioloop import Timer
@@ -17,7 +17,7 @@ from distpool.transport.ioloop import Timer
 if TYPE_CHECKING:
     from distpool.work import Call
 
-log = logging.getLogger("distpool.scheduling")
+log = Log("scheduling")
 
 
 class Retries:

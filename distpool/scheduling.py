@@ -17,7 +17,6 @@ the locked region, can submit without deadlock. Nothing under `lock` runs user c
 from __future__ import annotations
 
 import collections
-import logging
 import math
 import threading
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 from distpool import config
+from distpool.logs import Log
 from distpool.mapruns import MapRun
 from distpool.node.node import Node, existing
 from distpool.recalls import Recalls, withdraw
@@ -37,7 +37,7 @@ from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
 from distpool.work import Call
 
-log = logging.getLogger("distpool.scheduling")
+log = Log("scheduling")
 
 _FEW = 4  # calls that travel together if each takes less than
 _TINY = 50e-6  # seconds: a frame of its own would cost as much

@@ -17,7 +17,7 @@ import sys
 from typing import Any, NoReturn
 
 from distpool import startup
-from distpool.managers.base import WorkerConfig
+from distpool.managers.record import WorkerConfig
 from distpool.managers.surroundings import here, routable_address
 from distpool.node import node as nodes
 from distpool.transport.stream import Adopted, adopt

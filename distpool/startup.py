@@ -21,7 +21,6 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -104,7 +103,7 @@ def become_worker(
         prepare(settings, own_path)
         code = run(listener, settings)
     except BaseException:
-        traceback.print_exc()
+        sys.__excepthook__(*sys.exc_info())
     finish(code)
 
 
@@ -133,7 +132,7 @@ def exec_main(own_path: list[str]) -> NoReturn:
         os.write(1, os.fsencode(header))
         code = run(listener, settings)
     except BaseException:
-        traceback.print_exc()
+        sys.__excepthook__(*sys.exc_info())
     finish(code)
 
 
@@ -249,7 +248,7 @@ def run(listener: socket.socket, settings: dict[str, Any]) -> int:
         print(error.code, file=sys.stderr)
         return 1
     except BaseException:
-        traceback.print_exc()
+        sys.__excepthook__(*sys.exc_info())
         return 1
     return int(result or 0)
 
@@ -274,7 +273,7 @@ def finish(code: int, main: bool = True) -> NoReturn:
             threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     except BaseException:
-        traceback.print_exc()
+        sys.__excepthook__(*sys.exc_info())
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

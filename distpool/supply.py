@@ -17,19 +17,19 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
 from distpool.errors import CompositeException, LaunchWorkerError
 from distpool.joining import Launch
+from distpool.logs import Log
 from distpool.managers.base import ClusterManager
 from distpool.managers.local import LocalManager
 from distpool.node.group import Member
 from distpool.node.node import Node
 
-log = logging.getLogger("distpool.crew")
+log = Log("crew")
 
 _LOCAL_ATTEMPTS = 3  # launches on this machine that may fail in a row
 _STUBBORN_ATTEMPTS = 30  # the same when workers of it have worked: then the set-up is right, and something kills

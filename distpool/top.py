@@ -16,7 +16,6 @@ import atexit
 import contextlib
 import ipaddress
 import json
-import logging
 import os
 import socket
 import stat
@@ -27,9 +26,10 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from distpool import monitor
+from distpool.logs import Log
 from distpool.node.node import Node
 
-log = logging.getLogger("distpool.top")
+log = Log("top")
 
 _CLIENTS = 8  # at a time; further ones are turned away
 _IDLE = 60.0  # seconds without a request after which a client is dropped

@@ -16,9 +16,8 @@ import collections
 import contextlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pickle import dumps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distpool.refs.refs import Outcome
 from distpool.wire.functions import EncodedFunction
@@ -35,8 +34,7 @@ _LONG = 1024  # bytes: longer strings are serialised by who submits them
 _NOT_WAITING: AbstractContextManager[object] = contextlib.nullcontext()
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(NamedTuple):
     """How calls of an executor view are treated; see `ClusterExecutor.options`."""
 
     timeout: float | None = None

@@ -26,7 +26,6 @@ import signal
 import socket
 import struct
 import sys
-import traceback
 from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
@@ -90,6 +89,8 @@ def preload(names: Iterable[str]) -> str:
         for name in names:
             importlib.import_module(name)
     except Exception:
+        import traceback
+
         return traceback.format_exc()
     return ""
 

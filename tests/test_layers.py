@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent / "distpool"
 
 LAYERS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "config", "directories"),
+    0: ("errors", "config", "directories", "logs"),
     1: (
         *("wire.frames", "wire.messages", "wire.records", "wire.protocol", "wire.versions", "wire.pieces"),
         "wire.structs",
@@ -73,7 +73,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     8: (
         *("managers.base", "managers.launch", "managers.process", "managers.forked", "managers.executed"),
         *("managers.handles", "managers.specs", "managers.batch", "managers.resources", "managers.local"),
-        *("managers.surroundings", "managers.command", "managers.zygotes"),
+        *("managers.surroundings", "managers.command", "managers.zygotes", "managers.record"),
         *("managers.login_protocol", "managers.ssh", "managers.ssh_login", "managers.ssh_command"),
         *("managers.archive", "managers.bootstrap", "managers.unpacking"),
         *("managers.ssh_client", "managers.ssh_config", "managers.ssh_paramiko", "managers.ssh_binary"),

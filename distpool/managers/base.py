@@ -1,4 +1,4 @@
-"""What every cluster manager is: the interface, and the record of one worker (layer 8).
+"""What every cluster manager is: the interface (layer 8).
 
     addprocs --launch(params)--> manager --WorkerConfig...--> addprocs --connect(pid, config)--> streams
              --manage(pid, config, "register" | "interrupt" | "deregister" | "finalize")--> manager
@@ -11,58 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-__all__ = ["ClusterManager", "WorkerConfig", "parse_header"]
+if TYPE_CHECKING:
+    from distpool.managers.record import WorkerConfig
+
+__all__ = ["ClusterManager", "parse_header"]
 
 _HEADER = re.compile(r"distpool_worker:(\d{1,5})#(\S.*?)\s*$")
-
-
-@dataclass
-class WorkerConfig:
-    """What a manager knows of one worker; every field is `None` until somebody sets it.
-
-    Used to reach it:
-        io              binary stream from which its header line is read; further output is forwarded
-        host, port      where it listens (str, int)
-        process         what was started: `subprocess.Popen`, or a handle with `kill(signum)`
-        ospid           its process id on its host
-        connect_at      what the master's `connect` left for `connect` between workers
-    Used by managers that log in to hosts:
-        count           workers to start on that host (int, or "auto")
-        exename, exeflags   the interpreter and its options there
-        tunnel, multiplex, forward, bind_addr, sshflags, max_parallel   as the keywords of `addprocs`
-    For anybody:
-        userdata        whatever a manager of your own wants to keep
-        environ         dict for temporary information; `environ["tls"]`: true if its listener accepts encrypted links
-                        only, as a worker does that was handed `params["identity"]().settings()`
-        ident, connect_idents   name in a custom topology, and the names it connects to
-        enable_threaded_blas    as the keyword
-
-    Example: `WorkerConfig(host="10.0.0.7", port=9009)`
-    """
-
-    io: Any = None
-    host: str | None = None
-    port: int | None = None
-    count: Any = None
-    exename: Any = None
-    exeflags: Any = None
-    userdata: Any = None
-    tunnel: bool | None = None
-    multiplex: bool | None = None
-    forward: str | None = None
-    bind_addr: str | None = None
-    sshflags: Any = None
-    max_parallel: int | None = None
-    connect_at: Any = None
-    process: Any = None
-    ospid: int | None = None
-    environ: dict[Any, Any] | None = None
-    ident: Any = None
-    connect_idents: Iterable[Any] | None = None
-    enable_threaded_blas: bool | None = None
 
 
 class ClusterManager:

@@ -76,7 +76,9 @@ class ForkServer:
 
     # --- the launch thread ---
 
-    def launch(self, spec: LaunchSpec, count: int, deadline: float) -> Iterator[LaunchedProcess]:
+    def launch(
+        self, spec: LaunchSpec, count: int, deadline: float, meanwhile: Callable[[], object]
+    ) -> Iterator[LaunchedProcess]:
         """Yield `count` forked workers. LaunchWorkerError: refused, or too late; Gone: the zygote has ended."""
         request = _Request(count)
         with self._lock:
@@ -86,6 +88,7 @@ class ForkServer:
             self._requests[number] = request
         try:
             self._send({"id": number, "count": count, "settings": {**spec.settings(), "env": spec.env}}, deadline)
+            meanwhile()
             for _ in range(count):
                 try:
                     answer = request.answers.get(timeout=max(0.0, deadline - time.monotonic()))

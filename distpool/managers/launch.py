@@ -16,15 +16,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from distpool import directories
 from distpool.errors import LaunchWorkerError
-from distpool.managers import executed
 from distpool.managers.forked import ForkServer, Gone
 from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, unlink
 from distpool.managers.zygotes import ZygoteProcess, key_of
+
+if TYPE_CHECKING:
+    from distpool.managers.executed import Executed
 
 __all__ = ["LaunchSpec", "LaunchedProcess", "Launcher"]
 
@@ -42,7 +44,7 @@ class Launcher:
         # Protects what follows. Held while a zygote is started (so that two launches start one), never while waiting.
         self._lock = threading.Lock()
         self._zygotes: dict[tuple[Any, ...], ForkServer] = {}
-        self._executed: set[executed.Executed] = set()
+        self._executed: set[Executed] = set()
         self._directory = ""
         self._janitor: subprocess.Popen[bytes] | None = None
         self._janitor_pipe = -1
@@ -50,8 +52,9 @@ class Launcher:
 
     # --- starting ---
 
-    def launch(self, spec: LaunchSpec) -> Iterator[LaunchedProcess]:
-        """Start `spec.count` workers; each is yielded as soon as it lives. Blocking: for a launch thread.
+    def launch(self, spec: LaunchSpec, meanwhile: Callable[[], object] | None = None) -> Iterator[LaunchedProcess]:
+        """Start `spec.count` workers; each is yielded as soon as it lives. Blocking: for a launch thread. `meanwhile`
+        is called while a zygote is at work.
 
         Raises LaunchWorkerError (after the ones that did start) with the reason and the last output. If the iterator
         is dropped early, workers that nobody took are ended.
@@ -60,14 +63,16 @@ class Launcher:
             self._check_open()
         self._settle_directory(spec)
         if spec.method == "exec":
+            from distpool.managers import executed
+
             for process in executed.launch(self._loop, spec, self._add_executed, self._drop_executed):
                 if self._closed:  # meanwhile; `close` may not have seen this one
                     process.kill()
                 yield process
         else:
-            yield from self._fork(spec)
+            yield from self._fork(spec, meanwhile or (lambda: None))
 
-    def _fork(self, spec: LaunchSpec) -> Iterator[LaunchedProcess]:
+    def _fork(self, spec: LaunchSpec, meanwhile: Callable[[], object]) -> Iterator[LaunchedProcess]:
         """Ask the zygote; if it is found dead, once more with a new one."""
         deadline = time.monotonic() + spec.timeout
         started = 0
@@ -77,7 +82,7 @@ class Launcher:
             except OSError as error:
                 raise LaunchWorkerError(HOST, "", f"{spec.argv[0]}: {error}") from None
             try:
-                for process in zygote.launch(spec, spec.count - started, deadline):
+                for process in zygote.launch(spec, spec.count - started, deadline, meanwhile):
                     started += 1
                     yield process
                 return
@@ -115,11 +120,11 @@ class Launcher:
                 if not self._closed:
                     self._start_janitor()
 
-    def _add_executed(self, process: executed.Executed) -> None:
+    def _add_executed(self, process: Executed) -> None:
         with self._lock:
             self._executed.add(process)
 
-    def _drop_executed(self, process: executed.Executed) -> None:
+    def _drop_executed(self, process: Executed) -> None:
         with self._lock:
             self._executed.discard(process)
         if process.launched is not None and process.launched.address[0] == "unix":

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distpool import config
-from distpool.managers.base import ClusterManager, WorkerConfig
+from distpool.managers.base import ClusterManager
 from distpool.managers.command import command, environment, import_path, pairs
 from distpool.managers.process import LaunchSpec
 from distpool.managers.resources import wishes
 from distpool.managers.surroundings import here, routable_address
+
+if TYPE_CHECKING:
+    from distpool.managers.record import WorkerConfig
 
 
 class LocalManager(ClusterManager):
@@ -51,7 +54,9 @@ class LocalManager(ClusterManager):
         """
         if not self.n:
             return
-        for process in params["launcher"].launch(self.spec(params)):
+        for process in params["launcher"].launch(self.spec(params), _load_what_they_need):
+            from distpool.managers.record import WorkerConfig
+
             kind, host, *port = process.address
             yield WorkerConfig(
                 process=process,
@@ -98,3 +103,9 @@ class LocalManager(ClusterManager):
     def default_addprocs_params(self) -> dict[str, Any]:
         """The keywords of `addprocs(n)`. `ship`: nothing has to be sent, workers here find what this program finds."""
         return {**super().default_addprocs_params(), "restrict": True, "ship": ()}
+
+
+def _load_what_they_need() -> None:
+    """While a zygote forks workers: what is needed when they come, and takes a while to load."""
+
+    import distpool.managers.record  # noqa: F401

@@ -8,14 +8,15 @@ The exit status is reported on the leader of the I/O loop; `kill` and `add_exit_
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-log = logging.getLogger("distpool.launch")
+from distpool.logs import Log
+
+log = Log("launch")
 
 HOST = "localhost"
 """Name of this machine in errors."""

@@ -20,9 +20,10 @@ from typing import Any
 from distpool import config
 from distpool.errors import CompositeException, DistpoolError
 from distpool.managers import archive, bootstrap
-from distpool.managers.base import ClusterManager, WorkerConfig
+from distpool.managers.base import ClusterManager
 from distpool.managers.command import pairs
 from distpool.managers.login_protocol import LOGIN_ARGUMENTS, LoginSettings
+from distpool.managers.record import WorkerConfig
 from distpool.managers.resources import wishes
 from distpool.managers.specs import Spec, machine_of, split_spec
 from distpool.managers.ssh_client import Connection

@@ -22,9 +22,9 @@ from typing import Any
 
 from distpool import config
 from distpool.errors import DistpoolError, LaunchWorkerError, VersionMismatchError
-from distpool.managers.base import WorkerConfig
 from distpool.managers.login_protocol import EventReader, LoginSettings
 from distpool.managers.process import SIGKILL, LaunchedProcess, last_lines
+from distpool.managers.record import WorkerConfig
 from distpool.managers.ssh_client import Connection, LoginError, Session
 
 MAX_BANNER = 1000

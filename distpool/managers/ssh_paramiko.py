@@ -14,7 +14,6 @@ import base64
 import contextlib
 import errno
 import hashlib
-import logging
 import os
 import socket
 import subprocess
@@ -24,12 +23,13 @@ from typing import Any
 import paramiko
 
 from distpool import config
+from distpool.logs import Log
 from distpool.managers.specs import split_spec
 from distpool.managers.ssh_client import LoginError
 from distpool.managers.ssh_config import Config, Target
 from distpool.transport import silence
 
-log = logging.getLogger("distpool.ssh")
+log = Log("ssh")
 
 _DEFAULT_KEYS = ("id_rsa", "id_ecdsa", "id_ecdsa_sk", "id_ed25519", "id_ed25519_sk", "id_xmss")
 _JUMPS = 8  # jump hosts behind each other: more are a circle in the configuration

@@ -10,27 +10,25 @@ order in which they came: the default pool.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
-import logging
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from distpool import errors
+from distpool.logs import Log
 from distpool.node.member import Member, State
 from distpool.node.node import Node
 from distpool.node.output import OutputHook
 from distpool.wire import messages
 from distpool.wire.frames import Kind
 
-log = logging.getLogger("distpool.group")
+log = Log("group")
 
 TOPOLOGIES = ("all_to_all", "master_worker", "custom")
 
 
-@dataclasses.dataclass(frozen=True)
-class WorkerInfo:
+class WorkerInfo(NamedTuple):
     """What `on_worker_started` and `on_worker_exited` hand to their functions.
 
     `pid`; `host` (name of its machine); `ospid` (process id there); `exitcode` (negative: the signal; None: unknown, or

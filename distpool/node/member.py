@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import multiprocessing
 import signal
 import socket
 import time
@@ -219,6 +218,8 @@ class Member:
         with contextlib.suppress(OSError):
             self.journal = Journal.create()
         journal = self.journal
+        import multiprocessing.process  # a launch has loaded it while the worker came up
+
         authkey = bytes(multiprocessing.current_process().authkey)
         join = messages.Join(
             self.pid,

@@ -15,7 +15,6 @@ import importlib
 import itertools
 import os
 import threading
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -129,6 +128,8 @@ class Node:
 
     def crashed(self, error: BaseException) -> None:
         """The I/O loop met a defect of ours: whoever waits hears of it, with the traceback, instead of hanging."""
+        import traceback
+
         text = "".join(traceback.format_exception(error))
 
         def make_error() -> DistpoolError:

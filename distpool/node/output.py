@@ -10,17 +10,17 @@ then blocks, and memory stays bounded.
 from __future__ import annotations
 
 import collections
-import logging
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from distpool import config
+from distpool.logs import Log
 from distpool.node.threads import SerialQueue
 from distpool.transport.ioloop import IoLoop
 
-log = logging.getLogger("distpool.output")
+log = Log("output")
 
 _CHUNK = 65536
 _HIGH_WATER = 4 << 20  # bytes read and not yet written by the notices thread

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import logging
 import queue
 import threading
 from collections.abc import Callable
 
-log = logging.getLogger("distpool.threads")
+from distpool.logs import Log
+
+log = Log("threads")
 
 IDLE = 10.0
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from distpool.logs import Log
 from distpool.refs.lent import carries_references, references_in
 from distpool.refs.owner import RRID, Entry, Owner
 from distpool.refs.refs import Outcome
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from distpool.transport.link import Link
 
 
-log = logging.getLogger("distpool.references")
+log = Log("references")
 
 
 class Handle:

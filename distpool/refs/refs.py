@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -28,6 +27,7 @@ from concurrent.futures import _base
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+from distpool.logs import Log
 from distpool.node import node as nodes
 from distpool.refs.waiters import Waiters
 from distpool.wire import codec
@@ -35,7 +35,7 @@ from distpool.wire.failures import decode_exception
 from distpool.wire.messages import ERROR, UNLOADABLE, UNSENDABLE, VALUE
 
 T = TypeVar("T")
-log = logging.getLogger("distpool.futures")
+log = Log("futures")
 
 if TYPE_CHECKING:
     from distpool.transport.ioloop import IoLoop

@@ -24,7 +24,6 @@ import collections
 import contextlib
 import heapq
 import itertools
-import logging
 import select
 import socket
 import threading
@@ -33,9 +32,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from distpool import config
+from distpool.logs import Log
 from distpool.transport import polling
 
-log = logging.getLogger("distpool.ioloop")
+log = Log("ioloop")
 _SIGINT = 2
 _MAX_CRASHES = 10  # of the I/O thread itself: a poller that is broken for good must not spin
 _LONGEST = 86400.0  # seconds of one poll: epoll refuses more than 24 days; waits and timers look again

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import select
 import socket
 import sys
@@ -29,7 +28,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-log = logging.getLogger("distpool.pump")
+from distpool.logs import Log
+
+log = Log("pump")
 
 _CHUNK = 65536
 

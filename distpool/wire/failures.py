@@ -125,10 +125,10 @@ def _not_rebuilt(info: FailureInfo, reason: str) -> CapturedException:
 
 def _format(exc: BaseException, skip_frames: int) -> str:
     """The traceback with all chained causes, as the interpreter prints it."""
-    # Imported here: it costs milliseconds, and programs without errors never need it.
-    import traceback
-
     try:
+        # Imported here: it costs milliseconds, and programs without errors never need it.
+        import traceback
+
         frames = exc.__traceback__
         while skip_frames > 0 and frames is not None and frames.tb_next is not None:
             frames = frames.tb_next
