@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from distpool.fields import Fields
 from distpool.managers.base import ClusterManager
 from distpool.managers.local import LocalManager
 from distpool.supply import Place, spread
@@ -18,20 +19,17 @@ _SCHEMES = {"local": ("local", "LocalManager"), "ssh": ("ssh", "SSHManager")}
 """Managers of our own, which are found without the metadata of an installation: scheme -> module, class."""
 
 
-class Plan:
+class Plan(Fields):
     """Where an executor gets its workers, and with which parameters.
 
     `cap`: no more workers than this, where the number is not known before they come. `borrowed`: pids of workers that
     live already, instead of all that.
     """
 
-    def __init__(
-        self, places: list[Place], params: dict[str, Any], cap: int | None = None, borrowed: list[int] | None = None
-    ) -> None:
-        self.places = places
-        self.params = params
-        self.cap = cap
-        self.borrowed = borrowed
+    places: list[Place]
+    params: dict[str, Any]
+    cap: int | None = None
+    borrowed: list[int] | None = None
 
 
 def usable_cpus() -> int:

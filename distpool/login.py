@@ -18,7 +18,6 @@ process, however it dies (`startup.arm_lifeline`).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import importlib
 import json
@@ -27,9 +26,8 @@ import select
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from distpool import config, standalone, startup, zygote
 from distpool.managers.login_protocol import MARK, MAX_LINE, LoginSettings, pack_event
@@ -65,6 +63,8 @@ def main(cookie: str | None, line: bytes = b"", front: Sequence[str] = (), cache
         _quiet()
         birth = agent.run()
     except BaseException:
+        import traceback
+
         os.write(complaints, traceback.format_exc().encode())
         os._exit(1)
     # Only workers come here.
@@ -97,8 +97,7 @@ def _read_line(descriptor: int) -> tuple[bytes, bytes]:
     return line, rest
 
 
-@dataclasses.dataclass
-class _Worker:
+class _Worker(NamedTuple):
     """What this process keeps of a living worker."""
 
     number: int
@@ -361,7 +360,7 @@ def worker_settings(settings: LoginSettings, front: Sequence[str] = (), cache: s
     env = dict(os.environ)
     if not settings.enable_threaded_blas:
         env.update(dict.fromkeys(BLAS_VARIABLES, "1"))
-    env.update(settings.env)
+    env.update(settings.env or {})
     if settings.timeout > config.worker_timeout():  # the master may take as long as it gives others
         env.setdefault("DISTPOOL_WORKER_TIMEOUT", str(settings.timeout))
     extra: dict[str, Any] = {}
@@ -385,7 +384,7 @@ def worker_settings(settings: LoginSettings, front: Sequence[str] = (), cache: s
 def silent_seconds(settings: LoginSettings) -> float:
     """What `config.silent_seconds` says to the workers."""
     with contextlib.suppress(ValueError):
-        return max(0.1, float(settings.env.get("DISTPOOL_SILENT_SECONDS", "")))
+        return max(0.1, float((settings.env or {}).get("DISTPOOL_SILENT_SECONDS", "")))
     return config.silent_seconds()
 
 

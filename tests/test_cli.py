@@ -23,7 +23,8 @@ import pytest
 import distpool
 from distpool import cli, top
 from distpool.joining import start_workers
-from distpool.managers.base import ClusterManager, WorkerConfig, parse_header
+from distpool.managers.base import ClusterManager, parse_header
+from distpool.managers.record import WorkerConfig
 from distpool.node import node as nodes
 from distpool.node.group import Member
 from distpool.wire import messages

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -64,3 +66,26 @@ def test_what_is_not_ours_alone_is_refused(tmp_path: Path, what: str) -> None:
     else:
         path = tmp_path / "nowhere" / "private"
     assert not directories.make(str(path))
+
+
+def test_the_usual_place_is_that_of_tempfile_and_found_without_it(tmp_path: Path) -> None:
+    source = """if True:
+        import os, sys
+        from distpool import directories
+        found = directories._usual()
+        assert "tempfile" not in sys.modules
+        import tempfile
+        assert found == os.path.abspath(tempfile.gettempdir()), found
+    """
+    wanted = {"TMPDIR": str(tmp_path)}, {"TMPDIR": "", "TEMP": str(tmp_path)}, {"TMPDIR": "", "TEMP": "", "TMP": ""}
+    for env in wanted:
+        subprocess.run([sys.executable, "-c", source], check=True, timeout=60, env={**os.environ, **env})
+
+
+def test_a_usual_place_that_is_not_there(tmp_path: Path) -> None:
+    source = "from distpool import directories; print(directories.choose())"
+    env = {**os.environ, "TMPDIR": str(tmp_path / "gone")}
+    done = subprocess.run(
+        [sys.executable, "-c", source], check=True, timeout=60, env=env, capture_output=True, text=True
+    )
+    assert os.path.isdir(os.path.dirname(done.stdout.strip()))

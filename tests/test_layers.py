@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent / "distpool"
 
 LAYERS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "config", "directories", "logs"),
+    0: ("errors", "config", "directories", "logs", "fields"),
     1: (
         *("wire.frames", "wire.messages", "wire.records", "wire.protocol", "wire.versions", "wire.pieces"),
         "wire.structs",
@@ -228,6 +228,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("managers.forked", "managers.zygotes"),
         *(("managers.zygotes", f"managers.{name}") for name in ("command", "process", "surroundings")),
         ("managers.command", "managers.surroundings"),
+        *((f"managers.{name}", "managers.record") for name in ("base", "local", "ssh", "ssh_login")),
         ("managers.forked", "managers.process"),
         ("managers.executed", "managers.base"),
         ("managers.executed", "managers.process"),
@@ -289,7 +290,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("cli", "login"),
         ("cli", "runner"),
         ("cli", "standalone"),
-        ("__main__", "cli"),
+        *(("__main__", name) for name in ("cli", "login")),
     }
 )
 """The arrows inside one layer, each a decision: (importer, imported)."""

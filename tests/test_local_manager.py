@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from distpool.managers import command
-from distpool.managers.base import WorkerConfig
 from distpool.managers.launch import Launcher
 from distpool.managers.local import LocalManager
+from distpool.managers.record import WorkerConfig
 from distpool.managers.surroundings import BLAS_VARIABLES
 from distpool.transport.ioloop import IoLoop
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from distpool.managers.base import ClusterManager, WorkerConfig, parse_header
+from distpool.managers.base import ClusterManager, parse_header
+from distpool.managers.record import WorkerConfig
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ Keys that one side does not know are ignored, so that either side may be the new
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
+
+from distpool.fields import Fields
 
 MARK = b"distpool_login:"
 """Begins the first line that comes from us and not from the shell."""
@@ -30,8 +31,7 @@ MAX_LINE = 1 << 20
 """Bytes of one line of JSON: more is garbage."""
 
 
-@dataclasses.dataclass
-class LoginSettings:
+class LoginSettings(Fields):
     """The order that a login gets on its stdin, as one line of JSON.
 
     `cookie`: None if it stands on the command line. `count`: workers to start, or "auto": one per CPU there. `bind`:
@@ -52,7 +52,7 @@ class LoginSettings:
     loopback: bool = False
     cwd: str = ""
     strict_cwd: bool = False
-    env: dict[str, str] = dataclasses.field(default_factory=dict)
+    env: dict[str, str] | None = None
     enable_threaded_blas: bool = False
     memory_limit: int | None = None
     tls: dict[str, Any] | None = None
@@ -64,7 +64,7 @@ class LoginSettings:
 
     def to_line(self) -> bytes:
         """The line, with its end."""
-        return json.dumps(dataclasses.asdict(self)).encode() + b"\n"
+        return json.dumps({name: getattr(self, name) for name in self.FIELDS}).encode() + b"\n"
 
     @classmethod
     def from_line(cls, line: bytes) -> LoginSettings:
@@ -72,8 +72,7 @@ class LoginSettings:
         found = json.loads(line)
         if not isinstance(found, dict):
             raise ValueError("the settings of a login must be a JSON object")
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in found.items() if name in known})
+        return cls(**{name: value for name, value in found.items() if name in cls.FIELDS})
 
 
 def pack_event(payload: bytes = b"", **event: Any) -> bytes:

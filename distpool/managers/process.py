@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from distpool.fields import Fields
 from distpool.logs import Log
 
 log = Log("launch")
@@ -42,7 +43,7 @@ class Loop(Protocol):
     def call_later(self, seconds: float, callback: Callable[[], object]) -> Timer: ...
 
 
-class LaunchSpec:
+class LaunchSpec(Fields):
     """An order for `count` equal local workers; see `Launcher.launch`.
 
     `env` is the complete environment. `directory` holds their Unix sockets ("": the launcher's own). `bind`: the
@@ -50,37 +51,20 @@ class LaunchSpec:
     `sys_path`. `entry`: what runs in the worker, `module:function`. `timeout` is in seconds, for all of them together.
     """
 
-    def __init__(  # by hand: dataclasses take 5 ms to load, and this is needed before all else
-        self,
-        count: int,
-        argv: list[str],
-        env: dict[str, str],
-        cwd: str,
-        sys_path: list[str],
-        cookie: str,
-        transport: str = "unix",
-        method: str = "fork",
-        directory: str = "",
-        timeout: float = 60.0,
-        extra: dict[str, Any] | None = None,
-        bind: str = "127.0.0.1",
-        own_path: bool = False,
-        entry: str = "distpool.worker:run",
-    ) -> None:
-        self.count = count
-        self.argv = argv
-        self.env = env
-        self.cwd = cwd
-        self.sys_path = sys_path
-        self.cookie = cookie
-        self.transport = transport
-        self.method = method
-        self.directory = directory
-        self.timeout = timeout
-        self.extra = extra if extra is not None else {}
-        self.bind = bind
-        self.own_path = own_path
-        self.entry = entry
+    count: int
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+    sys_path: list[str]
+    cookie: str
+    transport: str = "unix"
+    method: str = "fork"
+    directory: str = ""
+    timeout: float = 60.0
+    extra: dict[str, Any] | None = None
+    bind: str = "127.0.0.1"
+    own_path: bool = False
+    entry: str = "distpool.worker:run"
 
     def settings(self) -> dict[str, Any]:
         """What the worker is told (JSON-able). The environment is not part of it."""
@@ -93,7 +77,7 @@ class LaunchSpec:
             "directory": self.directory,
             "bind": self.bind,
             "timeout": self.timeout,
-            "extra": self.extra,
+            "extra": self.extra or {},
             "entry": self.entry,
         }
 

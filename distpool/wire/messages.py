@@ -8,9 +8,10 @@ are rare, and JSON cannot run code.
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar, Self, dataclass_transform
+from typing import Any, ClassVar, Self
 
 from distpool.errors import ProtocolError
+from distpool.fields import Fields
 from distpool.wire.frames import Kind
 from distpool.wire.records import (
     CALL,
@@ -40,41 +41,10 @@ __all__ = [  # records, used as if they were defined here
 ]  # fmt: skip
 
 
-@dataclass_transform()
-class Message:
-    """Base of the JSON messages. `pack()` gives the control part; `unpack` checks how many fields there are.
-
-    Written and type-checked like a dataclass, but made without `exec`: dataclasses of all kinds of messages took 15 ms,
-    a quarter of the time that a worker and its master need to start.
-    """
+class Message(Fields):
+    """Base of the JSON messages. `pack()` gives the control part; `unpack` checks how many fields there are."""
 
     kind: ClassVar[Kind]
-    FIELDS: ClassVar[tuple[str, ...]] = ()
-
-    def __init_subclass__(cls) -> None:
-        cls.FIELDS = tuple(name for name, kind in cls.__annotations__.items() if not kind.startswith("ClassVar"))
-
-    def __init__(self, *values: Any, **named: Any) -> None:
-        fields = self.FIELDS
-        found = self.__dict__
-        found.update(zip(fields, values, strict=False))
-        if len(values) == len(fields) and not named:
-            return
-        if len(values) > len(fields) or not set(fields[len(values) :]).issuperset(named):
-            raise TypeError(f"{type(self).__name__}() has the fields {', '.join(fields)}")
-        found.update(named)
-        for name in fields:
-            if name not in found:
-                if not hasattr(self, name):  # a default is an attribute of the class
-                    raise TypeError(f"{type(self).__name__}() needs {name}")
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and all(getattr(self, name) == getattr(other, name) for name in self.FIELDS)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.FIELDS)})"
 
     def pack(self) -> bytes:
         """The control part of the frame."""
