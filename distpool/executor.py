@@ -1,9 +1,11 @@
 """`ClusterExecutor`: a `concurrent.futures.Executor` on cluster processes (layer 10).
 
-    submit, map, ...   `submitter`: serialised in the caller's thread, run by the workers of a `Crew`
+    submit, map, ...   `submitting`: serialised in the caller's thread, run by the workers of a `Crew` (`opening`)
     options            a view with another policy on the same workers
 
 The workers belong to the `Crew`, which lives as long as work is pending, also after the executor object was dropped.
+This module loads little, so that the first executor of a program can have its zygote started at once, and loads the
+rest of distpool while that comes up.
 """
 
 from __future__ import annotations
@@ -86,12 +88,12 @@ class ClusterExecutor(Submitter):
             self._crew = opening.make_crew(hosts, max_workers, addprocs_options, start, max_tasks_per_child, replace)
             self._future_class = submitting.future_class(self._crew, replace)
             opening.register(self._crew.node, ClusterExecutor, ExecutorView)
+            if started is not None:
+                opening.adopt(self._crew.node, started)
         except BaseException:
             if started is not None:
                 started.discard()
             raise
-        if started is not None:
-            opening.adopt(self._crew.node, started)
         self._finalizer = weakref.finalize(self, _forgotten, self._crew)
         self._finalizer.atexit = False
         self._crew.start()

@@ -86,9 +86,11 @@ def begin(hosts: Any, options: dict[str, Any]) -> ZygoteProcess | None:
     a zygote will hear why.
     """
     wanted = hosts is None or hosts == "local://" or (type(hosts) is int and hosts > 0)
-    if not wanted or options or "distpool.node.node" in sys.modules or config.launch_method() != "fork":
+    if not wanted or options or "distpool.node.node" in sys.modules:
         return None
     try:
+        if config.launch_method() != "fork":
+            return None
         argv, foreign = command(None, ())
         path = import_path({}, foreign, moved=False)
         return ZygoteProcess(LaunchSpec(1, argv, environment({}, False), here(), path, "", own_path=foreign))
