@@ -8,6 +8,7 @@ the kill came before the zygote lived.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import sys
@@ -58,4 +59,19 @@ def make(path: str) -> bool:
     return True
 
 
-__all__ = ["LONGEST_NAME", "SUN_PATH", "choose", "make"]
+def remove(path: str) -> None:
+    """Remove the directory and the sockets in it, as far as that can be done.
+
+    Not with `shutil`: at the end of a program that Ctrl-C ended, importing it (it evaluates the text of a named tuple)
+    makes CPython forget that, and exit with status 1 instead of dying of SIGINT as its parent expects.
+    """
+    try:
+        for name in os.listdir(path):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(path, name))
+        os.rmdir(path)
+    except OSError:
+        pass  # it is gone, or somebody else has put something there
+
+
+__all__ = ["LONGEST_NAME", "SUN_PATH", "choose", "make", "remove"]

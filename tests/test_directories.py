@@ -89,3 +89,15 @@ def test_a_usual_place_that_is_not_there(tmp_path: Path) -> None:
         [sys.executable, "-c", source], check=True, timeout=60, env=env, capture_output=True, text=True
     )
     assert os.path.isdir(os.path.dirname(done.stdout.strip()))
+
+
+def test_removed_with_its_sockets(tmp_path: Path) -> None:
+    path = tmp_path / "private"
+    assert directories.make(str(path))
+    (path / "1.sock").touch()
+    directories.remove(str(path))
+    assert not path.exists()
+    directories.remove(str(path))  # gone already
+    (path / "deep").mkdir(parents=True)
+    directories.remove(str(path))  # not ours: stays
+    assert path.exists()

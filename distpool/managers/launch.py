@@ -198,9 +198,7 @@ class Launcher:
                 zygote.close()
         finally:
             if directory:
-                import shutil
-
-                shutil.rmtree(directory, ignore_errors=True)
+                directories.remove(directory)
             if janitor is not None:
                 os.close(self._janitor_pipe)
                 self._janitor_pipe = -1
