@@ -60,11 +60,7 @@ def make(path: str) -> bool:
 
 
 def remove(path: str) -> None:
-    """Remove the directory and the sockets in it, as far as that can be done.
-
-    Not with `shutil`: at the end of a program that Ctrl-C ended, importing it (it evaluates the text of a named tuple)
-    makes CPython forget that, and exit with status 1 instead of dying of SIGINT as its parent expects.
-    """
+    """Remove the directory and the sockets in it, as far as that can be done."""
     try:
         for name in os.listdir(path):
             with contextlib.suppress(OSError):

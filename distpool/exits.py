@@ -12,6 +12,7 @@ inside them). Whatever still lives when the process is gone is ended by the zygo
 from __future__ import annotations
 
 import contextlib
+import shutil  # noqa: F401  (see below)
 import sys
 import threading
 import time
@@ -22,6 +23,10 @@ from distpool.node import node as nodes
 
 if TYPE_CHECKING:
     from distpool.node.node import Node
+
+# `shutil` is wanted by what the end of an interrupted program loads (`concurrent.futures.process`, for the errors of
+# its calls). It evaluates the text of a named tuple, which makes CPython forget that a KeyboardInterrupt was not caught:
+# the program would exit with status 1, and not die of SIGINT as shells and other parents expect.
 
 _PATIENCE = 4.0  # seconds that a busy worker has to end when the program ends
 
