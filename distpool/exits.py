@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from distpool.node.node import Node
 
 # `shutil` is wanted by what the end of an interrupted program loads (`concurrent.futures.process`, for the errors of
-# its calls). It evaluates the text of a named tuple, which makes CPython forget that a KeyboardInterrupt was not caught:
+# its calls). It evaluates the text of a named tuple, and then CPython forgets that a KeyboardInterrupt was not caught:
 # the program would exit with status 1, and not die of SIGINT as shells and other parents expect.
 
 _PATIENCE = 4.0  # seconds that a busy worker has to end when the program ends
