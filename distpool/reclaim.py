@@ -13,10 +13,10 @@ that both processes map, so neither needs the worker's help. (A worker on anothe
 Why no call runs twice: the worker stores the number of a call as started and then looks whether it is revoked; the
 master stores what is revoked, waits, and then reads what was started. Whichever store was first, the other side sees
 it: the wait is a thousand times longer than a store may stay in the buffer of its CPU. A call that the worker marked as
-started and then found to be revoked is held there until it has answered the RECALL, which gives it back. The mark is
-taken back at once, so that the call has not run if the worker dies before it answers. (If it is killed between the two
-stores, the call counts as one that may have run: a second mark, for what has really begun, would tell even that, and
-cost each call a store.)
+started and then found to be revoked is held there until it has answered the RECALL, which gives it back (an element of
+a span, which the RECALL may have passed over as begun, it gives back of itself). The mark is taken back at once, so
+that the call has not run if the worker dies before it answers. (If it is killed between the two stores, the call counts
+as one that may have run: a second mark, for what has really begun, would tell even that, and cost each call a store.)
 
 All of it runs on the leader, but for `watch`.
 """

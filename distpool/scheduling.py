@@ -350,7 +350,8 @@ class Scheduler:
 
     def _on_recalled(self, slot: Slot, message: messages.Recalled) -> None:
         got_any = bool(message.ranges)
-        self.reclaims.answered(slot)
+        if not message.unasked:
+            self.reclaims.answered(slot)
         with self.lock:
             for first, count in message.ranges:
                 for entry, index, taken in slot.take_back(first, count):
@@ -358,7 +359,7 @@ class Scheduler:
                     entry.put_back(index, taken, self._queue)
         self._recalls.answered(slot, message.asked)
         self._consider_retiring(slot)
-        if not message.asked:
+        if not message.asked and not message.unasked:
             slot.recalling = False
         self.pump()
         if got_any or not message.asked:

@@ -257,14 +257,16 @@ class Office:
         self.results(worker, (sequence, item if value is None else value), busy=busy)
         return item
 
-    def recalled(self, worker: FakeWorker, sequences: list[int], asked: list[int] | None = None) -> None:
+    def recalled(
+        self, worker: FakeWorker, sequences: list[int], asked: list[int] | None = None, unasked: bool = False
+    ) -> None:
         """The worker gives these back."""
         with worker.arrived:
             worker.inbox = [pair for pair in worker.inbox if pair[0] not in sequences]
         ranges: dict[int, list[int]] = {}  # one for each record, as a worker gives them
         for sequence in sorted(sequences):
             ranges.setdefault(worker.entries[sequence], [sequence, 0])[1] += 1
-        control = messages.Recalled(list(ranges.values())[::-1], asked or []).pack()
+        control = messages.Recalled(list(ranges.values())[::-1], asked or [], unasked).pack()
         self.frame(worker, Kind.RECALLED, control)
 
     def lost(self, worker: FakeWorker) -> list[bool]:

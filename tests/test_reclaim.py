@@ -17,7 +17,7 @@ import pytest
 from fakes import PATIENCE, FakeWorker, Office, result
 from faults.helpers import Address, Gate, hold_in_c
 
-from distpool import ClusterExecutor
+from distpool import ClusterExecutor, reclaim
 
 
 @pytest.fixture
@@ -67,6 +67,40 @@ def test_a_worker_that_does_not_answer_gets_nothing_more(office: Office) -> None
         for each in (worker, other):
             if each.inbox:
                 office.finish(each)
+
+
+def test_what_a_worker_gives_back_of_itself_is_no_answer(office: Office) -> None:
+    worker, futures, first = silent(office)
+    other = office.worker(3)
+    other.wait(lambda: other.inbox, "the call that waits behind")
+    slot = office.slots[worker.pid]
+    asked = slot.asked
+    office.recalled(worker, [first + 1], unasked=True)  # it has seen that it was revoked
+    assert slot.deaf and (slot.asked, slot.answered) == (asked, asked - 2)
+    assert [item for _, item in other.inbox] == [1], "not a second time"
+    office.recalled(worker, [])
+    office.recalled(worker, [])
+    assert not slot.deaf
+    office.finish(other)
+    office.results(worker, (first, 0))
+    assert [future.result(PATIENCE) for future in futures] == [0, 1]
+
+
+def test_an_element_that_only_its_worker_knows_to_be_revoked_runs_elsewhere(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The RECALL was answered in time, and passed over an element that had been revoked."""
+    monkeypatch.setattr(reclaim, "_PATIENCE", PATIENCE)
+    worker, futures, first = silent(office)
+    other = office.worker(3)
+    worker.wait(lambda: worker.recalls, "it is asked")
+    office.recalled(worker, [])  # as if call first + 1 had begun
+    assert not other.inbox
+    office.recalled(worker, [first + 1], unasked=True)
+    other.wait(lambda: other.inbox, "it is given to the one that idles")
+    office.finish(other)
+    office.results(worker, (first, 0))
+    assert [future.result(PATIENCE) for future in futures] == [0, 1]
 
 
 def test_a_call_can_be_cancelled_that_its_worker_does_not_give_back(office: Office) -> None:

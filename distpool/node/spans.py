@@ -125,7 +125,7 @@ def run_span(runner: TaskRunner, item: Item, function: Any, begin: float) -> Non
         else:
             runner.started = words[0] = sequence  # journal.STARTED
         if sequence <= words[9] and runner.journal.revoked(sequence):  # journal.REVOKED_TO
-            runner.hold(item, index)
+            runner.give_back(item, index)
             break
         try:
             if on_main:

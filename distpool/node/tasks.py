@@ -301,14 +301,18 @@ class TaskRunner:
         loop = self.link.loop
         loop.call_soon(lambda: loop.call_later(_LOOK, self.interrupts.strike_missed))
 
-    def hold(self, item: Item, index: int) -> None:
-        """Elements of a running span, from `index` on, have been given to others: they wait for the RECALL."""
+    def give_back(self, item: Item, index: int) -> None:
+        """Elements of a running span, from `index` on, have been given to others, or are about to be.
+
+        The master is told, and does not mind if it knows. Nothing else would tell it if the RECALL has been answered
+        already, in the moment when the first of them counted as begun and was not marked yet. (Tried: they wait in the
+        inbox for the RECALL. In that moment they wait for ever, and with them whatever comes behind.)
+        """
         with self.lock:
             self._unmark(item.sequence + index)
-            item.index = index - 1
-            rest = item.rest()
-            if rest is not None:
-                self._inbox.appendleft(rest)
+            back = item.ranges(index, item.stop)
+            item.stop = index
+        self.link.send(Kind.RECALLED, messages.Recalled(back, [], True).pack())
 
     def _help(self) -> None:
         """A helper thread: runs calls while a task of this process waits."""

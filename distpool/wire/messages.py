@@ -113,11 +113,13 @@ class Recall(Message):
 
 
 class Recalled(Message):
-    """Worker -> master: pairs (first sequence number, elements) that were taken back and will not run here."""
+    """Worker -> master: pairs (first sequence number, elements) that were taken back and will not run here. `unasked`:
+    no answer to a RECALL, the worker itself has found that they were revoked."""
 
     kind: ClassVar[Kind] = Kind.RECALLED
     ranges: list[list[int]]
     asked: list[int]
+    unasked: bool = False
 
 
 class Initialize(Message):
