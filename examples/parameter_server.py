@@ -4,7 +4,8 @@
 
 Each worker makes its share of the data and keeps it: the master holds a Future to it, which is never fetched. A worker
 asks the server's channel for the present parameters, computes the gradient over its own share and puts it into another
-channel. The server applies gradients as they come: nobody waits for the slowest.
+channel. The server applies gradients as they come, unless they are too old: nobody waits for the slowest, whose
+gradient of the first parameters would lead away from where the others have got meanwhile.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import random
 
 from distpool import Channel, RemoteChannel, addprocs, fetch, remotecall, rmprocs
 
-SLOPE, OFFSET, NOISE, POINTS, RATE = 2.5, -1.0, 0.1, 2000, 0.05
+SLOPE, OFFSET, NOISE, POINTS, RATE, TOO_OLD = 2.5, -1.0, 0.1, 2000, 0.05, 40
 
 
 def make_share(seed):
@@ -31,8 +32,8 @@ def gradient(share, slope, offset):
 def train(share, parameters, gradients):
     """On the worker that owns `share` (so that fetching it moves nothing), until the server closes its channel."""
     points, steps = fetch(share), 0
-    for slope, offset in parameters:
-        gradients.put(gradient(points, slope, offset))
+    for step, slope, offset in parameters:
+        gradients.put((step, *gradient(points, slope, offset)))
         steps += 1
     return steps
 
@@ -51,12 +52,13 @@ def main():
 
     slope, offset = 0.0, 0.0
     for _ in pids:
-        parameters.put((slope, offset))
+        parameters.put((0, slope, offset))
     for step in range(options.steps):
-        by_slope, by_offset = gradients.take(timeout=30)
-        slope, offset = slope - RATE * by_slope, offset - RATE * by_offset
+        asked, by_slope, by_offset = gradients.take(timeout=30)
+        if step - asked < TOO_OLD:
+            slope, offset = slope - RATE * by_slope, offset - RATE * by_offset
         if step < options.steps - len(pids):
-            parameters.put((slope, offset))
+            parameters.put((step, slope, offset))
     parameters.close()
     steps = [trainer.result(30) for trainer in trainers]
     assert all(share.where == pid for share, pid in zip(shares, pids, strict=True))

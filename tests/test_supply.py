@@ -32,6 +32,8 @@ from distpool import (
     supply,
 )
 from distpool.managers.base import parse_header
+from distpool.node import group as groups
+from distpool.node import node as nodes
 from distpool.supply import spread
 
 HERE = Path(__file__).resolve().parent
@@ -374,13 +376,12 @@ def test_workers_that_die_before_they_have_done_anything(
             Mortal.launched += 1
             return super().launch(params)
 
-        def manage(self, pid: int, config: WorkerConfig, op: str) -> None:
-            if op == "register":
-                config.process.kill()
-
         def sized(self, n: int) -> Mortal:
             return Mortal(n)
 
+    # When they are ready, and not while they join: that would be a launch that has failed.
+    hooks = groups.of(nodes.current()).started_hooks
+    monkeypatch.setattr(groups.of(nodes.current()), "started_hooks", [*hooks, lambda info: os.kill(info.ospid, 9)])
     executor = make(Mortal(1))
     assert executor._crew.finished.wait(PATIENCE)
     error = executor.submit(abs, 1).exception(PATIENCE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 
 import pytest
 
@@ -77,6 +78,34 @@ def test_functions_that_come_as_a_thread_ends_are_not_lost(monkeypatch: pytest.M
         pause.wait((number % 7) * 0.0002)
     for _ in range(400):
         assert count.acquire(timeout=PATIENCE)
+
+
+def test_work_that_is_refused_a_thread_just_as_the_last_one_goes_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ThreadCache("refused")
+    busy, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        busy.set()
+        ended.wait(PATIENCE)
+
+    cache.run(work)
+    assert busy.wait(PATIENCE)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if not thread.name.startswith("refused"):
+            start(thread)
+            return
+        ended.set()  # and the thread that was busy idles before the refusal is known
+        deadline = time.monotonic() + PATIENCE
+        while not cache._idle and time.monotonic() < deadline:
+            time.sleep(0.001)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    done = threading.Event()
+    cache.run(done.set)
+    assert done.wait(PATIENCE), "it waits for a thread that idles"
 
 
 def test_nothing_is_kept_alive() -> None:

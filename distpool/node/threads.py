@@ -47,6 +47,7 @@ class ThreadCache:
                 thread.start()
             except RuntimeError:
                 self._refused.append(function)
+                self._match()
                 log.warning("no further thread can be started: work waits for one of those that are there")
         else:
             box.put(function)
@@ -67,11 +68,19 @@ class ThreadCache:
             except BaseException:  # SystemExit too: the thread serves others
                 log.exception("error on a library thread")
             del function
-            if self._refused:
-                with contextlib.suppress(IndexError):
-                    box.put(self._refused.popleft())
-                    continue
             self._idle.append(box)
+            self._match()
+
+    def _match(self) -> None:
+        """Give refused work to idle threads. Whoever has added to one of the two then looks at the other, so that no
+        work stays behind while a thread idles."""
+        while self._refused and self._idle:
+            with contextlib.suppress(IndexError):  # somebody else was quicker
+                box = self._idle.pop()
+                try:
+                    box.put(self._refused.popleft())
+                except IndexError:
+                    self._idle.append(box)
 
 
 class SerialQueue:
