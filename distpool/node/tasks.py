@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from distpool import config
+from distpool.node.givingback import last_calls, listed_calls
 from distpool.node.interrupts import CALLERS, Interrupts
 from distpool.node.results import SCALARS, ResultWriter
 from distpool.node.spans import SPANS, Item, run_span
@@ -130,51 +131,12 @@ class TaskRunner:
         message = messages.Recall.unpack(frame.control)
         wanted = set(message.sequences)
         with self.lock:
-            taken = self._take_listed(wanted) if wanted else self._take_tail(message.count)
+            running = list(self.running.values())
+            if wanted:
+                taken = listed_calls(self._inbox, running, wanted)
+            else:
+                taken = last_calls(self._inbox, running, message.count)
         self.link.send(Kind.RECALLED, messages.Recalled(taken, message.sequences).pack())
-
-    def _take_listed(self, wanted: set[int]) -> list[list[int]]:
-        taken: list[list[int]] = []
-        for item in list(self._inbox):
-            if item.flags in SPANS:
-                taken.extend(self._take_elements(item, wanted, running=False))
-            elif item.sequence in wanted:
-                self._inbox.remove(item)
-                taken.append([item.sequence, item.stop])
-        for item in list(self.running.values()):
-            if item.flags in SPANS:
-                taken.extend(self._take_elements(item, wanted, running=True))
-        return taken
-
-    @staticmethod
-    def _take_elements(item: Item, wanted: set[int], running: bool) -> Iterator[list[int]]:
-        for sequence in sorted(wanted.intersection(range(item.sequence, item.sequence + item.stop))):
-            if item.drop(sequence - item.sequence, running):
-                yield [sequence, 1]
-
-    def _take_tail(self, count: int) -> list[list[int]]:
-        taken: list[list[int]] = []
-        while count > 0 and self._inbox:
-            item = self._inbox[-1]
-            if item.elements > count and item.flags in SPANS:
-                keep = item.stop - count
-                if keep > 0:
-                    taken.extend(item.ranges(keep, item.stop))
-                    item.stop = keep
-                    return taken
-            self._inbox.pop()
-            taken.extend(item.ranges(0, item.stop))
-            count -= item.stop
-        for item in list(self.running.values()):
-            if count <= 0:
-                break
-            before = item.stop
-            if item.elements > 1 and item.flags in SPANS:
-                keep = item.cut(max(0, before - count))
-                if keep < before:
-                    taken.extend(item.ranges(keep, before))
-                    count -= before - keep
-        return taken
 
     def on_shutdown(self, frame: Frame) -> None:
         self.leaving = True
