@@ -23,11 +23,11 @@ GRACE = 0.005
 #: A worker's window of calls sent ahead is worth this many seconds of running time.
 WINDOW_SECONDS = 0.008
 #: Of a long map it grows to this: each frame costs both sides 100 us, which at 1 ms per call is noticed.
-LONG_WINDOW_SECONDS = 0.032
+LONG_WINDOW_SECONDS = 0.096
 #: Results wait at most this long in a worker before they are sent,
 FLUSH_SECONDS = 0.004
 #: those of a span, which is cut to be worth less than that (half a window), at most this long.
-SPAN_FLUSH_SECONDS = 0.024
+SPAN_FLUSH_SECONDS = 0.048
 #: Bytes of a worker's journal of results (shared with the master on the same host).
 JOURNAL_SIZE = 1 << 18
 #: Connections at a time that have not proved yet that they belong to the cluster.

@@ -23,7 +23,7 @@ QUICK: Sizes = {
     "W4": {"items": 100_000, "slow_items": 2000, "repeat": 3},
     "W5": {"elements": 10_000_000, "repeat": 5, "seconds": 0.8, "small": 300},
     "W6": {"elements": 10_000_000, "calls": 200},
-    "W7": {"tasks": 600},
+    "W7": {"tasks": 600, "fast_tasks": 2000},
     "W8": {"pending": 5000, "fast_pending": 20000, "total": 4000, "fast_total": 60000},
     "W9": {"workers": 32, "idle_s": 1.0},
 }
