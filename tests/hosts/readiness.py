@@ -1,12 +1,15 @@
 """How long 8 hosts with 4 workers each take to be ready, beside one host with 4: `python -m hosts.readiness` (as root,
-in tests/). Not a test: the hosts share this machine's processors, so what each of them computes adds up here."""
+in tests/). Not a test: the hosts share this machine's processors, so what each of them computes adds up here. How much
+of it is the master's is said as well: that is what grows with the number of hosts where each has its own."""
 
 from __future__ import annotations
 
 import statistics
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
+
+import psutil
 
 from distpool import addprocs, rmprocs
 from hosts.rig import Rig
@@ -15,22 +18,39 @@ ROUNDS = 5
 WORKERS = 4
 
 
-def ready(rig: Rig, count: int, client: str | None) -> float:
+class Took(NamedTuple):
+    """Seconds until all are there, and of which processors: the master's, and all of this machine."""
+
+    wall: float
+    master: float
+    machine: float
+
+
+def busy() -> float:
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+
+
+def ready(rig: Rig, count: int, client: str | None) -> Took:
     machines: list[Any] = [(f"h{number}", WORKERS) for number in range(1, count + 1)]
-    begin = time.perf_counter()
+    begin = time.perf_counter(), time.process_time(), busy()
     pids = addprocs(machines, ssh=client, sshflags=["-F", str(rig.ssh_config)])
-    found = time.perf_counter() - begin
+    end = time.perf_counter(), time.process_time(), busy()
     assert len(pids) == WORKERS * count
     rmprocs(*pids).result(60)
-    return found
+    return Took(*(after - before for before, after in zip(begin, end, strict=True)))
 
 
 def compare(rig: Rig, hosts: int, client: str | None) -> None:
     ready(rig, 1, client)  # what is only loaded once
     rounds = [(ready(rig, 1, client), ready(rig, hosts, client)) for _ in range(ROUNDS)]
-    one, many = (statistics.median(times) for times in zip(*rounds, strict=True))
+    one, many = (Took(*map(statistics.median, zip(*took, strict=True))) for took in zip(*rounds, strict=True))
     name = "openssh" if client else "paramiko"
-    print(f"{name:9} 1 host {one * 1e3:6.0f} ms   {hosts} hosts {many * 1e3:6.0f} ms   {many / one:5.2f} times")
+    print(
+        f"{name:9} 1 host {one.wall * 1e3:6.0f} ms   {hosts} hosts {many.wall * 1e3:6.0f} ms   "
+        f"{many.wall / one.wall:5.2f} times   CPU of the master {one.master * 1e3:.0f}, {many.master * 1e3:.0f} ms; "
+        f"of all {one.machine * 1e3:.0f}, {many.machine * 1e3:.0f} ms"
+    )
 
 
 if __name__ == "__main__":
