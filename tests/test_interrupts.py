@@ -80,6 +80,27 @@ def test_nothing_runs_nothing_happens(interrupts: Interrupts) -> None:
 
 
 @pytest.mark.parametrize("on_main", [True, False])
+def test_a_call_that_is_expected_is_struck_before_it_begins(interrupts: Interrupts, on_main: bool) -> None:
+    ran: list[int] = []
+    coming, later = interrupts.expect(), interrupts.expect()
+    interrupts.forget(later)
+    interrupts.strike()
+
+    def begin() -> None:
+        interrupts.call_expected(coming, ran.append, (1,), {})
+
+    with pytest.raises(KeyboardInterrupt):
+        if on_main:
+            begin()
+        else:
+            raise on_thread(begin)()
+    interrupts.call_expected(later, ran.append, (2,), {})
+    third = interrupts.expect()
+    interrupts.call_expected(third, ran.append, (3,), {})
+    assert ran == [2, 3], "only what was expected at that moment"
+
+
+@pytest.mark.parametrize("on_main", [True, False])
 def test_inside_the_library_it_is_noted(interrupts: Interrupts, on_main: bool) -> None:
     """Struck while it is inside, the thread goes on until `leave`; `wake` was called meanwhile."""
     reached: list[str] = []

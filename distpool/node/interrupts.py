@@ -48,6 +48,15 @@ class Inside:
             self._wake()
 
 
+class Coming:
+    """A call that has come, and whose code has not begun: `struck` when it was interrupted before."""
+
+    __slots__ = ("struck",)
+
+    def __init__(self) -> None:
+        self.struck = False
+
+
 class _Missed(NamedTuple):
     """A call that was not to be struck at the moment when it should have been."""
 
@@ -70,8 +79,9 @@ class Interrupts:
         self.finish: Callable[[], object] | None = None  # what each call ends with, as if it were its last line
         self._main_thread = threading.main_thread().ident or 0
         self._beside: set[int] = set()  # other threads that run user code; _lock
+        self._coming: set[Coming] = set()  # _lock
         self._inside: dict[int, Inside] = {}  # _lock; the main thread's own entry is its own (atomic)
-        self._lock = threading.Lock()  # protects _beside: nobody is struck behind the user's code
+        self._lock = threading.Lock()  # protects _beside and _coming: nobody is struck behind the user's code
 
     # -- the call (its thread) ---------------------------------------------------------------------------------
 
@@ -89,6 +99,28 @@ class Interrupts:
             finally:
                 self.main = False
                 self._inside.pop(self._main_thread, None)
+
+    def expect(self) -> Coming:
+        """A call has come that will begin soon: who interrupts this process from now on means that one as well. The
+        thread for it may be loading modules, or the call its arguments."""
+        coming = Coming()
+        with self._lock:
+            self._coming.add(coming)
+        return coming
+
+    def forget(self, coming: Coming) -> None:
+        """It has begun, or never will."""
+        with self._lock:
+            self._coming.discard(coming)
+
+    def call_expected(
+        self, coming: Coming, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """`call` for one that was expected: KeyboardInterrupt if it was interrupted before it has begun."""
+        self.forget(coming)
+        if coming.struck:
+            raise KeyboardInterrupt
+        return self.call(function, args, kwargs)
 
     def call_beside(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same on another thread, where `strike` may raise at any bytecode."""
@@ -192,7 +224,10 @@ class Interrupts:
     # -- the interrupt -----------------------------------------------------------------------------------------
 
     def strike(self) -> None:
-        """Leader: KeyboardInterrupt in every call that runs here."""
+        """Leader: KeyboardInterrupt in every call that runs here or is expected to."""
+        with self._lock:
+            for coming in self._coming:
+                coming.struck = True
         self._strike(None)
 
     def strike_missed(self) -> None:

@@ -24,11 +24,12 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from distpool import config
 from distpool.node.givingback import last_calls, listed_calls
-from distpool.node.interrupts import CALLERS, Interrupts
+from distpool.node.interrupts import CALLERS, Coming, Interrupts
 from distpool.node.results import SCALARS, ResultWriter
 from distpool.node.spans import SPANS, Item, run_span
 from distpool.transport.journal import Journal
@@ -347,19 +348,20 @@ class TaskRunner:
 
     def offer(self, work: Callable[[Any], object], name: str) -> None:
         """Leader: run `work(call)` on the main thread if that is idle, else on a thread of its own, at once."""
+        coming = self.interrupts.expect()
         with self.lock:
             self._brisk = on_main = self._idle and not self._offered and not self._inbox
             if on_main:
-                self._offered.append((work, name))
+                self._offered.append((work, name, coming))
                 self._brought()
             else:
                 self._beside += 1
         if not on_main:
-            self._spawn(lambda: self._run_beside(work, name))
+            self._spawn(lambda: self._run_beside(work, name, coming))
 
-    def _run_beside(self, work: Callable[[Any], object], name: str) -> None:
+    def _run_beside(self, work: Callable[[Any], object], name: str, coming: Coming) -> None:
         try:
-            self._run_offered(work, name)
+            self._run_offered(work, name, coming)
         finally:
             with self.lock:
                 self._beside -= 1
@@ -370,24 +372,25 @@ class TaskRunner:
     def _run_on_main(self) -> None:
         """A remote call on the main thread. Meanwhile helpers run what executors send: it may take for ever."""
         with self.lock:
-            work, name = self._offered.popleft()
+            work, name, coming = self._offered.popleft()
             self._blocked += 1
             more = bool(self._inbox) and self.helpers < self._blocked
             self.helpers += more
         if more:  # came together with it
             self._spawn(self._help)
         try:
-            self._run_offered(work, name)
+            self._run_offered(work, name, coming)
         finally:
             with self.lock:
                 self._blocked -= 1
 
-    def _run_offered(self, work: Callable[[Any], object], name: str) -> None:
+    def _run_offered(self, work: Callable[[Any], object], name: str, coming: Coming) -> None:
         thread = threading.get_ident()
         self.calls[thread] = name
         try:
-            work(self.interrupts.call)
+            work(partial(self.interrupts.call_expected, coming))
         finally:
+            self.interrupts.forget(coming)
             self.calls.pop(thread, None)
 
     # -- one item ----------------------------------------------------------------------------------------------
