@@ -80,9 +80,8 @@ class ClusterExecutor(Submitter):
             from distpool import opening, submitting  # and with them all the rest, while the zygote comes up
 
             self._ways = submitting
-            self._policy = opening.make_policy(
-                None, timeout=timeout, retries=retries, retry_delays=retry_delays, retry_check=retry_check
-            )
+            limits = {"timeout": timeout, "retries": retries, "retry_delays": retry_delays, "retry_check": retry_check}
+            self._policy = _make_policy(None, limits)
             replace = on_worker_exit == "replace"
             start = initializer, tuple(initargs)
             self._crew = opening.make_crew(hosts, max_workers, addprocs_options, start, max_tasks_per_child, replace)

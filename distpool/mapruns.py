@@ -458,7 +458,7 @@ class MapRun:
 
 
 def look_ahead(mean: float, least: int) -> int:
-    """Elements per worker to take ahead from an input that lies in memory anyway: as many as are worth 4 ms of work,
+    """Elements per worker to take ahead from an input that lies in memory anyway: as many as fill a window,
     so that a map of tiny calls sends many at once. Their results are what a worker can make in that time.
     `mean`: measured seconds per element, negative if unknown.
     """

@@ -16,7 +16,6 @@ from distpool.managers.zygotes import ZygoteProcess
 from distpool.node import group as groups
 from distpool.node import node as nodes
 from distpool.node.node import Node
-from distpool.policy import make_policy
 from distpool.wire import codec
 
 
@@ -83,4 +82,4 @@ def adopt(node: Node, started: ZygoteProcess) -> None:
     joining.launcher(node).adopt(started)
 
 
-__all__ = ["adopt", "make_crew", "make_policy", "register"]
+__all__ = ["adopt", "make_crew", "register"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from wires import wait_until
 
 import distpool
 from distpool import Channel, ChannelClosedError, RemoteChannel, remotecall, remotecall_fetch
@@ -36,14 +35,6 @@ def mortal() -> Iterator[int]:
     (pid,) = distpool.addprocs(1)
     yield pid
     distpool.rmprocs(pid)
-
-
-def wait_until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT
-    while not holds():
-        gc.collect()
-        assert time.monotonic() < deadline, "did not come true in time"
-        time.sleep(0.01)
 
 
 def requests() -> Any:

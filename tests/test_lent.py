@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from wires import wait_until
 
 import distpool
 from distpool import Channel, RemoteChannel, remotecall, remotecall_fetch
@@ -30,15 +30,6 @@ def team() -> Iterator[list[int]]:
     pids = distpool.addprocs(2)
     yield pids
     distpool.rmprocs(pids)
-
-
-def wait_until(holds: Callable[[], object]) -> None:
-    """Distributed collection has no event to wait for."""
-    deadline = time.monotonic() + WAIT
-    while not holds():
-        gc.collect()
-        assert time.monotonic() < deadline, "did not come true in time"
-        time.sleep(0.01)
 
 
 class Own:

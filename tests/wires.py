@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import socket
 import threading
@@ -95,6 +96,16 @@ def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) ->
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not after {seconds} s"
         pause.wait(0.002)
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    """Wait for what holds once garbage is collected: distributed collection has no event to wait for."""
+
+    def look() -> object:
+        gc.collect()
+        return holds()
+
+    until(look, "what is garbage is collected")
 
 
 class Bench:

@@ -87,9 +87,8 @@ def encode(obj: Any, peer: Any = None, seen: list[Any] | None = None, what: str 
     """The pickle of `obj` for a message to `peer`, and its large buffers as flat views of the object's own memory.
 
     `seen` gets every object that a registered reducer took, or its token (a message that carries references must say
-    so). `what`
-    names the object in the error's text, e.g. "the result of f on worker 3". Raises SerializationError, whose
-    `__cause__` is the original error; nothing else except KeyboardInterrupt.
+    so). `what` names the object in the error's text, e.g. "the result of f on worker 3". Raises SerializationError,
+    whose `__cause__` is the original error; nothing else except KeyboardInterrupt.
 
     Example: `data, buffers = encode({"a": array})`
     """
