@@ -53,17 +53,6 @@ def test_C261_a_sleeping_call(pids: list[int]) -> None:
     assert remotecall_fetch(distpool.myid, pids[0]) == pids[0]
 
 
-def test_an_interrupt_right_behind_its_call(pids: list[int]) -> None:
-    """It may come before the call's code has begun, while arguments or modules are loaded: it is not lost."""
-    for number in range(20):
-        future = remotecall(time.sleep, pids[0], 60)
-        beside = remotecall(lambda: spin(), pids[0]) if number % 2 else None
-        interrupt(pids[0])
-        assert ends_with_interrupt(future)
-        assert beside is None or ends_with_interrupt(beside)
-    assert remotecall_fetch(distpool.myid, pids[0]) == pids[0]
-
-
 def test_C262_all_calls_of_that_worker_and_of_no_other(pids: list[int]) -> None:
     futures = [remotecall(lambda: spin(), pids[0]) for _ in range(3)]
     other = remotecall(time.sleep, pids[1], 1.5)
