@@ -119,7 +119,7 @@ class Worker:
             return
         for hook in self.node.on_interrupt:
             hook()
-        self.runner.interrupts.strike()
+        self.runner.interrupt()
 
     def _on_shutdown(self, link: Link, frame: Frame) -> None:
         assert self.runner is not None

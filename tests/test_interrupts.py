@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import signal
 import sys
@@ -87,16 +88,16 @@ def test_a_call_that_is_expected_is_struck_before_it_begins(interrupts: Interrup
     interrupts.strike()
 
     def begin() -> None:
-        interrupts.call_expected(coming, ran.append, (1,), {})
+        interrupts.call(ran.append, (1,), {}, coming)
 
     with pytest.raises(KeyboardInterrupt):
         if on_main:
             begin()
         else:
             raise on_thread(begin)()
-    interrupts.call_expected(later, ran.append, (2,), {})
+    interrupts.call(ran.append, (2,), {}, later)
     third = interrupts.expect()
-    interrupts.call_expected(third, ran.append, (3,), {})
+    interrupts.call(ran.append, (3,), {}, third)
     assert ran == [2, 3], "only what was expected at that moment"
 
 
@@ -237,7 +238,7 @@ def test_a_thread_in_the_import_system_is_struck_when_it_is_through(
     """It waits for the module that another thread imports. Struck there, it would leave the module locked."""
     begun, go = slow_module
     looks: list[None] = []
-    interrupts.again = lambda: looks.append(None)
+    interrupts.again = lambda seconds: looks.append(None)
     importing = on_thread(lambda: __import__("slow_one"))
     assert begun.wait(20)
     reached: list[int] = []
@@ -295,7 +296,7 @@ def test_the_next_call_is_not_struck_for_one_that_was_missed(
 
 def test_a_signal_in_the_import_system_is_missed(interrupts: Interrupts) -> None:
     looks: list[None] = []
-    interrupts.again = lambda: looks.append(None)
+    interrupts.again = lambda seconds: looks.append(None)
 
     def call() -> str:
         here = sys._getframe()
@@ -312,7 +313,7 @@ def test_a_signal_in_the_import_system_is_missed(interrupts: Interrupts) -> None
 
 def test_a_thread_that_starts_another_one_is_struck_when_that_runs(interrupts: Interrupts) -> None:
     looks: list[None] = []
-    interrupts.again = lambda: looks.append(None)
+    interrupts.again = lambda seconds: looks.append(None)
     waits, go = threading.Event(), threading.Event()
     reached: list[str] = []
 
@@ -363,7 +364,7 @@ def test_a_strike_that_python_ignores_is_repeated(
 ) -> None:
     looks: queue.SimpleQueue[bool] = queue.SimpleQueue()
     others: list[Any] = []
-    interrupts.again = lambda: looks.put(True)
+    interrupts.again = lambda seconds: looks.put(True)
 
     def strike_again() -> None:
         while looks.get(timeout=20):
@@ -426,6 +427,70 @@ def test_shielded(interrupts: Interrupts, on_main: bool) -> None:
     else:
         assert isinstance(on_thread(lambda: interrupts.call(call, (), {}))(), KeyboardInterrupt)
     assert done == ["whole"] * 1000
+
+
+def test_a_call_is_struck_that_the_main_thread_is_about_to_begin(interrupts: Interrupts) -> None:
+    """Its arguments are decoded just now, for example."""
+    ran: list[int] = []
+    interrupts.begin()
+    on_thread(interrupts.strike)()
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.call(ran.append, (1,), {})
+    interrupts.begin()
+    interrupts.call(ran.append, (2,), {})
+    assert ran == [2], "the next one is not"
+
+
+def test_what_came_before_a_call_was_taken_on_does_not_strike_it(interrupts: Interrupts) -> None:
+    ran: list[int] = []
+    on_thread(interrupts.strike)()
+    interrupts.begin()
+    interrupts.call(ran.append, (1,), {})
+    interrupts.begin()  # a call whose arguments cannot be decoded, so that it never begins
+    on_thread(interrupts.strike)()
+    interrupts.begin()
+    interrupts.call(ran.append, (2,), {})
+    assert ran == [1, 2]
+
+
+def test_a_signal_that_comes_just_before_the_system_call_is_sent_again(
+    interrupts: Interrupts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`time.sleep` looks for signals when it was interrupted, and not before it begins to sleep."""
+    real, sent = signal.pthread_kill, []
+    waits: queue.SimpleQueue[float] = queue.SimpleQueue()
+    interrupts.again = waits.put
+
+    def send(thread: int, number: int) -> None:
+        sent.append(number)
+        if len(sent) > 3:  # before, it was too early
+            real(thread, number)
+
+    monkeypatch.setattr(signal, "pthread_kill", send)
+    running = threading.Event()
+
+    def call() -> None:
+        running.set()
+        time.sleep(60)
+
+    def strike() -> list[float]:
+        assert running.wait(10)
+        interrupts.strike()
+        found: list[float] = []
+        with contextlib.suppress(queue.Empty):  # it has been heard
+            while True:
+                found.append(waits.get(timeout=1))
+                interrupts.strike_missed()
+        return found
+
+    striking = on_thread(strike)
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.call(call, (), {})
+    found = striking()
+    assert len(sent) >= 4 and found == sorted(found) and len(set(found)) >= 3, "less and less often"
+    heard = len(sent)
+    interrupts.strike_missed()
+    assert len(sent) == heard, "it has been heard"
 
 
 def test_the_main_thread_is_struck_wherever_it_goes_meanwhile(interrupts: Interrupts) -> None:

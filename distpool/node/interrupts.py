@@ -27,6 +27,8 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
+_LOOK = 0.005  # seconds until a call that could not be struck is looked at again
+_LAST_LOOK = 0.05  # ... at most: a call in C that holds the GIL hears nothing, however often it is told
 CALLERS: set[CodeType] = set()
 """What calls the user's code: the frame above one of these is a call's first."""
 
@@ -67,15 +69,20 @@ class _Missed(NamedTuple):
 class Interrupts:
     """Which threads of this process run user code, and which of those are inside the library at the moment.
 
-    `again` is called when some call could not be struck: somebody has to call `strike_missed` on the leader, soon. Any
-    thread, also in a signal handler.
+    `again(seconds)` is called when some call could not be struck: somebody has to call `strike_missed` on the leader in
+    so many seconds. Any thread, also in a signal handler.
     """
 
-    def __init__(self, again: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, again: Callable[[float], object] = lambda seconds: None) -> None:
         self.again = again
         self._missed: list[_Missed] = []  # appended to and emptied as a whole, by any thread (atomic)
+        self._looking = False  # `again` has been called, and `strike_missed` not yet
+        self._resend = _LOOK  # seconds from the next signal to the one after it; leader
+        self._unheard = False  # SIGINT was sent to the main thread, and the handler has not run yet
         self.on_main = False  # calls run on the main thread, and its SIGINT handler is `on_signal`
         self.main = False  # user code runs on the main thread: SIGINT may raise there
+        self._begins = False  # the main thread has taken on a call, whose code does not run yet
+        self._late = False  # SIGINT came then
         self.finish: Callable[[], object] | None = None  # what each call ends with, as if it were its last line
         self._main_thread = threading.main_thread().ident or 0
         self._beside: set[int] = set()  # other threads that run user code; _lock
@@ -85,12 +92,29 @@ class Interrupts:
 
     # -- the call (its thread) ---------------------------------------------------------------------------------
 
-    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The user's code. Only here, and only on the main thread, may SIGINT raise."""
+    def call(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        coming: Coming | None = None,
+    ) -> Any:
+        """The user's code. Only here, and only on the main thread, may SIGINT raise.
+
+        KeyboardInterrupt at once if the call was interrupted before, as `coming` or since `begin`. On the main thread
+        there is no moment in which nobody would note it: `coming` is marked until `_begins` is, and that until `main`.
+        """
         if threading.get_ident() != self._main_thread:
-            return self.call_beside(function, args, kwargs)
+            return self.call_beside(function, args, kwargs, coming)
+        if coming is not None:
+            self.begin()
+            self.forget(coming)
         self.main = True
         try:
+            self._begins = False
+            if self._late or (coming is not None and coming.struck):
+                self.main = self._late = False
+                raise KeyboardInterrupt
             return function(*args, **kwargs)
         finally:
             try:
@@ -99,6 +123,11 @@ class Interrupts:
             finally:
                 self.main = False
                 self._inside.pop(self._main_thread, None)
+
+    def begin(self) -> None:
+        """Main thread: it takes on a call. Who interrupts this process from now on means that one."""
+        self._late = False
+        self._begins = True
 
     def expect(self) -> Coming:
         """A call has come that will begin soon: who interrupts this process from now on means that one as well. The
@@ -113,21 +142,22 @@ class Interrupts:
         with self._lock:
             self._coming.discard(coming)
 
-    def call_expected(
-        self, coming: Coming, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    def call_beside(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        coming: Coming | None = None,
     ) -> Any:
-        """`call` for one that was expected: KeyboardInterrupt if it was interrupted before it has begun."""
-        self.forget(coming)
-        if coming.struck:
-            raise KeyboardInterrupt
-        return self.call(function, args, kwargs)
-
-    def call_beside(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The same on another thread, where `strike` may raise at any bytecode."""
+        """The same on another thread, where `strike` may raise at any bytecode once the lock is free."""
         thread = threading.get_ident()
-        with self._lock:
-            self._beside.add(thread)
         try:
+            with self._lock:
+                self._beside.add(thread)
+                if coming is not None:
+                    self._coming.discard(coming)
+            if coming is not None and coming.struck:
+                raise KeyboardInterrupt
             return function(*args, **kwargs)
         finally:
             try:
@@ -232,6 +262,8 @@ class Interrupts:
 
     def strike_missed(self) -> None:
         """Leader: the same in those calls that could not be struck at the last look, if they still run."""
+        self._looking = False
+        self._signal(self._resend)
         missed, self._missed = self._missed, []
         frames = sys._current_frames()
         self._strike({each.thread for each in missed if _first_of(frames.get(each.thread)) is each.call})
@@ -251,13 +283,31 @@ class Interrupts:
             entry.strike()
         if self.on_main and (only is None or self._main_thread in only):
             # Wherever it seems to be: between two looks of ours it may enter or leave the library. It knows itself.
-            if hasattr(signal, "pthread_kill"):  # to the main thread itself, so that its system call ends
-                signal.pthread_kill(self._main_thread, signal.SIGINT)
-            else:
-                signal.raise_signal(signal.SIGINT)
+            self._unheard = True
+            self._signal(_LOOK)
+
+    def _signal(self, wait: float) -> None:
+        """Leader: SIGINT to the main thread, and again until it has heard it.
+
+        Python notes a signal and looks at its notes between bytecodes, and when a system call was interrupted. One that
+        comes in the middle of a C function that is about to make its system call (`time.sleep` has let go of the GIL,
+        and this thread is the one that took it) interrupts nothing: the call would sleep on. It is one interrupt
+        however many signals: the handler has not run when this sends another, and nothing runs between the look at
+        `_unheard` and the sending.
+        """
+        if not self._unheard:
+            return
+        if hasattr(signal, "pthread_kill"):  # to the main thread itself, so that its system call ends
+            signal.pthread_kill(self._main_thread, signal.SIGINT)
+        else:
+            signal.raise_signal(signal.SIGINT)
+        self._resend = min(2 * wait, _LAST_LOOK)
+        if self._unheard:
+            self._look_again(wait)
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """SIGINT, on the main thread."""
+        self._unheard = False
         if self.main:
             if self._misses(self._main_thread, frame, _imports(frame)):
                 return
@@ -266,6 +316,8 @@ class Interrupts:
         inside = self._inside.get(self._main_thread)
         if inside is not None:
             inside.strike()
+        elif self._begins:
+            self._late = True
 
     def listen(self) -> None:
         """Hear of interrupts that Python ignores."""
@@ -286,8 +338,14 @@ class Interrupts:
         if thread == self._main_thread:
             self.main = True  # it may be struck again
         self._missed.append(_Missed(thread, call))
-        self.again()
+        self._look_again(_LOOK)
         return True
+
+    def _look_again(self, seconds: float) -> None:
+        """Any thread. One look is for all: who comes here before it has begun need not ask for another."""
+        if not self._looking:
+            self._looking = True
+            self.again(seconds)
 
     def _misses(self, thread: int, frame: FrameType | None, delicate: bool) -> bool:
         """Whether that thread, which is at `frame`, is not struck now because that is `delicate`, but a moment later.
@@ -298,7 +356,7 @@ class Interrupts:
         if call is None:
             return False
         self._missed.append(_Missed(thread, call))
-        self.again()
+        self._look_again(_LOOK)
         return True
 
 

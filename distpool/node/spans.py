@@ -33,7 +33,7 @@ class Item:
 
     __slots__ = (
         "arguments", "buffers", "dropped", "elements", "flags",
-        "index", "loaded", "number", "payload", "sequence", "stop",
+        "index", "loaded", "number", "payload", "sequence", "stop", "struck",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +47,7 @@ class Item:
         self.buffers = buffers
         self.arguments: list[Any] | None = None  # spans: once they have been rebuilt
         self.loaded = False  # function and arguments have been rebuilt
+        self.struck = False  # single calls: interrupted before they have begun
         self.index = 0  # spans: the element that runs, published by the runner
         self.stop = elements  # spans: elements from here on were recalled
         self.dropped = _NONE  # spans: elements recalled out of the middle

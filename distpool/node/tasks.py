@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from distpool import config
 from distpool.node.givingback import last_calls, listed_calls
@@ -41,8 +41,16 @@ from distpool.wire.frames import Frame, Kind
 from distpool.wire.functions import decode_function
 from distpool.wire.messages import CHUNK, CHUNK_OF_SCALARS, ERROR, ONE, ONE_FRESH, UNLOADABLE
 
-_LOOK = 0.005  # seconds until a call that could not be struck is looked at again
+_PATIENCE = 0.25  # seconds that a remote call waits for the main thread, which should come at once
 CALLERS.add(run_span.__code__)
+
+
+class _Offer(NamedTuple):
+    """A remote call that has come: `work(call)` decodes it, lets `call` run it, and answers."""
+
+    work: Callable[[Any], object]
+    name: str
+    coming: Coming
 
 
 class _Received:
@@ -72,10 +80,12 @@ class TaskRunner:
         self.patient = False  # ... but remote calls on other threads are still given time to end
         self.running: dict[int, Any] = {}  # thread id -> item that runs there
         self.calls: dict[int, str] = {}  # thread id -> name of the remote call that runs there
-        self._offered: collections.deque[Any] = collections.deque()  # remote calls for the main thread; `lock`
+        self._offered: collections.deque[_Offer] = collections.deque()  # remote calls for the main thread; `lock`
         self._beside = 0  # remote calls that were given to other threads and have not ended; `lock`
-        self._idle = False  # the main thread waits for work; `lock`
-        self._warm = False  # all that calls may need is loaded; main thread
+        self._home = 0  # the thread of `run`: the main one, or a custom transport's own for this
+        self._idle = False  # it waits for work; `lock`
+        self._engaged = False  # it runs, besides what is in `running`, code that may take for ever
+        self._loaded = 0  # so many of `config.PRELOAD`; its own
         self._brisk = False  # the last call came alone: the next may come as soon as its result is out; a hint
         self._sleeping = False  # it does so without leading, on `_work`
         self._work = threading.Event()
@@ -164,9 +174,13 @@ class TaskRunner:
     def run(self) -> int:
         """Run calls until the master says goodbye; returns the exit status."""
         loop = self.link.loop
+        self._home = threading.get_ident()
         while True:
             # A remote call that was promised this thread comes first: what lies in the inbox may wait for its value.
-            item = self._next() if self._inbox and not self._offered else None
+            item = None
+            if self._inbox and not self._offered:
+                self.interrupts.begin()
+                item = self._next()
             if item is not None:
                 self._run(item)
                 continue
@@ -177,25 +191,27 @@ class TaskRunner:
             elif self._offered:
                 self._run_on_main()
             elif self._may_leave():
+                self._engaged = True
                 self.settle(config.worker_timeout())
                 self.link.drain(config.worker_timeout())
                 return 0
             else:
                 self._idle = True
-                rested = None if self._warm else time.monotonic() + config.REST_SECONDS
+                cold = self._loaded < len(config.PRELOAD)
+                rested = time.monotonic() + config.REST_SECONDS if cold else None
                 if not loop.lead(self._has_work, rested, self._brisk):
                     self._sleep()  # another thread of this process leads: it waits for an answer of its own
-                elif not self._warm and not self._has_work():
+                elif cold and not self._has_work():
                     self._warm_up()
                 with self.lock:
                     self._idle = False
 
     def _warm_up(self) -> None:
         """Nobody wants anything of this process at the moment: load what its zygote has left out to be quick."""
-        self._warm = True
-        for name in config.PRELOAD:
+        while self._loaded < len(config.PRELOAD) and not self._has_work():
+            self._loaded += 1
             with contextlib.suppress(Exception):  # whoever needs it will hear of it
-                importlib.import_module(name)
+                importlib.import_module(config.PRELOAD[self._loaded - 1])
 
     def _sleep(self) -> None:
         """The main thread waits without leading. Who brings work looks at `_sleeping` after putting the work down."""
@@ -259,10 +275,17 @@ class TaskRunner:
             self.started = sequence - 1
             self.journal.set_started(sequence - 1)
 
-    def _strike_again(self) -> None:
+    def interrupt(self) -> None:
+        """Leader: KeyboardInterrupt in every call that runs here, and in those that are about to begin."""
+        with self.lock:
+            if self._inbox and not self._engaged and self._home not in self.running:
+                self._inbox[0].struck = True  # came together with the interrupt, and the main thread is on its way
+        self.interrupts.strike()
+
+    def _strike_again(self, seconds: float) -> None:
         """Any thread, also in a signal handler. Nobody says when an import is through: one has to look."""
         loop = self.link.loop
-        loop.call_soon(lambda: loop.call_later(_LOOK, self.interrupts.strike_missed))
+        loop.call_soon(lambda: loop.call_later(seconds, self.interrupts.strike_missed))
 
     def give_back(self, item: Item, index: int) -> None:
         """Elements of a running span, from `index` on, have been given to others, or are about to be.
@@ -336,6 +359,7 @@ class TaskRunner:
     def _initialize(self) -> None:
         waiting, self._initializer = self._initializer, None
         assert waiting is not None
+        self._engaged = True
         try:
             function, arguments = codec.decode(waiting.data, waiting.buffers)
             function(*arguments)
@@ -343,25 +367,46 @@ class TaskRunner:
             self.link.send(Kind.INITIALIZED, messages.Initialized(False).pack(), encode_exception(error))
         else:
             self.link.send(Kind.INITIALIZED, messages.Initialized(True).pack())
+        finally:
+            self._engaged = False
 
     # -- remote calls ------------------------------------------------------------------------------------------
 
     def offer(self, work: Callable[[Any], object], name: str) -> None:
-        """Leader: run `work(call)` on the main thread if that is idle, else on a thread of its own, at once."""
-        coming = self.interrupts.expect()
+        """Leader: run `work(call)` on the main thread if no call runs there, else on a thread of its own, at once.
+
+        The main thread may be still on its way back from the call before: who calls again at once would mostly be given
+        another thread, where an interrupt does not end what waits in C (`time.sleep`). What it does on the way should
+        take no time, but may (a result that nobody reads): then the call does not wait for it longer than `_PATIENCE`.
+        """
+        offer = _Offer(work, name, self.interrupts.expect())
         with self.lock:
-            self._brisk = on_main = self._idle and not self._offered and not self._inbox
-            if on_main:
-                self._offered.append((work, name, coming))
+            free = not (self._engaged or self._offered or self._inbox or self._home in self.running)
+            self._brisk = free
+            if free:
+                self._offered.append(offer)
                 self._brought()
             else:
                 self._beside += 1
-        if not on_main:
-            self._spawn(lambda: self._run_beside(work, name, coming))
+            idle = self._idle
+        if not free:
+            self._spawn(lambda: self._run_beside(offer))
+        elif not idle:
+            self.link.loop.call_later(_PATIENCE, lambda: self._take_back(offer))
 
-    def _run_beside(self, work: Callable[[Any], object], name: str, coming: Coming) -> None:
+    def _take_back(self, offer: _Offer) -> None:
+        """Leader: the main thread has had its time to take this on."""
+        with self.lock:
+            waits = offer in self._offered
+            if waits:
+                self._offered.remove(offer)
+                self._beside += 1
+        if waits:
+            self._spawn(lambda: self._run_beside(offer))
+
+    def _run_beside(self, offer: _Offer) -> None:
         try:
-            self._run_offered(work, name, coming)
+            self._run_offered(offer, self.interrupts.call)
         finally:
             with self.lock:
                 self._beside -= 1
@@ -372,25 +417,37 @@ class TaskRunner:
     def _run_on_main(self) -> None:
         """A remote call on the main thread. Meanwhile helpers run what executors send: it may take for ever."""
         with self.lock:
-            work, name, coming = self._offered.popleft()
+            if not self._offered:
+                return  # taken back this very moment
+            offer = self._offered.popleft()
+            self._engaged = True
             self._blocked += 1
             more = bool(self._inbox) and self.helpers < self._blocked
             self.helpers += more
         if more:  # came together with it
             self._spawn(self._help)
         try:
-            self._run_offered(work, name, coming)
+            self._run_offered(offer, self._call_on_main)
         finally:
+            self._engaged = False
             with self.lock:
                 self._blocked -= 1
 
-    def _run_offered(self, work: Callable[[Any], object], name: str, coming: Coming) -> None:
-        thread = threading.get_ident()
-        self.calls[thread] = name
+    def _call_on_main(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], coming: Coming
+    ) -> Any:
         try:
-            work(partial(self.interrupts.call_expected, coming))
+            return self.interrupts.call(function, args, kwargs, coming)
         finally:
-            self.interrupts.forget(coming)
+            self._engaged = False  # before the answer is out, to which the next call may be the reply
+
+    def _run_offered(self, offer: _Offer, call: Callable[..., Any]) -> None:
+        thread = threading.get_ident()
+        self.calls[thread] = offer.name
+        try:
+            offer.work(partial(call, coming=offer.coming))
+        finally:
+            self.interrupts.forget(offer.coming)
             self.calls.pop(thread, None)
 
     # -- one item ----------------------------------------------------------------------------------------------
@@ -433,6 +490,8 @@ class TaskRunner:
     def _run_one(self, item: Item, function: Callable[..., Any]) -> None:
         args, kwargs = codec.decode_args(item.payload, item.buffers)
         item.payload, item.buffers, item.loaded = b"", [], True
+        if item.struck:
+            raise KeyboardInterrupt
         value = self.interrupts.call(function, args, kwargs)
         del args, kwargs
         if type(value) in SCALARS:

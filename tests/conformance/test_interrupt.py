@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import distpool
-from distpool import addprocs, interrupt, rmprocs, workers
+from distpool import ClusterExecutor, addprocs, interrupt, rmprocs, workers
 from distpool.calls import remotecall, remotecall_fetch
 
 from .clusters import OverStreams, others
@@ -51,6 +51,37 @@ def test_C261_a_sleeping_call(pids: list[int]) -> None:
     assert ends_with_interrupt(future)
     assert time.monotonic() - begin < 2
     assert remotecall_fetch(distpool.myid, pids[0]) == pids[0]
+
+
+def test_an_interrupt_right_behind_its_call(pids: list[int]) -> None:
+    """It may come before the call's code has begun, while arguments or modules are loaded: it is not lost."""
+    for number in range(20):
+        future = remotecall(time.sleep, pids[0], 60)
+        beside = remotecall(lambda: spin(), pids[0]) if number % 2 else None
+        interrupt(pids[0])
+        assert ends_with_interrupt(future)
+        assert beside is None or ends_with_interrupt(beside)
+    assert remotecall_fetch(distpool.myid, pids[0]) == pids[0]
+
+
+def test_an_interrupt_right_behind_the_first_call_of_a_worker() -> None:
+    """It loads what remote calls need just then, and what it had left out to be there quickly."""
+    for _ in range(5):
+        (pid,) = addprocs(1)
+        future = remotecall(time.sleep, pid, 60)
+        interrupt(pid)
+        assert ends_with_interrupt(future)
+        rmprocs(pid)
+
+
+def test_an_interrupt_right_behind_the_call_of_an_executor() -> None:
+    with ClusterExecutor(1) as executor:
+        for number in range(20):
+            assert executor.submit(abs, -number).result(20) == number
+            future = executor.submit(time.sleep, 60)
+            interrupt(others())
+            with pytest.raises(KeyboardInterrupt):
+                future.result(20)
 
 
 def test_C262_all_calls_of_that_worker_and_of_no_other(pids: list[int]) -> None:
