@@ -278,7 +278,7 @@ class TaskRunner:
     def interrupt(self) -> None:
         """Leader: KeyboardInterrupt in every call that runs here, and in those that are about to begin."""
         with self.lock:
-            if self._inbox and not self._engaged and self._home not in self.running:
+            if self._inbox and self._free():
                 self._inbox[0].struck = True  # came together with the interrupt, and the main thread is on its way
         self.interrupts.strike()
 
@@ -381,8 +381,7 @@ class TaskRunner:
         """
         offer = _Offer(work, name, self.interrupts.expect())
         with self.lock:
-            free = not (self._engaged or self._offered or self._inbox or self._home in self.running)
-            self._brisk = free
+            self._brisk = free = not self._inbox and self._free()
             if free:
                 self._offered.append(offer)
                 self._brought()
@@ -393,6 +392,11 @@ class TaskRunner:
             self._spawn(lambda: self._run_beside(offer))
         elif not idle:
             self.link.loop.call_later(_PATIENCE, lambda: self._take_back(offer))
+
+    def _free(self) -> bool:
+        """Whether the main thread runs nothing that may take for ever, and is to run nothing but what lies in the
+        inbox; `lock` is held."""
+        return not (self._engaged or self._offered or self._initializer is not None or self._home in self.running)
 
     def _take_back(self, offer: _Offer) -> None:
         """Leader: the main thread has had its time to take this on."""
