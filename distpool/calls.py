@@ -326,7 +326,7 @@ class Callee:
 
         runner = self._node.runner
         if runner is not None:
-            runner.offer(work, message.name)
+            runner.offers.offer(work)
         else:
             self._node.threads.run(lambda: work(_plain_call))
 

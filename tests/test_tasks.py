@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import random
 import sys
 import threading
@@ -15,7 +14,6 @@ import pytest
 from wires import PATIENCE, Bench, bench, until
 
 from distpool import config
-from distpool.node import tasks
 from distpool.wire import codec, messages
 from distpool.wire.failures import failure_info
 from distpool.wire.frames import Frame, Kind
@@ -483,70 +481,6 @@ def test_where_nobody_sees_the_journal_a_result_is_out_before_the_next_call() ->
             link._write_lock.release()
         link._pump()
         assert made.collect(2) == {first: 4, first + 1: 9}
-
-
-# ------------------------------------------------------------------------------------------------------ remote calls
-
-
-def offer(runner: Bench, work: Any) -> None:
-    runner.runner.link.loop.call_soon(lambda: runner.runner.offer(work, "a call"))
-
-
-def names(call: Any, found: queue.SimpleQueue[str]) -> None:
-    call(lambda: found.put(threading.current_thread().name), (), {})
-
-
-def test_a_remote_call_waits_for_the_thread_that_answers_the_one_before(
-    runner: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Who calls again as soon as the answer is there finds the same thread: the one that can be interrupted in C."""
-    monkeypatch.setattr(tasks, "_PATIENCE", PATIENCE)
-    found: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def first(call: Any) -> None:
-        names(call, found)
-        offer(runner, lambda call: names(call, found))
-        until(lambda: runner.runner._offered, "it is not given to another thread")
-
-    for _ in range(20):
-        offer(runner, first)
-        assert {found.get(timeout=PATIENCE) for _ in range(2)} == {runner.thread.name}
-        until(lambda: runner.runner._idle, "it has nothing to do")
-
-
-def test_a_remote_call_does_not_wait_for_an_answer_that_takes_its_time(runner: Bench) -> None:
-    found: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def first(call: Any) -> None:
-        names(call, found)
-        offer(runner, lambda call: names(call, found))
-        offer(runner, lambda call: names(call, found))
-        assert gate.wait(PATIENCE)
-
-    offer(runner, first)
-    assert found.get(timeout=PATIENCE) == runner.thread.name
-    assert runner.thread.name not in [found.get(timeout=PATIENCE) for _ in range(2)]
-    gate.set()
-    until(lambda: runner.runner._idle, "it has nothing to do")
-    offer(runner, lambda call: names(call, found))
-    assert found.get(timeout=PATIENCE) == runner.thread.name
-
-
-@pytest.mark.parametrize("busy", ["call", "remote call", "initializer"])
-def test_a_remote_call_does_not_wait_for_code_of_the_user(
-    runner: Bench, busy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tasks, "_PATIENCE", 10 * PATIENCE)
-    found: queue.SimpleQueue[str] = queue.SimpleQueue()
-    if busy == "call":
-        runner.send(runner.one(hold, 1))
-    elif busy == "remote call":
-        offer(runner, lambda call: call(hold, (1,), {}))
-    else:
-        runner.master.link.send(Kind.INITIALIZE, messages.Initialize("").pack(), codec.encode((hold, (1,)))[0])
-    assert entered.wait(PATIENCE)
-    offer(runner, lambda call: names(call, found))
-    assert found.get(timeout=PATIENCE) != runner.thread.name
 
 
 # ----------------------------------------------------------------------------------------------------- revoked calls

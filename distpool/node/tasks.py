@@ -24,12 +24,12 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from distpool import config
 from distpool.node.givingback import last_calls, listed_calls
-from distpool.node.interrupts import CALLERS, Coming, Interrupts
+from distpool.node.interrupts import CALLERS, Interrupts
+from distpool.node.offers import Offers
 from distpool.node.results import SCALARS, ResultWriter
 from distpool.node.spans import SPANS, Item, run_span
 from distpool.transport.journal import Journal
@@ -41,16 +41,7 @@ from distpool.wire.frames import Frame, Kind
 from distpool.wire.functions import decode_function
 from distpool.wire.messages import CHUNK, CHUNK_OF_SCALARS, ERROR, ONE, ONE_FRESH, UNLOADABLE
 
-_PATIENCE = 0.25  # seconds that a remote call waits for the main thread, which should come at once
 CALLERS.add(run_span.__code__)
-
-
-class _Offer(NamedTuple):
-    """A remote call that has come: `work(call)` decodes it, lets `call` run it, and answers."""
-
-    work: Callable[[Any], object]
-    name: str
-    coming: Coming
 
 
 class _Received:
@@ -79,17 +70,15 @@ class TaskRunner:
         self.leaving = False  # SHUTDOWN came, or the master is gone
         self.patient = False  # ... but remote calls on other threads are still given time to end
         self.running: dict[int, Any] = {}  # thread id -> item that runs there
-        self.calls: dict[int, str] = {}  # thread id -> name of the remote call that runs there
-        self._offered: collections.deque[_Offer] = collections.deque()  # remote calls for the main thread; `lock`
-        self._beside = 0  # remote calls that were given to other threads and have not ended; `lock`
+        self.offers = Offers(self)  # remote calls
         self._home = 0  # the thread of `run`: the main one, or a custom transport's own for this
-        self._idle = False  # it waits for work; `lock`
-        self._engaged = False  # it runs, besides what is in `running`, code that may take for ever
+        self.idle = False  # it waits for work; `lock`
+        self.engaged = False  # it runs, besides what is in `running`, code that may take for ever
         self._loaded = 0  # so many of `config.PRELOAD`; its own
-        self._brisk = False  # the last call came alone: the next may come as soon as its result is out; a hint
+        self.brisk = False  # the last call came alone: the next may come as soon as its result is out; a hint
         self._sleeping = False  # it does so without leading, on `_work`
         self._work = threading.Event()
-        self._spawn = spawn
+        self.spawn = spawn
         self.lock = threading.Lock()  # protects _inbox, the started mark, and what of running spans is recalled
         self._inbox: collections.deque[Item] = collections.deque()
         self._functions: dict[int, _Received] = {}
@@ -114,14 +103,14 @@ class TaskRunner:
             items.append(Item(sequence, number, elements, flags, payload, buffers[:parts]))
             if parts:
                 del buffers[:parts]
-        self._brisk = count == 1
+        self.brisk = count == 1
         with self.lock:
             self._inbox.extend(items)
-            self._brought()
+            self.brought()
             helpers = min(self._blocked - self.helpers, len(self._inbox)) if self._blocked else 0
             self.helpers += max(0, helpers)
         for _ in range(helpers):
-            self._spawn(self._help)
+            self.spawn(self._help)
 
     def on_function(self, frame: Frame) -> None:
         message = messages.Function.unpack(frame.control)
@@ -136,7 +125,7 @@ class TaskRunner:
     def on_initialize(self, frame: Frame) -> None:
         buffers = [self.segments.open(buffer) for buffer in frame.buffers]
         self._initializer = _Received(bytes(frame.body), buffers)
-        self._brought()
+        self.brought()
 
     def on_recall(self, frame: Frame) -> None:
         message = messages.Recall.unpack(frame.control)
@@ -151,7 +140,7 @@ class TaskRunner:
 
     def on_shutdown(self, frame: Frame) -> None:
         self.leaving = True
-        self._brought()
+        self.brought()
 
     def tick(self) -> float | None:
         """Called by the I/O thread: send what waits; how long it may sleep.
@@ -178,7 +167,7 @@ class TaskRunner:
         while True:
             # A remote call that was promised this thread comes first: what lies in the inbox may wait for its value.
             item = None
-            if self._inbox and not self._offered:
+            if self._inbox and not self.offers:
                 self.interrupts.begin()
                 item = self._next()
             if item is not None:
@@ -188,23 +177,23 @@ class TaskRunner:
                 self.flush()
             if self._initializer is not None:
                 self._initialize()
-            elif self._offered:
-                self._run_on_main()
+            elif self.offers:
+                self.offers.run_on_main()
             elif self._may_leave():
-                self._engaged = True
+                self.engaged = True
                 self.settle(config.worker_timeout())
                 self.link.drain(config.worker_timeout())
                 return 0
             else:
-                self._idle = True
+                self.idle = True
                 cold = self._loaded < len(config.PRELOAD)
                 rested = time.monotonic() + config.REST_SECONDS if cold else None
-                if not loop.lead(self._has_work, rested, self._brisk):
+                if not loop.lead(self._has_work, rested, self.brisk):
                     self._sleep()  # another thread of this process leads: it waits for an answer of its own
                 elif cold and not self._has_work():
                     self._warm_up()
                 with self.lock:
-                    self._idle = False
+                    self.idle = False
 
     def _warm_up(self) -> None:
         """Nobody wants anything of this process at the moment: load what its zygote has left out to be quick."""
@@ -224,13 +213,13 @@ class TaskRunner:
         finally:
             self._sleeping = False
 
-    def _brought(self) -> None:
+    def brought(self) -> None:
         """Leader: there is work for the main thread."""
         if self._sleeping:
             self._work.set()
 
     def _has_work(self) -> bool:
-        return self._runnable() or bool(self._offered) or self._may_leave() or self._initializer is not None
+        return self._runnable() or bool(self.offers) or self._may_leave() or self._initializer is not None
 
     def _runnable(self) -> bool:
         """Whether a call waits that may run. Those that the master has given to others are held until its RECALL has
@@ -243,7 +232,7 @@ class TaskRunner:
             return False
 
     def _may_leave(self) -> bool:
-        return self.leaving and not (self.patient and self._beside)
+        return self.leaving and not (self.patient and self.offers.beside)
 
     def _next(self) -> Item | None:
         with self.lock:
@@ -281,6 +270,30 @@ class TaskRunner:
             if self._inbox and self._free():
                 self._inbox[0].struck = True  # came together with the interrupt, and the main thread is on its way
         self.interrupts.strike()
+
+    def _free(self) -> bool:
+        """Whether the main thread runs nothing that may take for ever, and is to run nothing but what lies in the
+        inbox; `lock` is held."""
+        return not (self.engaged or self.offers or self._initializer is not None or self._home in self.running)
+
+    def takes_calls(self) -> bool:
+        """Whether the main thread would begin a remote call at once that comes now; `lock` is held."""
+        return not self._inbox and self._free()
+
+    @contextlib.contextmanager
+    def helped(self) -> Iterator[None]:
+        """While the main thread runs what may take for ever, helpers run what lies in the inbox."""
+        with self.lock:
+            self._blocked += 1
+            more = bool(self._inbox) and self.helpers < self._blocked
+            self.helpers += more
+        if more:  # came together with it
+            self.spawn(self._help)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._blocked -= 1
 
     def _strike_again(self, seconds: float) -> None:
         """Any thread, also in a signal handler. Nobody says when an import is through: one has to look."""
@@ -354,12 +367,12 @@ class TaskRunner:
         self.flush()
         self.link.send(Kind.BLOCKED, messages.Blocked(1).pack())
         if more:
-            self._spawn(self._help)
+            self.spawn(self._help)
 
     def _initialize(self) -> None:
+        self.engaged = True
         waiting, self._initializer = self._initializer, None
         assert waiting is not None
-        self._engaged = True
         try:
             function, arguments = codec.decode(waiting.data, waiting.buffers)
             function(*arguments)
@@ -368,91 +381,7 @@ class TaskRunner:
         else:
             self.link.send(Kind.INITIALIZED, messages.Initialized(True).pack())
         finally:
-            self._engaged = False
-
-    # -- remote calls ------------------------------------------------------------------------------------------
-
-    def offer(self, work: Callable[[Any], object], name: str) -> None:
-        """Leader: run `work(call)` on the main thread if no call runs there, else on a thread of its own, at once.
-
-        The main thread may be still on its way back from the call before: who calls again at once would mostly be given
-        another thread, where an interrupt does not end what waits in C (`time.sleep`). What it does on the way should
-        take no time, but may (a result that nobody reads): then the call does not wait for it longer than `_PATIENCE`.
-        """
-        offer = _Offer(work, name, self.interrupts.expect())
-        with self.lock:
-            self._brisk = free = not self._inbox and self._free()
-            if free:
-                self._offered.append(offer)
-                self._brought()
-            else:
-                self._beside += 1
-            idle = self._idle
-        if not free:
-            self._spawn(lambda: self._run_beside(offer))
-        elif not idle:
-            self.link.loop.call_later(_PATIENCE, lambda: self._take_back(offer))
-
-    def _free(self) -> bool:
-        """Whether the main thread runs nothing that may take for ever, and is to run nothing but what lies in the
-        inbox; `lock` is held."""
-        return not (self._engaged or self._offered or self._initializer is not None or self._home in self.running)
-
-    def _take_back(self, offer: _Offer) -> None:
-        """Leader: the main thread has had its time to take this on."""
-        with self.lock:
-            waits = offer in self._offered
-            if waits:
-                self._offered.remove(offer)
-                self._beside += 1
-        if waits:
-            self._spawn(lambda: self._run_beside(offer))
-
-    def _run_beside(self, offer: _Offer) -> None:
-        try:
-            self._run_offered(offer, self.interrupts.call)
-        finally:
-            with self.lock:
-                self._beside -= 1
-            if self.leaving:
-                self._brought()
-                self.link.loop.wake()  # the main thread, if it leads, looks whether it may leave now
-
-    def _run_on_main(self) -> None:
-        """A remote call on the main thread. Meanwhile helpers run what executors send: it may take for ever."""
-        with self.lock:
-            if not self._offered:
-                return  # taken back this very moment
-            offer = self._offered.popleft()
-            self._engaged = True
-            self._blocked += 1
-            more = bool(self._inbox) and self.helpers < self._blocked
-            self.helpers += more
-        if more:  # came together with it
-            self._spawn(self._help)
-        try:
-            self._run_offered(offer, self._call_on_main)
-        finally:
-            self._engaged = False
-            with self.lock:
-                self._blocked -= 1
-
-    def _call_on_main(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], coming: Coming
-    ) -> Any:
-        try:
-            return self.interrupts.call(function, args, kwargs, coming)
-        finally:
-            self._engaged = False  # before the answer is out, to which the next call may be the reply
-
-    def _run_offered(self, offer: _Offer, call: Callable[..., Any]) -> None:
-        thread = threading.get_ident()
-        self.calls[thread] = offer.name
-        try:
-            offer.work(partial(call, coming=offer.coming))
-        finally:
-            self.interrupts.forget(offer.coming)
-            self.calls.pop(thread, None)
+            self.engaged = False
 
     # -- one item ----------------------------------------------------------------------------------------------
 
@@ -510,12 +439,12 @@ class TaskRunner:
             self._inbox.clear()
         self.patient = True
         self.leaving = True
-        self._brought()
+        self.brought()
 
     def hurry(self) -> None:
         """Leader: whoever is still at work has had its time."""
         self.patient = False
-        self._brought()
+        self.brought()
 
     def _run_many(self, item: Item, function: Callable[..., Any], begin: float) -> float:
         """A span or a chunk; returns from when on the time is not yet accounted for."""
