@@ -255,9 +255,6 @@ class Interrupts:
 
     def strike(self) -> None:
         """Leader: KeyboardInterrupt in every call that runs here or is expected to."""
-        with self._lock:
-            for coming in self._coming:
-                coming.struck = True
         self._strike(None)
 
     def strike_missed(self) -> None:
@@ -269,7 +266,11 @@ class Interrupts:
         self._strike({each.thread for each in missed if _first_of(frames.get(each.thread)) is each.call})
 
     def _strike(self, only: set[int] | None) -> None:
+        """All at once, under the lock: where one call waits for another one here, the other's end may not be the
+        first thing that it hears of."""
         with self._lock:
+            for coming in self._coming if only is None else ():
+                coming.struck = True
             for thread in self._beside:
                 if only is None or thread in only:
                     frame = sys._current_frames().get(thread)
@@ -279,12 +280,12 @@ class Interrupts:
             inside = [entry for thread, entry in list(self._inside.items()) if only is None or thread in only]
             for entry in inside:
                 entry.struck = True  # under the lock: who leaves after this has to see it
+            if self.on_main and (only is None or self._main_thread in only):
+                # Wherever it seems to be: between two looks of ours it may enter or leave the library. It knows itself.
+                self._unheard = True
+                self._signal(_LOOK)
         for entry in inside:
             entry.strike()
-        if self.on_main and (only is None or self._main_thread in only):
-            # Wherever it seems to be: between two looks of ours it may enter or leave the library. It knows itself.
-            self._unheard = True
-            self._signal(_LOOK)
 
     def _signal(self, wait: float) -> None:
         """Leader: SIGINT to the main thread, and again until it has heard it.
