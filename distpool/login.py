@@ -142,7 +142,8 @@ class Agent:
     def run(self) -> zygote.Birth:
         """Start the workers and serve. In this process it ends with `os._exit`."""
         gc.disable()
-        zygote.default_signals()
+        startup.default_signals()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a zygote
         cpus = usable_cpus()
         count = cpus if self.settings.count == "auto" else int(self.settings.count)
         self._complete = count > zygote.FEW  # few do not wait for what not all of them need

@@ -33,6 +33,9 @@ ENTRY = "distpool.worker:run"
 EXIT_SECONDS = 5.0
 """What a worker's non-daemon threads and atexit hooks may take at its end; then it goes without them."""
 
+LEFT_ALONE = ("SIGKILL", "SIGSTOP", "SIGPIPE", "SIGXFSZ")
+"""Signals that nobody may set, or that Python itself ignores."""
+
 BACKLOG = 128
 
 _old_main: list[ModuleType] = []
@@ -107,6 +110,15 @@ def become_worker(
     finish(code)
 
 
+def default_signals() -> None:
+    """A master that ignores signals (nohup, a launch thread with a mask) must not hand that on to its workers."""
+    for number in signal.valid_signals() - {getattr(signal, name, None) for name in LEFT_ALONE}:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
 def exec_main(own_path: list[str]) -> NoReturn:
     """What an executed (not forked) worker runs: settings from stdin, header line to stdout, then the same as above."""
     line = bytearray()
@@ -124,6 +136,7 @@ def exec_main(own_path: list[str]) -> NoReturn:
         os.dup2(null, 0)
         os.close(null)
         arm_lifeline(lifeline)
+        default_signals()
         prepare(settings, own_path)
         listener = listen(settings, f"{os.getpid()}-0")
         kind, host, *port = address_of(listener, settings)

@@ -40,6 +40,7 @@ from distpool.wire.protocol import Handshake, Role
 _LOST_MASTER = 1  # exit status
 _FAREWELL = 1.0  # seconds in which the master may read why this process ends
 _PRESS = 0.25  # seconds before, and between two, interrupts of a call that must end
+_RESERVE = 16  # threads of a worker that cannot start any: so many calls at a time beside the main one
 _HASTE = 1.0  # seconds that remote calls on other threads have to end then
 
 
@@ -78,6 +79,8 @@ class Worker:
         """Serve on a thread beside the main one, which is the user's; returns at once. The process ends itself."""
         # Now: the main thread may end at once, and from then on Python refuses to import modules with an exit hook.
         importlib.import_module("distpool.pool")
+        if (3, 12) <= sys.version_info < (3, 12, 2):  # ... and to start threads (python/cpython#113964)
+            self.node.threads.reserve(_RESERVE)
         timeout = config.worker_timeout()
         deadline = self.loop.call_later(timeout, lambda: self._give_up(timeout))
         if threading.current_thread() is threading.main_thread():

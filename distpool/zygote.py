@@ -30,7 +30,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
 from distpool import config, directories
-from distpool.startup import address_of, become_worker, listen, remove, unix_path
+from distpool.startup import address_of, become_worker, default_signals, listen, remove, unix_path
 
 if sys.platform != "win32":
     import resource
@@ -69,6 +69,7 @@ def main(control: int, master: int, entry: str, own_path: list[str]) -> NoReturn
     """
     gc.disable()
     default_signals()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the zygote's own; `serve` undoes it in children
     problem = preload([entry.partition(":")[0]])
     limit = raise_descriptor_limit()
     _stdio_to_null()
@@ -93,15 +94,6 @@ def preload(names: Iterable[str]) -> str:
 
         return traceback.format_exc()
     return ""
-
-
-def default_signals() -> None:
-    """A master that ignores signals (nohup, a launch thread with a mask) must not hand that on to its workers."""
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
-        if signal.getsignal(number) == signal.SIG_IGN and number != getattr(signal, "SIGXFSZ", None):
-            signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the zygote's own; `serve` undoes it in children
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def raise_descriptor_limit() -> tuple[int, int] | None:

@@ -290,6 +290,23 @@ def test_surroundings(launcher: Launcher, make: Make, tmp_path: Path) -> None:
     os.close(process.output)
 
 
+def test_signals_that_the_master_ignores(launcher: Launcher, make: Make) -> None:
+    """Because of nohup, or a shell's `&`. A worker hears them."""
+    ignored = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, signal.SIG_IGN) for number in ignored]
+    try:
+        (process,) = launcher.launch(make())
+    finally:
+        for number, handler in zip(ignored, previous, strict=True):
+            signal.signal(number, handler)
+    caller = Caller(process)
+    assert caller.run("import signal; result = [signal.getsignal(n) == signal.SIG_DFL for n in (1, 15)]") == [True] * 2
+    assert caller.run("result = signal.getsignal(2) is signal.default_int_handler") is True
+    caller.close()
+    assert exit_of(process) == 0
+    os.close(process.output)
+
+
 def locale_variables(caller: Caller) -> dict[str, str]:
     """Python itself sets LC_CTYPE where the locale is C (PEP 538)."""
     value = caller.run("import os; result = os.environ.get('LC_CTYPE')")

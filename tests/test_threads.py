@@ -68,6 +68,22 @@ def test_idle_threads_end_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None
                 assert not thread.is_alive()
 
 
+def test_a_reserve_is_there_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IDLE", 0.001)
+    cache = ThreadCache("reserve")
+    cache.reserve(3)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for _ in range(2):
+        barrier = threading.Barrier(4)
+        for _ in range(3):
+            cache.run(lambda barrier=barrier: barrier.wait(PATIENCE))
+        barrier.wait(PATIENCE)
+
+
 def test_functions_that_come_as_a_thread_ends_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "IDLE", 0.0005)
     cache = ThreadCache("race")

@@ -52,10 +52,19 @@ class ThreadCache:
         else:
             box.put(function)
 
-    def _serve(self, box: queue.SimpleQueue[Callable[[], object]]) -> None:
+    def reserve(self, count: int) -> None:
+        """Start so many threads now, which stay: where none can be started later."""
+        for _ in range(count):
+            box: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+            self._count += 1
+            name = f"{self._name}-{self._count}"
+            threading.Thread(target=self._serve, args=(box, None), name=name, daemon=True).start()
+            self._idle.append(box)
+
+    def _serve(self, box: queue.SimpleQueue[Callable[[], object]], patience: float | None = IDLE) -> None:
         while True:
             try:
-                function = box.get(timeout=IDLE)
+                function = box.get(timeout=patience)
             except queue.Empty:
                 try:
                     self._idle.remove(box)

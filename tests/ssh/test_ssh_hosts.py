@@ -38,8 +38,8 @@ def test_C284_local_and_other_hosts(server: Server, add: Add) -> None:
     for call in (lambda: procs(one[0]), lambda: check_same_host([1, one[0]])):
         with pytest.raises(distpool.ProcessExitedException):
             call()
-    for call in (lambda: procs(999), lambda: check_same_host([999])):
-        with pytest.raises(ValueError, match="no process with id 999 exists"):
+    for call in (lambda: procs(999_999), lambda: check_same_host([999_999])):
+        with pytest.raises(ValueError, match="no process with id 999999 exists"):
             call()
 
 
