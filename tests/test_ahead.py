@@ -30,6 +30,8 @@ from distpool import (
 )
 from distpool.node import node as nodes
 from distpool.refs import ahead
+from distpool.wire import codec
+from distpool.wire.frames import Kind
 
 WAIT = 30.0
 BOX: dict[str, Any] = {}
@@ -792,3 +794,90 @@ def test_settling_in_the_master_is_nothing() -> None:
     assert nodes.current().ahead is None
     ahead.settle_puts()
     assert ahead.group_of(nodes.current()) is None
+
+
+def come_back(name: str) -> int:
+    """On the producer: its object of a channel goes; between the look that finds none and the news to the owner there
+    is another one, whose first item is on its way before that news. How much credit it has then."""
+    node = nodes.current()
+    first = box().pop(name)
+    seen: list[Any] = []
+    data, _ = codec.encode(first, node.pid, seen)
+    node.references().lend(seen, node.pid)  # as if it had been sent here once more
+    del seen
+    old, old_send, peers = first._ahead, first._ahead.send, node.peers
+    asked, done, threads = threading.Event(), threading.Event(), []
+
+    def noting(pid: int, kind: Any, *rest: Any) -> None:
+        type(peers).send(peers, pid, kind, *rest)
+        if kind == Kind.CHANNEL:
+            asked.set()
+
+    def put() -> None:
+        second = codec.decode(data)
+        box()[name] = second
+        second.put(("warm", 0))
+        done.set()
+
+    def send() -> None:
+        old_send()
+        if not threads:
+            threads.append(threading.Thread(target=put, daemon=True))
+            threads[0].start()
+            asked.wait(30)
+
+    old.send, peers.send = send, noting
+    try:
+        del first
+        assert done.wait(30)
+    finally:
+        del old.send, peers.send
+    return credit(box()[name])
+
+
+def length(channel: Any) -> int:
+    """On the owner."""
+    return len(nodes.current().references().owner.get(channel._handle.rrid).channel)
+
+
+def test_who_goes_gives_back_its_own_credit_only(team: list[int]) -> None:
+    """Not that of an object of the same channel that has come meanwhile: it would be used without room for it."""
+    owner, producer, _ = team
+    size = 100
+    channel = RemoteChannel(lambda: Channel(size), owner)
+    name = f"channel {channel.id}"
+    remotecall_fetch(keep, producer, name, channel)
+    remotecall_fetch(feed, owner, channel, 60)  # so that the first object gets a small credit, and the second one more
+    remotecall_fetch(lambda: warm(box()[name], 1), producer)
+    assert [channel.take(timeout=WAIT) for _ in range(60)] == list(range(60))
+    drained(channel, 1)
+    assert remotecall_fetch(come_back, producer, name) > 0
+    drained(channel, 1)
+
+    def fill(channel: Any) -> None:
+        with contextlib.suppress(TimeoutError):
+            for number in range(size):
+                channel.put(number, timeout=0.1)
+
+    remotecall_fetch(fill, owner, channel)
+    remotecall_fetch(lambda: fill(box()[name]), producer)
+    assert remotecall_fetch(length, owner, channel) == size
+
+
+def test_credits_that_come_late_are_given_back(team: list[int]) -> None:
+    """All room that was reserved for a process is free when it holds the channel no more, whatever was on its way."""
+    owner, producer, _ = team
+    channel = ready_channel(owner, producer)
+    name = f"channel {channel.id}"
+
+    def last_words(name: str) -> None:
+        channel = box().pop(name)
+        for number in range(5):  # answered, each with a credit, when there is no object any more
+            channel.put(number)
+
+    def reserved(channel: Any) -> int:
+        return nodes.current().references().owner.get(channel._handle.rrid).channel._room.taken
+
+    remotecall_fetch(last_words, producer, name)
+    assert [channel.take(timeout=WAIT) for _ in range(5)] == list(range(5))
+    wait_until(lambda: remotecall_fetch(reserved, owner, channel) == 0)

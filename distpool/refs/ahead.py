@@ -97,6 +97,7 @@ class Ahead:
         self.flying: set[_Flight] = set()
         self.unanswered = 0  # bytes that are flying
         self.tellers: set[Teller] = set()  # of the threads whose items are in the batch
+        self.retired = False  # no object of the channel uses it any more
         self.puts = self.landed = 0  # items that were put ahead so far, and that were answered
         self._group = group
 
@@ -185,7 +186,9 @@ class Ahead:
 
     def grant(self, credit: int, epoch: int) -> None:
         """The owner has reserved room. The lock is held."""
-        if epoch == self.epoch:
+        if self.retired:
+            self._group.give_back(self.rrid, self.where, credit, epoch)
+        elif epoch == self.epoch:
             self.credit += credit
 
 
@@ -273,13 +276,26 @@ class Aheads:
         return made
 
     def retire(self, rrid: RRID) -> None:
-        """Leader: the object of this channel is gone. What it has put is sent, and its credit given back."""
+        """Leader: the object of this channel is gone. What it has put is sent, and its credit given back.
+
+        So much and no more: another object of the same channel may have come this very moment, and have put something
+        before our message; the answer brings it a credit of its own. (Tried: the owner takes back all that this process
+        has. That credit was used all the same, on room that others had by then.) Answers that come later bring credits
+        to nobody: each is given back when it comes.
+        """
         with self.lock:
             ahead = self._known.get(rrid)
             if ahead is not None and self.node.refs.live.get(rrid) is None:
                 del self._known[rrid]
                 ahead.send()
-                self.node.peers.send(ahead.where, Kind.PUTS, structs.Puts(0, *rrid, 0).pack())
+                ahead.retired = True
+                credit, ahead.credit = ahead.credit, 0
+                self.give_back(rrid, ahead.where, credit, ahead.epoch)
+
+    def give_back(self, rrid: RRID, where: int, credit: int, epoch: int) -> None:
+        """Nobody here will use this credit. The owner minds it only if it is not void by then."""
+        if credit:
+            self.node.peers.send(where, Kind.PUTS, structs.Puts(0, *rrid, 0).pack(), structs.CREDIT.pack(credit, epoch))
 
     def settle(self, where: int = 0, timeout: float | None = None, all_alike: bool = False) -> None:
         """Wait until all that this process has put so far has arrived; what goes to process `where` is only sent.

@@ -270,9 +270,9 @@ class Channel:
         """All that `pid` had put has come: its room is free."""
         self._change_room(lambda room: room.answered(pid))
 
-    def give_back(self, pid: int) -> None:
-        """`pid` will not use its credit."""
-        self._change_room(lambda room: room.give_back(pid))
+    def give_back(self, pid: int, credit: int, epoch: int) -> None:
+        """`pid` will not use so much of its credit."""
+        self._change_room(lambda room: room.give_back(pid, credit, epoch))
 
     def overdue(self, pid: int, epoch: int) -> None:
         """`pid` should have answered by now."""

@@ -204,9 +204,15 @@ class RemoteChannel(Reference):
     def _may_put(self, body: bytes) -> None:
         """Leader: the answer to a put, with a credit perhaps."""
         credit, epoch = CREDIT.unpack(body)
-        group = group_of(self._refs.node) if credit and not self._finalized else None
-        if group is not None:
-            with group.lock:
+        group = group_of(self._refs.node) if credit else None
+        if group is None:
+            return
+        handle = self._handle
+        assert handle is not None
+        with group.lock:
+            if self._finalized:
+                group.give_back(handle.rrid, handle.where, credit, epoch)
+            else:
                 group.of(self, epoch).grant(credit, epoch)
 
     def _owner_lost(self, make_error: Callable[[], BaseException]) -> None:

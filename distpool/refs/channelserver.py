@@ -162,7 +162,7 @@ class _Requests:
     def _on_puts(self, link: Link, frame: Frame) -> None:
         message, pid = structs.Puts.unpack(frame.control), int(link.peer)
         if not message.count:
-            self._give_back(RRID(message.whence, message.ident), pid)
+            self._give_back(RRID(message.whence, message.ident), pid, *CREDIT.unpack(bytes(frame.body)))
             return
         items = [Outcome(VALUE, data, (), pid) for data in structs.unpack_items(bytes(frame.body), message.count)]
         rrid = RRID(message.whence, message.ident)
@@ -176,11 +176,11 @@ class _Requests:
         else:
             self._plain_error(pid, message.request, ChannelClosedError("Channel is closed."))
 
-    def _give_back(self, rrid: RRID, pid: int) -> None:
-        """`pid` holds the channel no more."""
+    def _give_back(self, rrid: RRID, pid: int, credit: int, epoch: int) -> None:
+        """`pid` will not use this credit: its object of the channel is gone."""
         entry = self._refs.owner.get(rrid)
         if entry is not None and type(entry.channel) is Channel:
-            entry.channel.give_back(pid)
+            entry.channel.give_back(pid, credit, epoch)
 
     def _revoke(self, channel: Channel, rrid: RRID, pid: int, epoch: int) -> None:
         """Any thread: call the credit of `pid` back."""

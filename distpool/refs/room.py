@@ -112,10 +112,14 @@ class Room:
     def answered(self, pid: int) -> None:
         """All that `pid` had put has come, or it is dead."""
         self._asked.pop(pid, None)
-        self.give_back(pid)
+        self._free(pid)
 
-    def give_back(self, pid: int) -> None:
-        """It will not use its credit."""
+    def give_back(self, pid: int, credit: int, epoch: int) -> None:
+        """It will not use so much of its credit. Of an older epoch: that is void, and its room free or about to be."""
+        if epoch == self._epochs.get(pid, 0):
+            self.use(pid, credit)
+
+    def _free(self, pid: int) -> None:
         self.taken -= self._credits.pop(pid, 0)
 
     def overdue(self, pid: int, epoch: int) -> bool:
@@ -123,7 +127,7 @@ class Room:
         if pid not in self._asked or self._epochs.get(pid) != epoch:
             return False
         self._asked[pid] = True
-        self.give_back(pid)
+        self._free(pid)
         return True
 
     def let_go(self) -> list[Due]:

@@ -194,8 +194,8 @@ class CancelRequest(Packed):
 class Puts(Packed):
     """Any -> owner of a channel: `count` items that were put ahead on reserved room (body: their lengths, then they).
 
-    Answered by REPLY with `CREDIT`, or with the error if they could not be taken. Without items: what is left of the
-    credit is given back; there is no answer.
+    Answered by REPLY with `CREDIT`, or with the error if they could not be taken. Without items: so much of the credit
+    is given back (body: `CREDIT`); there is no answer.
     """
 
     kind: ClassVar[Kind] = Kind.PUTS
