@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING, Any
 from distpool.errors import DistpoolError
 from distpool.logs import Log
 from distpool.refs.refs import LOCAL_VALUE, Outcome
-from distpool.settling import settle_records
+from distpool.settling import settle_records, take_over
 from distpool.wire import messages
 from distpool.wire.frames import Kind
+from distpool.wire.records import ENTRUSTED
 
 if TYPE_CHECKING:
     from distpool.scheduling import Scheduler
@@ -120,6 +121,18 @@ class Reclaims:
         scheduler.gave_back(slot, back)
 
     # -- results that wait in the journal ----------------------------------------------------------------------
+
+    def take_over(self, slot: Slot) -> None:
+        """The worker is gone, and nobody else knows yet: references in its unsent results must not go with it."""
+        journal = slot.member.journal
+        if journal is not None:
+            try:
+                for sequence, _, status, payload, _ in messages.result_records(journal.read_from(slot.journal_offset)):
+                    if status & ENTRUSTED and sequence not in slot.early:
+                        take_over(slot, payload)
+            except (ValueError, DistpoolError):
+                log.exception("the journal of worker %d cannot be read", slot.pid)
+        slot.bereft = True
 
     def read_journal(self, slot: Slot) -> None:
         """The worker is gone: results that were finished but not sent are in the shared journal."""

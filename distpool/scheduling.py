@@ -375,6 +375,7 @@ class Scheduler:
         """A worker is ready for calls."""
         self.slots[slot.pid] = slot
         slot.watch = self.reclaims.watch
+        slot.member.on_last_words = lambda: self.reclaims.take_over(slot)
         self.pump()
         if not slot.load:  # others may have been sent what this one could run
             self.reclaims.consider_stealing()
@@ -382,6 +383,7 @@ class Scheduler:
     def give_up(self, slot: Slot) -> None:
         """The worker lives on, but not for us: nobody hears its answers any more."""
         self.slots.pop(slot.pid, None)
+        slot.member.on_last_words = lambda: None
         self._recalls.lost(slot)
 
     def lost(self, slot: Slot, make_error: Callable[[bool], BaseException]) -> None:

@@ -22,6 +22,7 @@ from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome, set_values
 from distpool.slots import Slot
 from distpool.wire import records
 from distpool.wire.frames import Frame
+from distpool.wire.records import ENTRUSTED
 from distpool.work import Call
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def settle_records(scheduler: Scheduler, slot: Slot, body: Any, raw_buffers: lis
             timing = last or timing
             done += count
             continue
+        if status & ENTRUSTED:
+            status, payload = status & ~ENTRUSTED, take_over(slot, payload)
         found = slot.find(sequence)
         if found is None:
             received(status, bytes(payload), buffers[:parts], pid)  # nobody wants it: not opened
@@ -95,6 +98,14 @@ def settle_records(scheduler: Scheduler, slot: Slot, body: Any, raw_buffers: lis
     slot.load -= done
     slot.recent = True
     return timing
+
+
+def take_over(slot: Slot, payload: Any) -> Any:
+    """References in a result are ours now, and not the worker's any more. Returns the payload proper."""
+    rows, payload = records.split_entrusted(payload)
+    if not slot.bereft:
+        slot.member.group.node.references().take_over(slot.pid, rows)
+    return payload
 
 
 def settle_values(
@@ -158,4 +169,4 @@ def _settle_calls(slot: Slot, calls: list[Call], values: list[Any], deliver: Cal
             deliver(future)
 
 
-__all__ = ["settle_alone", "settle_records", "settle_values"]
+__all__ = ["settle_alone", "settle_records", "settle_values", "take_over"]

@@ -55,6 +55,7 @@ class Slot:
         self.recent = False  # it has answered since the last recall
         self.gone = False
         self.journal_offset = 0  # bytes of its journal that have come over the link
+        self.bereft = False  # it has died, and references in its journal have been taken over
         self.done = 0
         self.failed = 0
         self.since = 0.0  # monotonic seconds: when a call was sent to it while it was idle, or its last results came

@@ -32,6 +32,7 @@ from distpool.node.node import Node
 from distpool.node.observe import RAISED, RUNNING, clock_offset
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
+from distpool.wire.records import ENTRUSTED
 
 if TYPE_CHECKING:
     from distpool.transport.link import Link
@@ -284,7 +285,7 @@ class Tracer:
             return
         for sequence, _, status, _, _ in messages.result_records(body):
             track.answered = max(track.answered, sequence)
-            if status == messages.UNSENDABLE:
+            if status & ~ENTRUSTED == messages.UNSENDABLE:
                 track.unsendable.add(sequence)
 
     # -- the result --------------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ class Worker:
         self.loop.guard = runner.interrupts
         runner.interrupts.listen()
         runner.results.memory_limit, runner.results.pid = self.memory_limit, join.pid
-        runner.results.lend = lambda seen: node.references().lend(seen, 1)
+        runner.results.entrust = lambda seen: node.references().entrust(seen)
         self.observer = Observer(node, link, runner)
         segments = self._segments
         node.handlers.update(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
+import gc
+import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +22,9 @@ from distpool.node import node as nodes
 from distpool.refs.lent import Lent, carries_references, received, references_in
 from distpool.refs.refs import Outcome
 from distpool.replies import request
+from distpool.transport.journal import Journal
 from distpool.wire import codec
+from distpool.wire.frames import Kind
 from distpool.wire.messages import VALUE
 
 WAIT = 30.0
@@ -246,3 +252,94 @@ def test_a_reference_that_is_not_needed_here_any_more_when_it_is_sent(team: list
             assert waiting.result(WAIT) == "value"
             del waiting
             wait_until(lambda: not any(set(distpool.debug.refs(pid)) - before for pid in (1, owner, *keeper.workers)))
+
+
+# -- results of workers that die -------------------------------------------------------------------------------------
+
+
+def make_full() -> RemoteChannel:
+    channel = RemoteChannel(lambda: Channel(5))
+    channel.put("inside")
+    return channel
+
+
+def give_and_die(owner: int, how: str) -> Any:
+    """In a task: its result holds a reference to a channel of `owner`, and this process is killed as soon as that is in
+    the journal; or just before it would be ("unwritten"). "unsent": what it says of counts then goes with it, as when
+    the link to the owner is being made, or nobody reads it."""
+    peers = nodes.current().peers
+    channel = remotecall_fetch(make_full, owner)
+    append, send = Journal.append, peers.send
+
+    def last(journal: Journal, record: bytes) -> bool:
+        if how != "unwritten":
+            append(journal, record)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+    def keep_back(pid: int, kind: Any, *rest: Any) -> None:
+        if kind != Kind.CLIENTS:
+            send(pid, kind, *rest)
+
+    Journal.append = last  # type: ignore[method-assign]
+    if how.startswith("unsent"):
+        peers.send = keep_back  # type: ignore[method-assign]
+    if how == "unsent error":
+        raise KeyError(channel)
+    return [channel]
+
+
+@pytest.mark.parametrize("how", ["sent", "unsent", "unsent error", "unwritten"])
+@pytest.mark.parametrize("whose", ["of a third process", "of the master"])
+def test_references_in_the_last_result_of_a_worker(team: list[int], whose: str, how: str) -> None:
+    """Its owner counts right, whatever of the worker's messages has left it: no value goes too early, none stays."""
+    owner = team[0] if whose == "of a third process" else 1
+    before = set(distpool.debug.refs(owner))
+    with distpool.ClusterExecutor(1) as executor:
+        future = executor.submit(give_and_die, owner, how)
+        error = future.exception(WAIT)
+        if how == "unwritten":
+            assert isinstance(error, distpool.ProcessExitedException)
+        else:
+            channel = error.args[0] if error is not None else future.result()[0]
+            gc.collect()
+            wait_until(lambda: distpool.debug.refs(owner)[distpool.remoteref_id(channel)] == {1})
+            assert channel.take(timeout=WAIT) == "inside"
+            del channel
+        del future, error
+    wait_until(lambda: not set(distpool.debug.refs(owner)) - before)
+
+
+def test_a_result_with_references_that_nobody_wants_any_more(team: list[int]) -> None:
+    """The worker has died, and the future was dropped unread."""
+    owner = team[1]
+    before = set(distpool.debug.refs(owner))
+    with distpool.ClusterExecutor(1) as executor:
+        future = executor.submit(give_and_die, owner, "unsent")
+        concurrent.futures.wait([future], WAIT)
+        del future
+    wait_until(lambda: not set(distpool.debug.refs(owner)) - before)
+
+
+def test_references_of_results_are_moved_once(team: list[int]) -> None:
+    """A worker that lives: what it has and what the master has got are counted apart."""
+    owner = team[1]
+    before = set(distpool.debug.refs(owner))
+
+    def give(keep: bool) -> Any:
+        channel = remotecall_fetch(make_full, owner)
+        if keep:
+            nodes.current().kept_by_test = channel
+        return [channel, channel, (channel,)]
+
+    with distpool.ClusterExecutor(1) as executor:
+        worker = executor.submit(distpool.myid).result(WAIT)
+        for keep in (False, True):
+            channel = executor.submit(give, keep).result(WAIT)[0]
+            holders = {1, worker} if keep else {1}
+            key = distpool.remoteref_id(channel)
+            wait_until(lambda: distpool.debug.refs(owner)[key] == holders)
+            assert channel.take(timeout=WAIT) == "inside"
+            del channel
+            wait_until(lambda: len(set(distpool.debug.refs(owner)) - before) == int(keep))
+    wait_until(lambda: not set(distpool.debug.refs(owner)) - before)

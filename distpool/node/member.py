@@ -105,6 +105,7 @@ class Member:
         # What is said when the connection ends before it has joined, and nobody says why.
         self.lost_early: Callable[[], BaseException | None] = lambda: None
         self.on_gone: Callable[[Member, BaseException | None], None] = lambda member, reason: None
+        self.on_last_words: Callable[[], object] = _nothing  # before others hear that it is gone: see `Reclaims`
         self.borrower: Any = None  # the crew of an executor that it belongs to for the time being; leader
         self.slot: Any = None  # of executors that borrow it, one after the other
         self.notices = SerialQueue(group.node.threads)  # what its manager is told, in order
@@ -415,6 +416,7 @@ class Member:
         if self.process is not None:
             self.process.release()
         self._tell_of_end(joined)
+        self.on_last_words()
         self.group.forget(self)
         self.on_gone(self, self._failure)
         if self.journal is not None:
@@ -456,6 +458,10 @@ class Member:
             self.output.close_descriptor()
         if self.process is not None:
             self.process.forget()
+
+
+def _nothing() -> None:
+    pass
 
 
 __all__ = ["NOW", "Member", "State"]

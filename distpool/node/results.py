@@ -6,6 +6,8 @@ A finished result is in the journal before the next call starts, so that the mas
 process; it stays there until the kernel has the frame that it is in. (A frame that waits in the link's queue, because
 the master does not read at the moment, goes with this process. Were its results overwritten by then, the master would
 take all of these calls for killed ones. Tried: overwriting them when the link has the frame; 4 MiB of it were lost.)
+References of third processes in a result are the master's from the moment when it has the record, wherever it finds it:
+the record says which they are (`Refs.entrust`).
 Scalars of consecutive calls are also kept as a list: what is sent is then one pickle of the list instead of
 their records, which costs the master a tenth. A result too large for the journal is sent at once, and waited for.
 
@@ -25,7 +27,7 @@ from distpool import config
 from distpool.transport.journal import Journal
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
-from distpool.wire import codec, messages
+from distpool.wire import codec, messages, records
 from distpool.wire.failures import encode_exception
 from distpool.wire.frames import Kind
 from distpool.wire.messages import ERROR, RESULT, UNSENDABLE, VALUE, VALUES
@@ -42,7 +44,8 @@ class ResultWriter:
         self.link = link
         self.journal = journal
         self.segments = segments
-        self.lend: Callable[[list[Any]], object] = lambda seen: None  # references in an outcome are lent to the master
+        #: References in an outcome are lent to the master; which of them the record has to name.
+        self.entrust: Callable[[list[Any]], records.Rows] = lambda seen: []
         self.memory_limit = 0  # bytes, 0: none; only for the text of a MemoryError
         self.pid = 0
         self.busy = 0.0  # seconds of running time since the last flush, and how many calls
@@ -67,18 +70,17 @@ class ResultWriter:
         try:
             seen: list[Any] = []
             data, buffers = codec.encode(value, self.link.peer, seen)
-            if seen:
-                self.lend(seen)
+            rows = self.entrust(seen) if seen else None
         except BaseException as error:
-            self._record(sequence, UNSENDABLE, self._encoded(error), None)
+            self._record(sequence, UNSENDABLE, *self._encoded(error))
             return
-        self._record(sequence, VALUE, data, buffers)
+        self._record(sequence, VALUE, data, rows, buffers)
 
     def scalar(self, sequence: int, value: Any) -> None:
         """The call returned an exact scalar."""
         data = dumps(value, 5)
         if len(data) > self._smallest_large:
-            self._record(sequence, VALUE, data, None)
+            self._record(sequence, VALUE, data)
             return
         record = _pack(sequence, 1, len(data), 0, VALUE) + data
         lock = self._lock
@@ -105,21 +107,31 @@ class ResultWriter:
                 f"a task needed more memory than memory_limit={self.memory_limit} bytes allow worker {self.pid}"
                 f" ({type(error).__name__}: {error})",
             )
-        self._record(sequence, status, self._encoded(error), None)
+        self._record(sequence, status, *self._encoded(error))
 
-    def _encoded(self, error: BaseException) -> bytes:
+    def _encoded(self, error: BaseException) -> tuple[bytes, records.Rows | None]:
         seen: list[Any] = []
+        rows: records.Rows | None = None
         data = encode_exception(error, self.link.peer, seen=seen)
         if seen:
             import traceback  # here: dear, and programs without errors never need it
 
-            self.lend(seen)
+            rows = self.entrust(seen)
             # As for remote calls: the frames, in a circle with the error, would hold the references until the cycle
             # collector runs here.
             traceback.clear_frames(error.__traceback__)
-        return data
+        return data, rows
 
-    def _record(self, sequence: int, status: int, data: bytes, buffers: list[Any] | None) -> None:
+    def _record(
+        self,
+        sequence: int,
+        status: int,
+        data: bytes,
+        rows: records.Rows | None = None,
+        buffers: list[Any] | None = None,
+    ) -> None:
+        if rows:
+            status, data = status | records.ENTRUSTED, records.pack_entrusted(rows) + data
         if buffers or len(data) > _JOURNALED:
             self._send_large(sequence, status, data, buffers or [])
             return

@@ -248,6 +248,50 @@ class Refs:
         for where, rows in changes.items():
             self.node.peers.send(where, Kind.CLIENTS, structs.Clients(rows).pack())
 
+    def entrust(self, references: Iterable[Any]) -> list[tuple[int, int, int]]:
+        """Worker: these go to the master in a result. Returns those that third processes own: `(owner, *identity)`.
+
+        Of each of them this process holds one count more from now on, and that goes with the result: the master moves
+        it to itself (`take_over`) when it has the result. Whatever this process's death takes along, its owner then
+        counts right: a result that the master does not get leaves a count of this process, which ends with it; for
+        one that the master gets, from the journal too, the master itself tells the owner, before it tells of the death.
+        (Tried: `lend`. What is counted for the master by a message of ours is lost if we die before it has left, as
+        when the link to the owner is being made: the owner drops the value, of which the master has a reference.)
+        """
+        rows: list[tuple[int, int, int]] = []
+        changes: dict[int, list[list[int]]] = {}
+        me = self.node.pid
+        for reference in references:
+            if type(reference) is not Loan:
+                continue
+            handle = reference.handle
+            if not handle.held and hasattr(reference.reference, "hold"):
+                reference.reference.hold(handle)
+            rrid, where = handle.rrid, handle.where
+            if where == me:
+                self.owner.change(rrid, 1, 1)
+            else:
+                rows.append((where, *rrid))
+                changes.setdefault(where, []).append([rrid.whence, rrid.id, me, 1])
+        for where, added in changes.items():
+            self.node.peers.send(where, Kind.CLIENTS, structs.Clients(added).pack())
+        return rows
+
+    def take_over(self, lender: int, rows: Iterable[tuple[int, int, int]]) -> None:
+        """Leader of the master: a result of `lender` has come with these. In one message, ours first: the owner's count
+        is not zero in between."""
+        changes: dict[int, list[list[int]]] = {}
+        me = self.node.pid
+        for where, whence, ident in rows:
+            if where == me:
+                rrid = RRID(whence, ident)
+                self.owner.change(rrid, me, 1)
+                self.owner.change(rrid, lender, -1)
+            else:
+                changes.setdefault(where, []).extend(([whence, ident, me, 1], [whence, ident, lender, -1]))
+        for where, moved in changes.items():
+            self.node.peers.send(where, Kind.CLIENTS, structs.Clients(moved).pack())
+
     # -- frames (leader) ---------------------------------------------------------------------------------------
 
     def _on_clients(self, link: Link, frame: Frame) -> None:

@@ -31,6 +31,28 @@ ONE_FRESH = 5  # as ONE, with a function that captured something mutable: decode
 #: Status of a RESULT record. UNSENDABLE: the call returned, but its value could not be serialised.
 #: UNLOADABLE: the function or its arguments could not be rebuilt on the worker.
 VALUE, ERROR, VALUES, UNSENDABLE, PLAIN_ERROR, UNLOADABLE = range(6)
+#: Added to a status: before the payload stand the references in it that third processes own (`pack_entrusted`).
+ENTRUSTED = 0x80
+_COUNT = struct.Struct("<I")
+_ENTRUSTED = struct.Struct("<IIQ")  # owner, and the reference's identity: who made it, its number there
+
+Rows = list[tuple[int, int, int]]
+
+
+def pack_entrusted(rows: Rows) -> bytes:
+    """What stands before the payload of an ENTRUSTED record."""
+    return _COUNT.pack(len(rows)) + b"".join(_ENTRUSTED.pack(*row) for row in rows)
+
+
+def split_entrusted(payload: Any) -> tuple[Rows, Any]:
+    """The references of an ENTRUSTED record, and the payload proper."""
+    if len(payload) < _COUNT.size:
+        raise ProtocolError("a result is shorter than it says")
+    (count,) = _COUNT.unpack_from(payload)
+    stop = _COUNT.size + count * _ENTRUSTED.size
+    if stop > len(payload):
+        raise ProtocolError("a result is shorter than its references say")
+    return list(_ENTRUSTED.iter_unpack(payload[_COUNT.size : stop])), payload[stop:]
 
 
 def call_records(body: bytes, first: int, count: int) -> Iterator[tuple[int, int, int, int, bytes, int]]:
