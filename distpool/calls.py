@@ -112,6 +112,7 @@ def remotecall_fetch(f: Callable[..., Any], where: Where, /, *args: Any, **kwarg
         except Exception as error:
             raise _wrapped(node, error) from error
     node.peers.ensure(where)
+    node.loop.check_wait()  # before the call runs there
     reply = _Reply()
     waiting = _Waiting(gc.of(node))
     reply._call = waiting
@@ -275,9 +276,7 @@ def next_worker() -> int:
 
     node = _node()
     pids = workers_of(node)
-    with node.round_robin_lock:
-        node.round_robin += 1
-        return pids[node.round_robin % len(pids)]
+    return pids[next(node.round_robin) % len(pids)]
 
 
 def _listed() -> list[int]:
@@ -381,6 +380,8 @@ def _plain_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 
 def install(node: Node) -> None:
     """Register the kinds of remote calls, references and channels with this node (once)."""
+    if _installing._is_owned():
+        raise RuntimeError("remote calls are just being set up, by this very thread: a finalizer cannot use them yet")
     with _installing:
         if node.callee is None:
             node.remote_calls_loaded = True
@@ -388,7 +389,7 @@ def install(node: Node) -> None:
             channelserver.install(node)
 
 
-_installing = threading.Lock()  # two threads make their first remote call at the same time
+_installing: Any = threading.RLock()  # two threads make their first remote call at the same time
 
 
 def _node() -> Node:

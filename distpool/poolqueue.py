@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from distpool.node.node import Node
-from distpool.refs.channel import Channel, Waiter
+from distpool.refs.channel import Channel
+from distpool.refs.channelcore import Waiter
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.wire import codec
 
@@ -96,10 +97,11 @@ class WorkerQueue(Channel):
         self._change(change)
 
     def _change(self, change: Callable[[], object]) -> None:
-        with self._lock:
+        def work() -> list[tuple[Waiter, Outcome]]:
             change()
-            due = self._match()
-        self._call(due)
+            return self._match()
+
+        self._do(work)
 
     # -- operations of the pool (also called by name, from other processes) ------------------------------------
 
@@ -128,9 +130,7 @@ class WorkerQueue(Channel):
 
     def living(self) -> list[int]:
         """The members, sorted."""
-        with self._lock:
-            self._drop_dead()
-            return sorted(self._members)
+        return sorted(pid for pid in list(self._members) if is_alive(self._node, pid))
 
     def everybody(self) -> list[int]:
         """As `living`, and `[1]` for a default pool without members."""
@@ -138,14 +138,12 @@ class WorkerQueue(Channel):
 
     def isready(self) -> bool:
         """Whether a `take` would not wait (and would not fail)."""
-        with self._lock:
-            self._drop_dead()
-            return bool(self._free) or (self.falls_back and not self._members)
+        free = any(is_alive(self._node, pid) for pid in self._free.copy())
+        return free or (self.falls_back and not self.living())
 
     def has(self, pid: int) -> bool:
         """Whether this member has been taken."""
-        with self._lock:
-            return pid in self._held
+        return pid in self._held
 
     def fall_back(self, whether: bool) -> None:
         """Be the default pool, or not."""

@@ -25,7 +25,7 @@ _PATIENCE = 2.0  # seconds to wait for workers' answers
 class Recalls:
     """The cancellations under way of one scheduler, under its lock."""
 
-    def __init__(self, loop: IoLoop, lock: threading.Lock) -> None:
+    def __init__(self, loop: IoLoop, lock: Any) -> None:
         self._loop = loop
         self._lock = lock  # the scheduler's: protects _waiting, `Call.slot` and `Call.cancelled`
         self._waiting: dict[tuple[int, int], list[threading.Event]] = {}  # (pid, sequence number) -> who waits

@@ -56,7 +56,8 @@ class Scheduler:
         self.on_retire: Callable[[Slot], object] | None = None  # leader: a worker has run all it may
         self.handlers: dict[int, Callable[[Slot, Frame], object]] = {}  # kinds of upper layers
         self._queue: collections.deque[Any] = collections.deque()  # Calls and MapRuns; append is atomic, rest: lock
-        self.lock = threading.Lock()  # protects the queue's head, the slots' tables and Call.slot
+        #: Protects the queue's head, the slots' tables and Call.slot. Reentrant only so that it can tell who has it.
+        self.lock: Any = threading.RLock()
         #: The stdlib's rule ("break"): what cannot be loaded on a worker breaks everything. Returns the error.
         self.on_unloadable: Callable[[bytes], BaseException] | None = None
         #: Whether some worker may have room: a hint for submitters, so that they need not look at each worker.
@@ -96,6 +97,8 @@ class Scheduler:
     def pump(self) -> None:
         """Dispatch what can be dispatched; here if possible, else on the leader."""
         self._wanted = True
+        if self.lock._is_owned():
+            return  # a finalizer in the middle of it: the thread looks again
         if not self.loop.enter_critical():
             self.loop.call_soon(self.pump)
             return
@@ -112,6 +115,8 @@ class Scheduler:
     def cancel(self, call: Call) -> bool:
         """True if the call will not run: it waited here, or its worker gave it back."""
         self.check_process()
+        if self.lock._is_owned():
+            return False  # a finalizer in the middle of the dispatch: too late
         try:
             events: list[threading.Event] = []
             while not events:

@@ -49,7 +49,15 @@ LAYERS: dict[int, tuple[str, ...]] = {
     ),
     4: (
         *("refs.refs", "refs.waiters", "refs.owner", "refs.gc", "refs.remote", "refs.serving"),
-        *("refs.lent", "refs.ahead", "refs.room", "refs.channel", "refs.channels", "refs.channelserver"),
+        *(
+            "refs.lent",
+            "refs.ahead",
+            "refs.room",
+            "refs.channelcore",
+            "refs.channel",
+            "refs.channels",
+            "refs.channelserver",
+        ),
     ),
     5: ("calls", "verbs"),
     6: (
@@ -174,7 +182,10 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("refs.serving", "refs.remote"),
         ("refs.channel", "refs.ahead"),
         ("refs.channel", "refs.gc"),
-        ("refs.channel", "refs.room"),
+        ("refs.channel", "refs.channelcore"),
+        ("refs.channelcore", "refs.refs"),
+        ("refs.channelcore", "refs.room"),
+        ("refs.channelserver", "refs.channelcore"),
         ("refs.channel", "refs.refs"),
         ("refs.channel", "refs.remote"),
         ("refs.channels", "refs.ahead"),

@@ -28,10 +28,16 @@ class Producers:
         self.told.set()
 
     def reserve(self, pid: int) -> tuple[int, int]:
-        return self.channel.reserve(pid, self.ask)
+        told: list[tuple[int, int]] = []
+        self.channel.reserve(pid, self.ask, lambda credit, epoch: told.append((credit, epoch)))
+        (credit,) = told
+        return credit
 
     def put(self, pid: int, *values: Any) -> bool:
-        return self.channel.arrive(pid, [Outcome(LOCAL_VALUE, value, (), pid) for value in values])
+        told: list[bool] = []
+        self.channel.arrive(pid, [Outcome(LOCAL_VALUE, value, (), pid) for value in values], told.append)
+        (taken,) = told
+        return taken
 
 
 class Answer:
@@ -61,6 +67,13 @@ def in_thread(function: Any, *args: Any, **kwargs: Any) -> tuple[threading.Threa
     thread = threading.Thread(target=run)
     thread.start()
     return thread, found
+
+
+def hold(channel: Channel, answer: Any) -> bool:
+    """Whether it is the first one that is held back."""
+    first: list[None] = []
+    channel.hold(answer, lambda: first.append(None))
+    return bool(first)
 
 
 def waits(channel: Channel) -> None:
@@ -316,22 +329,22 @@ def test_held_answers() -> None:
     for number in range(16):
         channel.put(number)
     said: list[str] = []
-    assert channel.hold(lambda: said.append("first"))
-    assert not channel.hold(lambda: said.append("second")), "a timer runs"
+    assert hold(channel, lambda: said.append("first"))
+    assert not hold(channel, lambda: said.append("second")), "a timer runs"
     for _ in range(3):
         channel.take()
     assert said == []
     channel.take()
     assert said == ["first", "second"], "enough room"
-    assert not channel.hold(lambda: said.append("at once")) and said[-1] == "at once"
+    assert not hold(channel, lambda: said.append("at once")) and said[-1] == "at once"
     channel.put(0)
-    assert channel.hold(lambda: said.append("time"))
+    assert hold(channel, lambda: said.append("time"))
     channel.let_go()
     assert said[-1] == "time"
-    assert channel.hold(lambda: said.append("close"))
+    assert hold(channel, lambda: said.append("close"))
     channel.close()
     assert said[-1] == "close"
-    assert not channel.hold(lambda: said.append("closed")) and said[-1] == "closed"
+    assert not hold(channel, lambda: said.append("closed")) and said[-1] == "closed"
 
 
 def test_takes_by_callback_let_answers_go() -> None:
@@ -342,7 +355,7 @@ def test_takes_by_callback_let_answers_go() -> None:
     for number in range(8):
         channel.put(number)
     said: list[int] = []
-    channel.hold(lambda: said.append(1))
+    hold(channel, lambda: said.append(1))
     for number in range(2):
         taken = Answer()
         channel.request("take", taken, 3)

@@ -88,7 +88,9 @@ class Interrupts:
         self._beside: set[int] = set()  # other threads that run user code; _lock
         self._coming: set[Coming] = set()  # _lock
         self._inside: dict[int, Inside] = {}  # _lock; the main thread's own entry is its own (atomic)
-        self._lock = threading.Lock()  # protects _beside and _coming: nobody is struck behind the user's code
+        #: Protects _beside and _coming: nobody is struck behind the user's code. Reentrant: the collector may run a
+        #: `__del__` inside that uses the library; that leaves the tables as it found them.
+        self._lock: Any = threading.RLock()
 
     # -- the call (its thread) ---------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from distpool.wire.frames import Frame, Kind
 from distpool.wire.functions import FunctionEncoder
 
 _node: Node | None = None
-_making = threading.Lock()  # protects _node while it is made
+_making = threading.RLock()  # protects _node while it is made
 
 
 class Node:
@@ -41,7 +41,7 @@ class Node:
         self.ospid = os.getpid()
         self.identity: Any = None  # transport.tls.Identity, once this process has, or needs, encrypted links
         self._spreading: Any = None
-        self._making_parts = threading.Lock()  # protects identity and _spreading while the master makes them
+        self._making_parts = threading.RLock()  # protects identity and _spreading while the master makes them
         self.loop = IoLoop()
         self.threads = ThreadCache("distpool-task")
         self.notices = SerialQueue(self.threads)  # output and life-cycle notices, in order
@@ -59,8 +59,7 @@ class Node:
         self.default_pool: Any = None  # master: the default WorkerPool, once somebody has asked for it (pools)
         self.collecting: dict[int, list[list[Any]]] = {}  # thread id -> futures started in each of its sync() blocks
         self.brought: dict[str, Any] = {}  # globals that functions of `everywhere` brought to __main__ (mainmodule)
-        self.round_robin = -1
-        self.round_robin_lock = threading.Lock()  # protects round_robin
+        self.round_robin = itertools.count()  # atomic
         self.next_pid = itertools.count(2)
         self.on_fork: list[Callable[[], None]] = []  # run in a forked child before the node is dropped
         self.master_link: Link | None = None  # workers
@@ -75,6 +74,7 @@ class Node:
         self.tracer: Any = None  # master: of a running `trace()`
         self.offered: dict[str, Any] = {}  # master: archives that workers may ask for (shipping)
         self.crews: set[Any] = set()  # master: the workers of living executors
+        self.loop.held.append(lambda: any(crew.scheduler.lock._is_owned() for crew in list(self.crews)))
         self.exports: Any = None  # executors that tasks know by key (nested)
         self.requests: Any = None  # workers: calls submitted through handles (nested)
         self.exiting = False  # the interpreter is shutting down
@@ -117,7 +117,8 @@ class Node:
         """Master: the certificate and key of this cluster, made on first need. Any thread; see `transport.tls`."""
         with self._making_parts:
             if self.identity is None:
-                self.identity = importlib.import_module("distpool.transport.tls").make_identity()
+                made = importlib.import_module("distpool.transport.tls").make_identity()
+                self.identity = self.identity or made
             return self.identity
 
     def references(self) -> Any:
@@ -173,7 +174,11 @@ def current() -> Node:
             if node is None:
                 node = Node(1, os.urandom(16).hex())
                 node.loop.start()
-                _node = node
+                if _node is None:
+                    _node = node
+                else:  # made by a `__del__` that the collector has run meanwhile
+                    node.loop.stop()
+                    node = _node
     return node
 
 
@@ -216,7 +221,7 @@ RemoteException.own_pid = staticmethod(_own_pid)  # type: ignore[method-assign]
 
 def _after_fork_in_child() -> None:
     global _node, _making
-    _making = threading.Lock()
+    _making = threading.RLock()
     node, _node = _node, None
     if node is None:
         return

@@ -145,6 +145,7 @@ class Peers:
         if pid in self._links:
             return
         self.check(pid)
+        self._node.loop.check_wait()
         event = self._ready.setdefault(pid, _Ready())
         self._node.loop.call_soon(lambda: self._open(pid))
         loop = self._node.loop

@@ -52,8 +52,12 @@ class ResultWriter:
         self.ran = 0
         self.flushed = 0.0  # when (perf_counter)
         self._sent = 0  # absolute journal offset up to which the link has got the results
-        self._lock = threading.Lock()
-        self._flushing = threading.Lock()
+        self._lock: Any = threading.RLock()  # reentrant so that they can tell who has them
+        self._flushing: Any = threading.RLock()
+        self.held: tuple[Callable[[], bool], ...] = (
+            self._lock._is_owned,  # type: ignore[attr-defined]
+            self._flushing._is_owned,  # type: ignore[attr-defined]
+        )
         self._append = journal.append
         #: Larger scalars are results like any other; so are all of them where nobody else sees the journal.
         self._smallest_large = _JOURNALED if journal.shared else -1
@@ -155,23 +159,40 @@ class ResultWriter:
         self.link.drain()
 
     def flush(self) -> None:
-        """Send what has not been sent."""
-        with self._flushing:
+        """Send what has not been sent.
+
+        Not in a `__del__` that the collector runs in the middle of this or of an append. Nor does the leader wait for a
+        thread that may be in one, which may wait for the leader. Whoever is at it sends, or the next tick.
+        """
+        if any(held() for held in self.held):
+            return
+        wait = not self.link.loop.leads
+        if self._flushing.acquire(blocking=wait):
+            try:
+                if self._lock.acquire(blocking=wait):
+                    self._send_unsent()
+            finally:
+                self._flushing.release()
+
+    def _send_unsent(self) -> None:
+        """Both locks are held; `_lock` is not any more when this returns."""
+        try:
             self.flushed = time.perf_counter()
-            with self._lock:
-                values, self._values = self._values, []
-                end = self.journal.written
-                data = b"" if values else self.journal.between(self._sent, end)
-            if values:
-                payload = dumps(values, 5)
-                data = RESULT.pack(self._first, len(values), len(payload), 0, VALUES) + payload
-            elif not data:
-                return
-            busy, self.busy = self.busy, 0.0
-            ran, self.ran = self.ran, 0
-            self._sent = end
-            self.link.send(Kind.RESULTS, messages.RESULTS.pack(end, busy, ran), data)
-            self._note_sent()
+            values, self._values = self._values, []
+            end = self.journal.written
+            data = b"" if values else self.journal.between(self._sent, end)
+        finally:
+            self._lock.release()
+        if values:
+            payload = dumps(values, 5)
+            data = RESULT.pack(self._first, len(values), len(payload), 0, VALUES) + payload
+        elif not data:
+            return
+        busy, self.busy = self.busy, 0.0
+        ran, self.ran = self.ran, 0
+        self._sent = end
+        self.link.send(Kind.RESULTS, messages.RESULTS.pack(end, busy, ran), data)
+        self._note_sent()
 
     def _note_sent(self) -> None:
         """What the kernel has may be overwritten. `_flushing` is held, so that nothing is sent meanwhile."""

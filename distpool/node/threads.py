@@ -98,29 +98,29 @@ class SerialQueue:
     def __init__(self, threads: ThreadCache) -> None:
         self._threads = threads
         self._waiting: collections.deque[Callable[[], object]] = collections.deque()
-        self._lock = threading.Lock()  # protects _active
-        self._active = False
+        #: Held while a thread works. Nobody waits for it, so a `__del__` may put something at any moment; who lets go
+        #: of it looks again.
+        self._active = threading.Lock()
 
     def put(self, function: Callable[[], object]) -> None:
         """Run `function()` after all that were put before."""
-        with self._lock:
-            self._waiting.append(function)
-            if self._active:
-                return
-            self._active = True
-        self._threads.run(self._work)
+        self._waiting.append(function)
+        self._start()
+
+    def _start(self) -> None:
+        if self._waiting and self._active.acquire(blocking=False):
+            self._threads.run(self._work)
 
     def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._active = False
-                    return
-                function = self._waiting.popleft()
+        while self._waiting:
+            function = self._waiting.popleft()
             try:
                 function()
             except BaseException:  # SystemExit too: the thread serves others
                 log.exception("error while handing something to the user")
+            del function
+        self._active.release()
+        self._start()
 
     def join(self, timeout: float) -> bool:
         """Wait until everything put so far has run; False after `timeout` seconds."""

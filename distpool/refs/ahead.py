@@ -62,6 +62,7 @@ BATCH = 128  # items, and bytes, of a batch that is sent at any rate
 BATCH_BYTES = 1 << 16
 _SPANS = (SPAN, SPAN_OF_SCALARS)
 OTHERS = 0.1  # seconds of waiting for what other threads have put
+_MAIN = threading.main_thread().ident
 UNANSWERED_BYTES = 4 << 20  # of one channel: from there on a put waits
 
 
@@ -106,6 +107,16 @@ class Ahead:
         group = self._group
         if group.busy and group.is_busy_elsewhere(self):
             group.settle(self.where)
+        if threading.get_ident() == _MAIN:
+            return self._keep(data, channel)
+        inside = group.enter()
+        try:
+            return self._keep(data, channel)
+        finally:
+            group.leave(inside)
+
+    def _keep(self, data: bytes, channel: Any) -> bool:
+        group = self._group
         with group.lock:
             if self.credit <= 0 or not group.may_put(self.where) or channel._finalized:
                 return False
@@ -230,7 +241,8 @@ class Aheads:
 
     def __init__(self, node: Node) -> None:
         self.node = node
-        self.lock = threading.RLock()
+        self.lock: Any = threading.RLock()
+        node.loop.held.append(self.lock._is_owned)  # type: ignore[attr-defined]
         self.busy: dict[Ahead, None] = {}  # those with items that have not been acknowledged
         self.pending: Ahead | None = None  # the one that has a batch which was not sent
         self.failures = False  # some thread has not been told yet of an error
@@ -240,6 +252,18 @@ class Aheads:
         self._local = threading.local()
         node.runner.interrupts.finish = self.finish
         node.runner.settle = lambda timeout: self.settle(0, timeout, all_alike=timeout is not None)
+
+    def enter(self) -> Any:
+        """Before `lock` is taken by a thread that will send: the guard of interrupts has a lock of its own, and who has
+        that one may be in a `__del__` that puts something."""
+        guard = self.node.loop.guard
+        return guard.enter(None) if guard is not None else None
+
+    def leave(self, inside: Any) -> None:
+        """When it has been let go."""
+        guard = self.node.loop.guard
+        if guard is not None and inside is not None:
+            guard.leave(inside)
 
     def may_put(self, where: int) -> bool:
         """Whether this thread may put something ahead at the moment."""
@@ -308,11 +332,15 @@ class Aheads:
         if not self.busy:
             return
         flights: set[_Flight] = set()
-        with self.lock:
-            for ahead in list(self.busy):
-                ahead.send()
-                if ahead.where != where:
-                    flights.update(ahead.flying)
+        inside = self.enter()
+        try:
+            with self.lock:
+                for ahead in list(self.busy):
+                    ahead.send()
+                    if ahead.where != where:
+                        flights.update(ahead.flying)
+        finally:
+            self.leave(inside)
         if not flights or self.node.loop.leads:
             return
         teller = self.teller()

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from distpool.errors import ChannelClosedError
 from distpool.refs import gc
 from distpool.refs.ahead import is_open, on_revoke, settle_puts
-from distpool.refs.channel import Channel, Handed, Waiter
+from distpool.refs.channel import Channel
+from distpool.refs.channelcore import Handed, Waiter
 from distpool.refs.channels import run_here
 from distpool.refs.lent import carries_references
 from distpool.refs.owner import RRID
@@ -69,9 +70,9 @@ class _Requests:
 
     def _on_cancel(self, link: Link, frame: Frame) -> None:
         number = structs.CancelRequest.unpack(frame.control).request
-        found = self._served((int(link.peer), number))
-        if found is not None and found[0].withdraw(found[1]):
-            self._plain_error(int(link.peer), number, TimeoutError())  # ends the asker's request
+        found = self._waiters.get((int(link.peer), number))
+        if found is not None:
+            found[0].withdraw(found[1])  # TimeoutError then ends the asker's request
 
     def _on_channel(self, link: Link, frame: Frame) -> None:
         message = structs.ChannelOp.unpack(frame.control)
@@ -135,8 +136,8 @@ class _Requests:
                 self._plain_error(pid, message.request, outcome.data)
             elif not waited or pid == 1:
                 answer()
-            elif channel.hold(answer):
-                self._node.loop.call_later(HOLD, channel.let_go)
+            else:
+                channel.hold(answer, lambda: self._node.loop.call_later(HOLD, channel.let_go))
 
         waiter = channel.offer(item, accepted, pid)
         waited = True
@@ -154,10 +155,14 @@ class _Requests:
 
     def _accept(self, channel: Channel, rrid: RRID, pid: int, request: int) -> None:
         """Any thread: what `pid` has put is in; it may put some more without asking."""
-        credit = (0, 0)
+
+        def answer(credit: int, epoch: int) -> None:
+            self._node.peers.send(pid, Kind.REPLY, REPLY.pack(request, VALUE), CREDIT.pack(credit, epoch))
+
         if pid != 1 and type(channel) is Channel and not is_open(channel.tied):  # the master asks for each
-            credit = channel.reserve(pid, lambda whom, epoch: self._revoke(channel, rrid, whom, epoch))
-        self._node.peers.send(pid, Kind.REPLY, REPLY.pack(request, VALUE), CREDIT.pack(*credit))
+            channel.reserve(pid, lambda whom, epoch: self._revoke(channel, rrid, whom, epoch), answer)
+        else:
+            answer(0, 0)
 
     def _on_puts(self, link: Link, frame: Frame) -> None:
         message, pid = structs.Puts.unpack(frame.control), int(link.peer)
@@ -171,10 +176,14 @@ class _Requests:
         if type(channel) is not Channel:
             error = RuntimeError(_GONE)
             self._node.deliver(lambda: self._answers.reply_error(pid, message.request, error))
-        elif channel.arrive(pid, items):
-            self._accept(channel, rrid, pid, message.request)
         else:
-            self._plain_error(pid, message.request, ChannelClosedError("Channel is closed."))
+            channel.arrive(pid, items, lambda taken: self._arrived(channel, rrid, pid, message.request, taken))
+
+    def _arrived(self, channel: Channel, rrid: RRID, pid: int, request: int, taken: bool) -> None:
+        if taken:
+            self._accept(channel, rrid, pid, request)
+        else:
+            self._plain_error(pid, request, ChannelClosedError("Channel is closed."))
 
     def _give_back(self, rrid: RRID, pid: int, credit: int, epoch: int) -> None:
         """`pid` will not use this credit: its object of the channel is gone."""
@@ -198,9 +207,7 @@ class _Requests:
             return
 
         def expire() -> None:
-            if channel.expire(waiter):
-                self._served(key)
-                self._plain_error(*key, TimeoutError())
+            channel.expire(waiter)
 
         timer = None if timeout is None else self._node.loop.call_later(timeout, expire)
         self._waiters[key] = channel, waiter, timer

@@ -138,7 +138,8 @@ class Refs:
         self.live: weakref.WeakValueDictionary[RRID, Any] = weakref.WeakValueDictionary()
         #: Futures with callbacks that wait for their outcome: they live until then, although nobody may hold them.
         self.kept: set[Any] = set()
-        self._lock = threading.RLock()  # reentrant: the collector may run user code inside
+        self._lock: Any = threading.RLock()  # reentrant: the collector may run user code inside
+        node.loop.held.append(self._lock._is_owned)  # type: ignore[attr-defined]
         self._numbers = itertools.count(1)
         #: Set by the module that defines them (`refs.remote`).
         self.new_future: Callable[[int], Any]

@@ -50,7 +50,8 @@ class Owner:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._lock = threading.RLock()
+        self._lock: Any = threading.RLock()
+        node.loop.held.append(self._lock._is_owned)  # type: ignore[attr-defined]
         self._entries: dict[RRID, Entry] = {}
         self._trash = SerialQueue(node.threads)
 
@@ -89,12 +90,16 @@ class Owner:
 
     def forget_client(self, pid: int) -> None:
         """The process is gone: it has dropped all its references, and its waiters are nobody's."""
+        channels: list[Any] = []
         with self._lock:
             for entry in list(self._entries.values()):
                 if entry.clients.pop(pid, None) is not None and not entry.clients:
                     self._remove(entry)
                 if entry.channel is not None and hasattr(entry.channel, "forget_client"):
-                    entry.channel.forget_client(pid)
+                    channels.append(entry.channel)
+        # Without the lock: who has that of a channel may be in a `__del__` that wants this one.
+        for channel in channels:
+            channel.forget_client(pid)
 
     def _remove(self, entry: Entry) -> None:
         self._entries.pop(entry.rrid, None)

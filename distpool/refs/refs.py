@@ -200,10 +200,6 @@ class Future(concurrent.futures.Future[T]):
         return True
 
     def _wake_waiters(self, condition: threading.Condition) -> None:
-        self._notify_waiters()
-        condition.notify_all()
-
-    def _notify_waiters(self) -> None:
         for waiter in self._waiters:
             if self._state != FINISHED:
                 waiter.add_cancelled(self)
@@ -211,6 +207,7 @@ class Future(concurrent.futures.Future[T]):
                 waiter.add_exception(self)
             else:
                 waiter.add_result(self)
+        condition.notify_all()
 
     def _run_callbacks(self) -> None:
         callbacks = self._done_callbacks
@@ -415,6 +412,7 @@ class Future(concurrent.futures.Future[T]):
         if call is None or call.loop is None:
             node = nodes.existing()
             return self._sleep(deadline, None if node is None else node.loop)
+        call.loop.check_wait()
         with call.waiting():
             if call.loop.lead(self.done, deadline, call.brisk):
                 return self.done()
@@ -435,7 +433,10 @@ class Future(concurrent.futures.Future[T]):
 
     def _decode(self) -> None:
         """Turn `_raw` into the value or exception, once. A lock of each future: decoding runs user code."""
-        with self.__dict__.setdefault("_decoding", threading.Lock()):
+        lock: Any = self.__dict__.setdefault("_decoding", threading.RLock())
+        if lock._is_owned():  # twice would be to give back its references twice
+            raise RuntimeError("this value is just being opened, by this very thread: a finalizer cannot have it")
+        with lock:
             raw = self._raw
             if raw is None:
                 return
@@ -450,7 +451,6 @@ class Future(concurrent.futures.Future[T]):
 
 
 def _release(sleeper: threading.Lock) -> None:
-    """Wake who sleeps on it."""
     with contextlib.suppress(RuntimeError):  # an interrupt may have done so already
         sleeper.release()
 

@@ -9,7 +9,6 @@ its owner". Errors of user code are `RemoteException` here (Julia's rule), not t
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -243,13 +242,15 @@ class RemoteFuture(Reference, Future[Any]):
         if handle.where == self._refs.node.pid:
             self._watch()
             return None
-        with self.__dict__.setdefault("_starting", threading.Lock()):
-            transfer = self._transfer
-            if transfer is None:
+        transfer = self._transfer
+        if transfer is None:
+            made: Future[Any] = Future()
+            made._call = self._call or _Waiting(self._refs)
+            transfer = self.__dict__.setdefault(
+                "_transfer", made
+            )  # atomic: one asks, and no lock that a `__del__` meets
+            if transfer is made:
                 self.hold(handle)
-                transfer = Future()
-                transfer._call = self._call or _Waiting(self._refs)
-                self._transfer = transfer
                 self._send("fetch", self._fetched, b"", [])
         return transfer
 

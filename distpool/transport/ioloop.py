@@ -38,6 +38,11 @@ from distpool.transport import polling
 log = Log("ioloop")
 _SIGINT = 2
 _MAX_CRASHES = 10  # of the I/O thread itself: a poller that is broken for good must not spin
+#: RuntimeError of whoever would wait for ever; see `IoLoop.may_wait`.
+ON_LEADER = (
+    "a finalizer or signal handler cannot wait here: it runs in the middle of something that has to end before anything"
+    " can be received"
+)
 _LONGEST = 86400.0  # seconds of one poll: epoll refuses more than 24 days; waits and timers look again
 
 
@@ -116,17 +121,24 @@ class IoLoop:
         self._handlers: dict[int, Callable[[int], None]] = {}  # descriptor -> handler; changed by any thread (atomic)
         self._soon: collections.deque[Callable[[], object]] = collections.deque()
         self._timers: list[tuple[float, int, Timer]] = []
-        self._timer_lock = threading.Lock()  # protects _timers
+        # Protects _timers. Reentrant: the collector may run a `__del__` inside that comes here again; what changes the
+        # heap are single operations of `heapq`, which run no Python code.
+        self._timer_lock: Any = threading.RLock()
         self._order = itertools.count()
         self._claims = 0  # claimants that wait for the lead; only a hint for the I/O thread
         self._claimed = False  # a claimant leads (not the I/O thread); only a hint
         self._turns = 0  # how often a claimant has led; only a hint
         self._followers = 0  # threads that wait for handlers without leading; only a hint
-        self._hurry = threading.Event()  # the I/O thread shall lead at once
+        #: Released: the I/O thread shall lead at once. A lock and not an Event, whose `set` takes a lock of its own: it
+        #: could not be called by a `__del__` that the collector runs in the middle of another `set`.
+        self._hurry = threading.Lock()
+        self._hurry.acquire()
         self._thread: threading.Thread | None = None
         self._leader_id = 0
         self._stopped = False
         self._interrupts = _Interrupts()
+        #: Whether the calling thread has this lock, of those that the leader may have to wait for.
+        self.held: list[Callable[[], bool]] = [self._timer_lock._is_owned]  # type: ignore[attr-defined]
         self.guard: Guard | None = None  # workers: keeps interrupts of calls out of the library
         self.owns_interrupts = False  # workers: their own SIGINT handler never raises inside the library
         # Called by the I/O thread before each poll; returns how long the poll may take (workers: flush of results).
@@ -215,6 +227,15 @@ class IoLoop:
         """Whether the calling thread is the leader."""
         return self._leader_id == threading.get_ident()
 
+    def check_wait(self) -> None:
+        """RuntimeError if the calling thread must not wait for what the leader brings.
+
+        The collector runs a user's `__del__` in the middle of anything, and so come signal handlers. On the leader, or
+        in a thread that has a lock which the leader needs, a wait would never end.
+        """
+        if self._leader_id == threading.get_ident() or any(held() for held in self.held):
+            raise RuntimeError(ON_LEADER)
+
     # -- leading -----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -226,7 +247,7 @@ class IoLoop:
     def stop(self) -> None:
         """End the I/O thread and close what the loop owns. Called in the process that made the loop."""
         self._stopped = True
-        self._hurry.set()
+        self.hurry()
         self._woken = False
         self.wake()
         thread = self._thread
@@ -275,7 +296,7 @@ class IoLoop:
                 self._leader_id = 0
                 self._leading.release()
                 if self._followers:
-                    self._hurry.set()
+                    self.hurry()
         finally:
             if interrupts is not None:
                 interrupts.leave()
@@ -344,7 +365,10 @@ class IoLoop:
         if self._timers:
             with self._timer_lock:
                 while self._timers and self._timers[0][2].cancelled:
-                    heapq.heappop(self._timers)
+                    first = heapq.heappop(self._timers)
+                    if not first[2].cancelled:  # another one came, by a `__del__`, between the look and the pop
+                        heapq.heappush(self._timers, first)
+                        break
                 if self._timers:
                     wait = max(0.0, self._timers[0][0] - time.monotonic())
                     return wait if timeout is None else min(wait, timeout)
@@ -397,17 +421,18 @@ class IoLoop:
 
         Ticks only while claimants come and go; behind a claimant that stays, we block on the lock itself.
         """
-        self._hurry.clear()
+        self._hurry.acquire(blocking=False)
         while not self._stopped:
             turns = self._turns
-            if self._hurry.wait(config.GRACE):
+            if self._hurry.acquire(timeout=config.GRACE):
                 return
             if turns == self._turns:
                 return  # a sitting leader (we then wait on its lock) or none at all
 
     def hurry(self) -> None:
         """Let the I/O thread lead at once, if it has stepped back and nobody leads."""
-        self._hurry.set()
+        with contextlib.suppress(RuntimeError):  # it has been told already
+            self._hurry.release()
 
     @contextlib.contextmanager
     def following(self, wake: Callable[[], object] | None = None) -> Any:
@@ -419,7 +444,7 @@ class IoLoop:
         guard = self.guard
         inside = guard.enter(wake) if guard is not None and wake is not None else None
         self._followers += 1
-        self._hurry.set()
+        self.hurry()
         try:
             yield inside
         finally:

@@ -156,7 +156,8 @@ class SegmentPool:
         self._closed = False
         self._ospid = os.getpid()
         # Protects everything above and the counts of leases; never held while bytes are copied or files made.
-        self._lock = threading.Lock()
+        # Reentrant: a `__del__` that the collector runs inside may give leases back; it is given none (`_place`).
+        self._lock: Any = threading.RLock()
         #: Free segments as (size, -idle_since, segment_id, segment): best fit, the most recently used of equal ones.
         self._free: list[tuple[int, float, int, _Segment]] = []
 
@@ -190,6 +191,8 @@ class SegmentPool:
             shutil.rmtree(directory, ignore_errors=True)
 
     def _place(self, buffer: Any, reusable: bool) -> Lease | None:
+        if self._lock._is_owned():
+            return None
         with PickleBuffer(buffer).raw() as data:
             segment = self._take(data.nbytes) if data.nbytes else None
             if segment is None:
@@ -212,10 +215,13 @@ class SegmentPool:
                 return None
             index = bisect_left(self._free, (nbytes,))
             if index < len(self._free) and self._free[index][0] <= size * TOO_BIG:
-                segment = self._free.pop(index)[3]
-                self.bytes_in_use += segment.size
-                self.reused += 1
-                return segment
+                entry = self._free.pop(index)
+                segment = entry[3]
+                if segment.size >= nbytes:
+                    self.bytes_in_use += segment.size
+                    self.reused += 1
+                    return segment
+                insort(self._free, entry)  # leases were given back, in there, between the look and the pop
             fits = self.bytes_in_use + size <= self.limit
             doomed = self._make_room(size) if fits else []
             if fits:

@@ -160,7 +160,7 @@ class TlsStream:
         import ssl
 
         self._sock = sock
-        self._busy = threading.Lock()  # protects OpenSSL's connection
+        self._busy = threading.Lock()  # protects OpenSSL's connection; nobody waits for it for long
         self._not_now = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
         self._over = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
         self.family = sock.family
