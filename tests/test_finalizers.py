@@ -97,9 +97,8 @@ def at_every_line(make: Callable[[], tuple[Any, ...]]) -> Iterator[tuple[Any, ..
 
 def drained(channel: Any) -> list[Any]:
     items = []
-    with contextlib.suppress(TimeoutError, ChannelClosedError):
-        while True:
-            items.append(channel.take(timeout=0.02 if not channel.isready() else WAIT))
+    while channel.isready():  # also if somebody waits to put something
+        items.append(channel.take(timeout=WAIT))
     return items
 
 
