@@ -43,7 +43,9 @@ class Channel(ChannelCore):
 
     `maxsize` items fit in; 0 is a rendezvous (a `put` returns when a `take` took its item). `type`: what items must be
     instances of (`TypeError` otherwise). Closed channels drain first: then `take` raises `ChannelClosedError`, and
-    iteration ends. All methods may be called from any thread.
+    iteration ends. All methods may be called from any thread. In a `__del__` or a signal handler that happens to run in
+    the middle of one of them, a `put` does not wait for room (the item is in when there is some), and `take`, `fetch`
+    and `wait` raise RuntimeError where they would have to wait.
 
     Example: `c = Channel(10); c.put(1); c.take()`
     """
