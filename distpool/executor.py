@@ -78,9 +78,13 @@ class ClusterExecutor(Submitter):
         started = zygotes.begin(hosts, addprocs_options)
         try:
             from distpool import opening, submitting  # and with them all the rest, while the zygote comes up
+            from distpool.progress import check_progress
 
             self._ways = submitting
-            limits = {"timeout": timeout, "retries": retries, "retry_delays": retry_delays, "retry_check": retry_check}
+            check_progress(progress)
+            limits = {"timeout": timeout, "retry_delays": retry_delays, "retry_check": retry_check}
+            if retries != 0:  # else the delays say how many
+                limits["retries"] = retries
             self._policy = _make_policy(None, limits)
             replace = on_worker_exit == "replace"
             start = initializer, tuple(initargs)

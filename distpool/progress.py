@@ -61,14 +61,19 @@ class _Line:
             sys.stderr.flush()
 
 
+def check_progress(wanted: Any) -> None:
+    """`TypeError` for what `progress=` may not be."""
+    if wanted and wanted is not True and not callable(wanted):
+        raise TypeError("progress must be True, a tqdm class, or a callable that takes total=")
+
+
 def make_progress(wanted: Any, total: int | None) -> Progress:
     """A bar for what the user gave as `progress=`; `TypeError` if that is nothing of the kind."""
+    check_progress(wanted)
     if wanted is True:
         try:
             from tqdm.auto import tqdm
         except ImportError:
             return Progress(_Line(total))
         return Progress(tqdm(total=total))
-    if callable(wanted):
-        return Progress(wanted(total=total))
-    raise TypeError("progress must be True, a tqdm class, or a callable that takes total=")
+    return Progress(wanted(total=total))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from distpool.logs import Log
+from distpool.policy import check_delay, check_retry_check
 
 log = Log("pmap")
 
@@ -113,7 +114,7 @@ class Recovery:
     ) -> None:
         if on_error is not None and not callable(on_error):
             raise TypeError(f"on_error must be callable, not {type(on_error).__name__}")
-        _check_retry_check(retry_check)
+        check_retry_check(retry_check)
         self._on_error = on_error
         self._check = retry_check
         self._delays = _repeatable(retry_delays)
@@ -156,7 +157,7 @@ class Recovery:
         if left is None:
             left = self._left[index] = iter(self._delays)
         delay = next(left, None)
-        return None if delay is None else _seconds(delay)
+        return None if delay is None else check_delay(delay)
 
     def _accepts(self, error: BaseException) -> bool:
         check = self._check
@@ -165,16 +166,6 @@ class Recovery:
         if isinstance(check, type | tuple):
             return isinstance(error, check)
         return bool(check(error))
-
-
-def _check_retry_check(check: Any) -> None:
-    if check is None:
-        return
-    types = check if isinstance(check, tuple) else (check,) if isinstance(check, type) else ()
-    if not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in types) or not (
-        callable(check) or isinstance(check, tuple)
-    ):
-        raise TypeError("retry_check must be an exception type, a tuple of them, or callable(exc) -> bool")
 
 
 def _repeatable(delays: Iterable[float]) -> Any:
@@ -186,18 +177,8 @@ def _repeatable(delays: Iterable[float]) -> Any:
     if iterator is delays:
         return _Remembered(iterator)
     if isinstance(delays, list | tuple):
-        return tuple(_seconds(delay) for delay in delays)
+        return tuple(check_delay(delay) for delay in delays)
     return delays
-
-
-def _seconds(delay: Any) -> float:
-    try:
-        seconds = float(delay)
-    except (TypeError, ValueError):
-        raise TypeError(f"retry_delays must be numbers of seconds, not {delay!r}") from None
-    if not 0 <= seconds < float("inf"):
-        raise ValueError(f"retry_delays must be non-negative and finite, not {delay!r}")
-    return seconds
 
 
 __all__ = ["Again", "Ended", "ExponentialBackOff", "Given", "Recovery"]

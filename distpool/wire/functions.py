@@ -98,7 +98,7 @@ class FunctionEncoder:
         self._young_bytes = 0
 
     def encode(self, fn: Any, peer: Any = None) -> EncodedFunction:
-        """The serialised form of `fn` as it is now; raises SerializationError."""
+        """The serialised form of `fn` as it is now; raises SerializationError, TypeError if it is no callable."""
         known = self._known.get(id(fn))
         if known is not None:
             return known[1]
@@ -117,6 +117,8 @@ class FunctionEncoder:
         self._young, self._old, self._young_bytes = {}, {}, 0
 
     def _encode(self, fn: Any, peer: Any) -> EncodedFunction:
+        if not callable(fn):
+            raise TypeError(f"the function must be callable, not {type(fn).__name__}")
         if _by_reference(fn) and not codec.by_value_modules():
             encoded = self._remember(codec.encode(fn, peer)[0], [], fn, by_value=False, reusable=True)
             if len(self._known) >= MAX_KNOWN:
