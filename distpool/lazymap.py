@@ -32,8 +32,10 @@ class LazyMap(Iterator[Any]):
     """Iterator over the results of `function` on each element of `source` (arguments, or tuples if not `single`).
 
     `look_ahead`: elements taken and not yet delivered. `ordered`: input order, else as they come. `deadline`: monotonic
-    seconds after which `TimeoutError` is raised. `in_halves`: take half a look-ahead at a time, so that elements can
-    travel together. An element's exception is raised by `next` and does not end the iteration, unless `stop_at_error`.
+    seconds after which `TimeoutError` is raised. `refilled`: the look-ahead is filled at once, and one more element is
+    taken before each result is waited for, as for the standard library's `buffersize`. `in_halves`: take half a
+    look-ahead at a time, so that elements can travel together. An element's exception is raised by `next` and does not
+    end the iteration, unless `stop_at_error`.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class LazyMap(Iterator[Any]):
         chunk: int | None = None,
         deadline: float | None = None,
         stop_at_error: bool = True,
-        fill_at_once: bool = False,
+        refilled: bool = False,
         in_halves: bool = False,
         opener: Opener | None = None,
     ) -> None:
@@ -63,9 +65,9 @@ class LazyMap(Iterator[Any]):
         self._delivered = 0
         self._input_error: BaseException | None = None
         self._ended = False
-        if fill_at_once:
-            while self._source is not None and self._room() > 0:
-                self._take()
+        self._refilled = refilled
+        if refilled:
+            self._fill(0)
 
     def __iter__(self) -> LazyMap:
         return self
@@ -88,6 +90,8 @@ class LazyMap(Iterator[Any]):
     def next_index(self, deadline: float | None) -> int:
         """Wait for the next result and return its index in the input; it is still in `run.results`."""
         run = self.run
+        if self._refilled:
+            self._fill(1)
         while True:
             if self._ended:
                 raise StopIteration
@@ -128,11 +132,16 @@ class LazyMap(Iterator[Any]):
         room = ahead - (self.run.fed - self._delivered)
         return room * 2 >= ahead if self._in_halves else room > 0
 
-    def _take(self) -> None:
+    def _fill(self, more: int) -> None:
+        """Take until the look-ahead and `more` are under way, however long that takes."""
+        while self._source is not None and self._room() + more > 0:
+            self._take(more)
+
+    def _take(self, more: int = 0) -> None:
         """Take elements from the input while that is quick, and feed them."""
         assert self._source is not None
         taken: list[Any] = []
-        room = self._room() * (self._chunk or 1)
+        room = (self._room() + more) * (self._chunk or 1)
         until = time.monotonic() + _QUICK
         try:
             while len(taken) < room:

@@ -29,7 +29,7 @@ class _Reader:
 def fed_results(run: MapRun, deadline: float | None, chunked: bool) -> Iterator[Any]:
     """The results of a map whose input has been fed, in order, keeping no reference to what was yielded."""
     if chunked:  # chunks are there for tiny elements: no Python code runs for each of them
-        return itertools.chain.from_iterable(_fed_chunks(_Reader(run), deadline))
+        return flattened(_fed_chunks(_Reader(run), deadline))
     return _fed_elements(_Reader(run), deadline)
 
 
@@ -69,17 +69,62 @@ def _fed_elements(reader: _Reader, deadline: float | None) -> Iterator[Any]:
         run.close()
 
 
-def future_results(futures: list[Future[Any]], more: Iterator[Future[Any]], deadline: float | None) -> Iterator[Any]:
+class _Flat(itertools.chain[Any]):
+    """The elements of chunks, one after another, in C; with `close`, as the standard library's generators have it."""
+
+    chunks: Any
+
+    def close(self) -> None:
+        """Nothing more is wanted."""
+        self.chunks.close()
+        for _ in self:  # of the chunk that was under way
+            pass
+
+
+def flattened(chunks: Any) -> Iterator[Any]:
+    """The elements of `chunks`: an iterator of iterables, with `close`."""
+    results: Any = _Flat.from_iterable(chunks)
+    results.chunks = chunks
+    return results  # type: ignore[no-any-return]
+
+
+class _Input(Iterator[Any]):
+    """An input that ends where it raises: its error comes after the results of what was taken before it."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source = source
+        self._error: BaseException | None = None
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._source)
+        except (StopIteration, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._source = iter(())
+            self._error = error
+            raise StopIteration from None
+
+    def finish(self) -> None:
+        """Raise what it raised."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def future_results(
+    futures: list[Future[Any]], more: Iterator[Future[Any]], source: _Input, deadline: float | None
+) -> Iterator[Any]:
     futures.reverse()
     waiting = futures
     try:
         while waiting:
-            timeout = None if deadline is None else deadline - time.monotonic()
-            waiting[-1].exception(timeout) if timeout is None else waiting[-1].exception(max(0.0, timeout))
             following = next(more, None)
             if following is not None:
                 waiting.insert(0, following)
+            waiting[-1].exception(None if deadline is None else max(0.0, deadline - time.monotonic()))
             yield waiting.pop().result()
+        source.finish()
     finally:
         for future in waiting:
             future.cancel()
@@ -105,15 +150,17 @@ def map_by_futures(
     buffersize: int | None,
 ) -> Iterator[Any]:
     """One future per chunk: for a replaced `submit` (tqdm), for policies, and for handles inside tasks."""
-    source = zip(*iterables, strict=False)
+    source = _Input(zip(*iterables, strict=False))
     if chunksize > 1:
         chunks = iter(lambda: tuple(itertools.islice(source, chunksize)), ())
         start: Iterator[Future[Any]] = (submit(run_chunk, fn, chunk) for chunk in chunks)
     else:
         start = (submit(fn, *args) for args in source)
-    futures = list(start if buffersize is None else itertools.islice(start, buffersize))
-    results = future_results(futures, start if buffersize is not None else iter(()), deadline)
-    return itertools.chain.from_iterable(results) if chunksize > 1 else results
+    futures = list(itertools.islice(start, buffersize))
+    if buffersize is None:
+        source.finish()
+    results = future_results(futures, start, source, deadline)
+    return flattened(results) if chunksize > 1 else results
 
 
 def unordered_futures(
@@ -126,10 +173,12 @@ def unordered_futures(
 ) -> Iterator[Any]:
     """Results as they come, at most `ahead` elements taken from `arguments` before they are delivered."""
     pending: set[Future[Any]] = set()
+    source = _Input(arguments)
     try:
         while True:
-            pending.update(submit(fn, *args) for args in itertools.islice(arguments, ahead - len(pending)))
+            pending.update(submit(fn, *args) for args in itertools.islice(source, ahead - len(pending)))
             if not pending:
+                source.finish()
                 return
             timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
             with waiting():

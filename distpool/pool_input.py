@@ -103,18 +103,20 @@ class Feed:
         assert source is not None
         run, fed = self.run, self.run.fed
         count = room if self._plain else 1
+        items: list[Any] = []
+        failure: BaseException | None = None
         try:
-            items = list(itertools.islice(source, count * (self._chunk or 1)))
+            items.extend(itertools.islice(source, count * (self._chunk or 1)))  # keeps what came before an error
         except BaseException as error:  # whatever the user's iterator raises is for the consumer
             if isinstance(error, KeyboardInterrupt) and self._plain:
                 raise  # Ctrl-C in the consumer's thread; containers do not raise, so nothing was taken
-            self._end(error)
-            return
+            failure = error
         if self._source is None:
             return  # stopped meanwhile
         if not items:
-            self._end(None)
-        elif self._chunk is not None:
+            self._end(failure)
+            return
+        if self._chunk is not None:
             chunks = [items[start : start + self._chunk] for start in range(0, len(items), self._chunk)]
             if type(items[0]) in SCALARS:
                 run.feed_chunks(chunks)
@@ -126,6 +128,8 @@ class Feed:
         else:
             for item in items:  # singly: workers begin before the last one is serialised
                 run.feed([item])
+        if failure is not None:
+            self._end(failure)
         if self._unbounded or (not self._plain and fed in run.results):
             run.scheduler.loop.wake()  # something may have failed here and now, while the consumer leads the loop
 

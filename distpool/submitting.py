@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 from distpool.crew import Crew
 from distpool.errors import SerializationError
 from distpool.lazymap import LazyMap
-from distpool.mapresults import check_map, fed_results, map_by_futures, unordered_futures
+from distpool.mapresults import check_map, fed_results, flattened, map_by_futures, unordered_futures
 from distpool.mapruns import LOOK_AHEAD, MapRun, look_ahead
 from distpool.progress import make_progress
 from distpool.refs.refs import RAISED_HERE, Future, Outcome
@@ -97,8 +96,11 @@ def map_in_order(
     owner._check_usable()
     if not iterables:
         return iter(())
-    if "submit" in owner.__dict__ or not (owner._policy is None or owner._policy.plain):
-        return map_by_futures(owner.submit, fn, iterables, deadline, chunksize, buffersize)
+    replaced = "submit" in owner.__dict__ or type(owner).submit is not Submitter.submit
+    if replaced or not (owner._policy is None or owner._policy.plain):
+        lengths = [len(iterable) for iterable in iterables if isinstance(iterable, Sized)]
+        results = map_by_futures(owner.submit, fn, iterables, deadline, chunksize, buffersize)
+        return _with_progress(owner, results, min(lengths) if len(lengths) == len(iterables) else None)
     single = len(iterables) == 1
     source: Iterator[Any] = iter(iterables[0]) if single else zip(*iterables, strict=False)
     function = owner._crew.node.encoder.encode(fn)
@@ -139,9 +141,9 @@ def _map_buffered(
         look_ahead=lambda: buffersize,
         chunk=chunk,
         deadline=deadline,
-        fill_at_once=True,
+        refilled=True,
     )
-    return results if chunk is None else itertools.chain.from_iterable(results)
+    return results if chunk is None else flattened(results)
 
 
 def map_unordered(
@@ -152,12 +154,10 @@ def map_unordered(
     timeout: float | None,
 ) -> Iterator[Any]:
     """`Submitter.imap_unordered`."""
-    if buffersize is not None and (not isinstance(buffersize, int) or buffersize < 1):
-        raise ValueError("buffersize must be None or > 0")
+    deadline = check_map(timeout, 1, buffersize)
     owner._check_usable()
     single = len(iterables) == 1
     source: Iterator[Any] = iter(iterables[0]) if single else zip(*iterables, strict=False)
-    deadline = None if timeout is None else time.monotonic() + timeout
     crew = owner._crew
     if not (owner._policy is None or owner._policy.plain):
         most = buffersize or LOOK_AHEAD * crew.size

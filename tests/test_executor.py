@@ -477,11 +477,59 @@ def test_map_with_a_buffer_delivers_before_it_raises_the_inputs_error(shared: Cl
         next(results)
 
 
+POLICIES: list[dict[str, Any]] = [{}, {"label": "x"}, {"timeout": 60}, {"retries": 1}]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_what_was_taken_is_delivered_before_the_inputs_error(shared: ClusterExecutor, policy: dict[str, Any]) -> None:
+    """Whatever the view's policy, the chunks and the buffer are, and where in a chunk the input fails."""
+
+    def numbers(count: int) -> Iterator[int]:
+        yield from range(count)
+        raise OSError("input")
+
+    view = shared.options(**policy)
+    for count, buffersize in itertools.product((0, 2, 7), (1, 3, 10)):
+        for chunksize in (1, 2, 3):
+            results = view.map(square, numbers(count), buffersize=buffersize, chunksize=chunksize)
+            assert [next(results) for _ in range(count)] == [n * n for n in range(count)]
+            with pytest.raises(OSError, match="input") as caught:
+                next(results)
+            assert caught.value.__cause__ is None
+        results = view.imap_unordered(square, numbers(count), buffersize=buffersize)
+        assert sorted(next(results) for _ in range(count)) == [n * n for n in range(count)]
+        with pytest.raises(OSError, match="input"):
+            next(results)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_map_with_a_buffer_that_meets_an_error(shared: ClusterExecutor, policy: dict[str, Any]) -> None:
+    """The standard library's count: what was taken is the failed element and `buffersize` after it."""
+    numbers = iter([1, 2, 3, 0, 4, 5, 6])
+    found: list[float] = []
+    with pytest.raises(ZeroDivisionError):
+        for value in shared.options(**policy).map(operator.truediv, itertools.repeat(1), numbers, buffersize=2):
+            found.append(value)  # noqa: PERF402
+    assert found == [1, 1 / 2, 1 / 3]
+    assert next(numbers) == 6
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"chunksize": 3}, {"buffersize": 4}, {"chunksize": 3, "buffersize": 4}], ids=str
+)
+def test_a_map_can_be_closed(shared: ClusterExecutor, options: dict[str, int], policy: dict[str, Any]) -> None:
+    results: Any = shared.options(**policy).map(square, range(100), **options)
+    assert next(results) == 0
+    results.close()
+    assert list(results) == []
+
+
 def test_map_with_a_buffer_is_lazy(shared: ClusterExecutor) -> None:
     taken = itertools.count()
     results = shared.map(square, taken, buffersize=4)
     assert next(results) == 0
-    assert next(taken) <= 6
+    assert next(taken) == 5
     results.close() if hasattr(results, "close") else None
 
 
@@ -512,6 +560,25 @@ def test_map_goes_through_a_replaced_submit(make: Callable[..., ClusterExecutor]
     assert list(executor.map(square, range(5), chunksize=2)) == [0, 1, 4, 9, 16]
     assert list(executor.map(square, range(5), buffersize=2)) == [0, 1, 4, 9, 16]
     assert len(calls) == 13
+
+
+def test_map_goes_through_the_submit_of_a_subclass() -> None:
+    class Noting(ClusterExecutor):
+        calls = 0
+
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return super().submit(fn, *args, **kwargs)
+
+    with Noting(1) as executor:
+        assert list(executor.map(square, range(5))) == [0, 1, 4, 9, 16]
+        assert executor.calls == 5
+
+
+def test_what_is_no_function_is_refused_at_the_call(shared: ClusterExecutor) -> None:
+    for call in (shared.submit, shared.map, shared.imap_unordered, shared.options(retries=1).submit):
+        with pytest.raises(TypeError, match="^the function must be callable, not int$"):
+            call(5, [1])  # type: ignore[arg-type]
 
 
 def test_map_serialises_the_function_once(shared: ClusterExecutor) -> None:
@@ -697,11 +764,39 @@ def test_options_stack(make: Callable[..., ClusterExecutor]) -> None:
     view = executor.options(retries=1).options(label="x")
     assert view.submit(square, 2).result(PATIENCE) == 4
     assert view._max_workers == 1
-    for bad in ({"timeout": -1}, {"retries": -1}, {"retries": "x"}, {"nonsense": 1}):
-        with pytest.raises((TypeError, ValueError)):
-            executor.options(**bad)
-        with pytest.raises((TypeError, ValueError)):
-            view.options(**bad)
+    cases: list[tuple[type[Exception], dict[str, Any]]] = [
+        *((ValueError, {"timeout": seconds}) for seconds in (0, -1, math.nan)),
+        *((TypeError, {"timeout": seconds}) for seconds in ("1", True)),
+        (ValueError, {"retries": -1}),
+        (TypeError, {"retries": "x"}),
+        *((ValueError, {"retry_delays": [seconds]}) for seconds in (-1, math.nan, math.inf)),
+        *((TypeError, {"retry_delays": delays}) for delays in (5, ["x"])),
+        *((TypeError, {"retry_check": check}) for check in (5, int, (ValueError, 5))),
+        (TypeError, {"nonsense": 1}),
+    ]
+    pids = [(TypeError, {"pids": pids}) for pids in ("23", [2.5], [None])]
+    for kind, bad in cases + pids:
+        for owner in (executor, view):
+            with pytest.raises(kind):
+                owner.options(**bad)
+    for kind, bad in [*cases[:-1], (TypeError, {"progress": 5})]:
+        with pytest.raises(kind):
+            ClusterExecutor(1, **bad)
+
+
+def test_delays_may_be_endless(make: Callable[..., ClusterExecutor]) -> None:
+    view = make(1).options(retries=2, retry_delays=itertools.repeat(0))
+    with pytest.raises(ZeroDivisionError):
+        view.submit(operator.truediv, 1, 0).result(PATIENCE)
+    assert view._policy is not None and view._policy.retry_delays == (0.0, 0.0)
+    assert make(1).options(retry_delays=itertools.repeat(0)).submit(square, 3).result(PATIENCE) == 9
+
+
+def test_delays_without_a_count_are_the_count(make: Callable[..., ClusterExecutor], tmp_path: Path) -> None:
+    for name, owner in (("all", make(1, retry_delays=[0, 0])), ("view", make(1).options(retry_delays=[0, 0]))):
+        with pytest.raises(OSError, match="again"):
+            owner.submit(lambda name=name: (note(tmp_path / name, 1), fail(OSError("again")))).result(PATIENCE)
+        assert noted(tmp_path / name)["1"] == 3
 
 
 # ----------------------------------------------------------------------------------------------------- size and the end
@@ -974,9 +1069,13 @@ def test_progress(make: Callable[..., ClusterExecutor]) -> None:
     executor = make(1, progress=Bar)
     list(executor.map(square, range(10)))
     list(executor.map(square, range(10), chunksize=4))
+    view = executor.options(timeout=60)
+    list(view.map(square, range(10)))
+    list(view.map(square, range(10), buffersize=2, chunksize=4))
     list(executor.imap_unordered(square, range(10)))
-    assert [bar.n for bar in bars] == [10, 10, 10] and all(bar.closed for bar in bars)
-    assert [bar.total for bar in bars[:2]] == [10, 10]
+    list(view.imap_unordered(square, range(10)))
+    assert [bar.n for bar in bars] == [10] * 6 and all(bar.closed for bar in bars)
+    assert [bar.total for bar in bars[:4]] == [10] * 4
 
 
 # -------------------------------------------------------------------------------------------------------------- asyncio

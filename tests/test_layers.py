@@ -234,6 +234,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("mapping", "recovery"),
         ("ordered", "elements"),
         ("ordered", "recovery"),
+        ("recovery", "policy"),
         ("elements", "scheduling"),
         ("elements", "mapruns"),
         ("managers.launch", "managers.executed"),

@@ -81,9 +81,21 @@ def test_nothing_is_taken_before_it_is_asked_for(office: Office) -> None:
     lazy(office, taken)
     assert next(taken) == 0
     filled = itertools.count()
-    results = lazy(office, filled, ahead=3, fill_at_once=True)
+    results = lazy(office, filled, ahead=3, refilled=True)
     assert next(filled) == 3
     results.close()
+
+
+def test_a_refilled_one_takes_another_element_before_it_waits_for_a_result(office: Office, robot: Robot) -> None:
+    """As the standard library's `buffersize`: what is not delivered is `ahead` when the consumer has its result."""
+    for ahead in (1, 3):
+        taken: list[int] = []
+        results = lazy(office, (taken.append(n) or n for n in range(9)), ahead=ahead, refilled=True)  # type: ignore[func-returns-value]
+        for number in range(9):
+            assert next(results) == number
+            assert len(taken) == min(number + 1 + ahead, 9)
+        with pytest.raises(StopIteration):
+            next(results)
 
 
 def test_errors_of_the_input_come_after_the_results(office: Office, robot: Robot) -> None:
@@ -111,13 +123,15 @@ def test_time_limit(office: Office) -> None:
 def test_an_error_ends_it_unless_it_may_go_on(office: Office) -> None:
     worker = office.worker(2)
     for stop in (True, False):
-        results = lazy(office, range(3), ahead=1, stop_at_error=stop, fill_at_once=True)
+        results = lazy(office, range(3), ahead=1, stop_at_error=stop, refilled=True)
         office.finish(worker, KeyError("first"))
         with pytest.raises(KeyError):
             next(results)
         if stop:
             with pytest.raises(StopIteration):
                 next(results)
+            while worker.inbox:  # taken before the error was known
+                office.finish(worker)
         else:
             box: list[Any] = []
             thread = threading.Thread(target=lambda results=results, box=box: box.append(next(results)), daemon=True)
@@ -131,7 +145,7 @@ def test_an_error_ends_it_unless_it_may_go_on(office: Office) -> None:
 
 def test_chunks(office: Office) -> None:
     worker = office.worker(2)
-    results = lazy(office, range(7), ahead=2, chunk=3, fill_at_once=True)
+    results = lazy(office, range(7), ahead=2, chunk=3, refilled=True)
     first = worker.start()[0]
     assert not worker.inbox  # nothing is sent ahead of a function that is not known yet
     office.results(worker, (first, [0, 1, 2]))
@@ -157,7 +171,7 @@ def test_a_slow_input_does_not_keep_results_waiting(office: Office, robot: Robot
 
 def test_dropping_it_ends_it(office: Office) -> None:
     worker = office.worker(2)
-    results = lazy(office, itertools.count(), fill_at_once=True)
+    results = lazy(office, itertools.count(), refilled=True)
     run = results.run
     del results
     gc.collect()
