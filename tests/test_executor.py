@@ -575,6 +575,58 @@ def test_map_goes_through_the_submit_of_a_subclass() -> None:
         assert executor.calls == 5
 
 
+def test_a_module_that_submits_while_it_is_imported(tmp_path: Path) -> None:
+    """Workers that imported it would run it again, and their workers again, without end."""
+    (tmp_path / "jobs.py").write_text(
+        textwrap.dedent("""
+            import dataclasses, functools, os
+            from distpool import ClusterExecutor, DistPool
+
+            @dataclasses.dataclass
+            class Point:
+                x: int
+                def moved(self): return Point(self.x + 1)
+            class Trouble(Exception): pass
+            def square(x): return x * x
+            def cube(x): return square(x) * x
+            def fail(): raise Trouble("here")
+
+            with open(os.environ["RUNS"], "a") as runs:
+                runs.write("run\\n")
+            with ClusterExecutor(2) as executor, DistPool(1) as pool:
+                assert list(executor.map(cube, range(3))) == pool.map(cube, range(3)) == [0, 1, 8]
+                assert executor.submit(functools.partial(cube, 3)).result() == 27
+                assert executor.submit(Point(1).moved).result() == Point(2) == executor.submit(Point, 2).result()
+                assert executor.submit(lambda point: point.x, Point(4)).result() == 4
+                assert isinstance(executor.submit(fail).exception(), Trouble)
+        """)
+    )
+    program = """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import distpool, jobs
+        from cloudpickle import list_registry_pickle_by_value
+        with distpool.ClusterExecutor(1) as executor:
+            assert executor.submit(abs, -1).result() == 1
+        assert not list_registry_pickle_by_value()  # from now on by reference, as any other
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
+        env={**os.environ, "RUNS": str(tmp_path / "runs")}, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "runs").read_text() == "run\n"
+
+
+def test_comparing_bytes_with_text_may_be_an_error() -> None:
+    """`python -bb`, as some run their tests."""
+    program = (
+        "from distpool import ClusterExecutor\nwith ClusterExecutor(1) as ex: print(ex.submit(lambda: 7).result())"
+    )
+    done = subprocess.run([sys.executable, "-bb", "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.stdout, done.stderr) == ("7\n", "")
+
+
 def test_what_is_no_function_is_refused_at_the_call(shared: ClusterExecutor) -> None:
     for call in (shared.submit, shared.map, shared.imap_unordered, shared.options(retries=1).submit):
         with pytest.raises(TypeError, match="^the function must be callable, not int$"):

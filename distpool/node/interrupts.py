@@ -20,6 +20,8 @@ one that led the loop had it raised in the middle of a frame's handler.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 import threading
@@ -167,6 +169,11 @@ class Interrupts:
                     self.finish()
             finally:
                 self._cover(thread)
+
+    def forked(self) -> None:
+        """In a child that a call has forked: it ends where the call does, for nobody waits for its return."""
+        self.finish = _end_child
+        self.__class__ = _Forked
 
     def runs_call(self) -> bool:
         """Whether the calling thread is inside a call."""
@@ -363,6 +370,19 @@ class Interrupts:
         return True
 
 
+class _Forked(Interrupts):
+    """The same in a child that a call on the main thread has forked: `run_span` has no other place to look at."""
+
+    @property
+    def main(self) -> bool:
+        return True
+
+    @main.setter
+    def main(self, value: bool) -> None:
+        if not value:
+            _end_child()
+
+
 def _imports(frame: FrameType | None) -> bool:
     """Whether this is the import system itself, and not the code of a module."""
     return frame is not None and frame.f_code.co_filename.startswith("<frozen importlib")
@@ -391,6 +411,21 @@ def _first_of(frame: FrameType | None) -> FrameType | None:
             return frame
         frame = below
     return None
+
+
+def _end_child() -> None:
+    """End this process as a program that ends here would: status, traceback, and what it has written."""
+    error = sys.exc_info()[1]
+    status = 0
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif error is not None:
+        status = 1
+        sys.excepthook(type(error), error, error.__traceback__)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status & 0xFF)
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:

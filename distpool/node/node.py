@@ -225,6 +225,8 @@ def _after_fork_in_child() -> None:
     node, _node = _node, None
     if node is None:
         return
+    if node.runner is not None:
+        node.runner.interrupts.forked()
     for callback in node.on_fork:
         with contextlib.suppress(OSError):
             callback()

@@ -33,6 +33,9 @@ __all__ = ["ByValuePickler", "share_class"]
 #: Classes which this process did not define but built from a message. Process-wide like cloudpickle's own numbering.
 _foreign: weakref.WeakSet[type] = weakref.WeakSet()
 
+#: Whether some of them are of modules that are not loaded: the C pickler would import those.
+strangers = False
+
 _classes_by_id: Any = getattr(internals, "_DYNAMIC_CLASS_TRACKER_BY_ID", {})
 _ids_by_class: Any = getattr(internals, "_DYNAMIC_CLASS_TRACKER_BY_CLASS", {})
 
@@ -94,7 +97,7 @@ def _by_value_function(function: types.FunctionType, reduced: Any) -> Any:
 def _by_value_code(code: types.CodeType, reduced: Any) -> Any:
     """cloudpickle's way of rebuilding code, and the name of its file where that does not give it."""
     build, args = reduced
-    if code.co_filename in args:
+    if any(type(arg) is str and arg == code.co_filename for arg in args):  # `in` would compare it with bytes (-bb)
         return reduced
     return build_code, (build, args, code.co_filename)
 
@@ -156,12 +159,15 @@ def _by_value_class(reduced: Any) -> Any:
 
 def build_class(build: Callable[..., type], args: tuple[Any, ...]) -> type:
     """Receiving side: the class of that number if this process has it, else a new one, which is marked as foreign."""
+    global strangers
     known = next((_classes_by_id.get(part) for part in args[-2:] if isinstance(part, str)), None)
     if known is not None:
         found: type = known
         return found
     made = build(*args)
     _foreign.add(made)
+    if made.__module__ not in sys.modules:
+        strangers = True
     return made
 
 

@@ -18,8 +18,10 @@ import copyreg
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from io import BytesIO
+from types import ModuleType
 from typing import Any
 
 from distpool.config import OUT_OF_BAND
@@ -149,7 +151,7 @@ def dump(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] 
 
     Raises what the pickler or the user's code raises.
     """
-    if not by_value_modules():
+    if not (_strangers() or by_value_modules()):
         start = len(seen) if seen is not None else 0
         try:
             data = _dump_by_reference(obj, peer, seen, buffers)
@@ -176,10 +178,40 @@ def dump_by_value(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[mem
     return file.getvalue()
 
 
+#: Modules that travel by value until their import has ended.
+_unfinished: list[ModuleType] = []
+
+
+def is_unfinished(module: Any) -> bool:
+    """Whether the import of `module` is under way."""
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def by_value_until_imported(module: ModuleType) -> None:
+    """`module` makes calls while it is imported. A process that imported it to run them would make the same calls,
+    whose workers would make them again: so what it defines travels by value until it is there."""
+    import cloudpickle
+
+    if module.__name__ not in cloudpickle.list_registry_pickle_by_value():
+        cloudpickle.register_pickle_by_value(module)
+        _unfinished.append(module)
+
+
 def by_value_modules() -> Any:
-    """Modules that the user gave to `cloudpickle.register_pickle_by_value`: the C pickler does not know of them."""
+    """Modules that the user gave to `cloudpickle.register_pickle_by_value`, or that are being imported: the C pickler
+    does not know of them."""
+    for module in _unfinished[:]:
+        if not is_unfinished(module):
+            with suppress(ValueError):  # another thread was quicker
+                _unfinished.remove(module)
+                sys.modules["cloudpickle"].unregister_pickle_by_value(module)
     cloudpickle = sys.modules.get("cloudpickle.cloudpickle")
     return cloudpickle is not None and getattr(cloudpickle, "_PICKLE_BY_VALUE_MODULES", None)
+
+
+def _strangers() -> Any:
+    byvalue = sys.modules.get("distpool.wire.byvalue")
+    return byvalue is not None and getattr(byvalue, "strangers", False)
 
 
 def _dump_by_reference(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] | None) -> bytes:

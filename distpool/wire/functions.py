@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import copyreg
 import itertools
+import sys
 from collections.abc import Callable
 from functools import partial
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, ModuleType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodDescriptorType, ModuleType
 from typing import Any
 
 from distpool.errors import SerializationError
@@ -119,6 +120,7 @@ class FunctionEncoder:
     def _encode(self, fn: Any, peer: Any) -> EncodedFunction:
         if not callable(fn):
             raise TypeError(f"the function must be callable, not {type(fn).__name__}")
+        _look_for_imports()
         if _by_reference(fn) and not codec.by_value_modules():
             encoded = self._remember(codec.encode(fn, peer)[0], [], fn, by_value=False, reusable=True)
             if len(self._known) >= MAX_KNOWN:
@@ -242,6 +244,17 @@ def _by_reference(fn: Any) -> bool:
         return type(reduce_fn(fn) if reduce_fn else fn.__reduce_ex__(codec.PROTOCOL)) is str
     except Exception:  # the user's code; serialising it will say what is wrong
         return False
+
+
+def _look_for_imports() -> None:
+    """Let the modules whose import has come here travel by value: other processes cannot import them yet."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "<module>":
+            module = sys.modules.get(frame.f_globals.get("__name__", ""))
+            if module is not None and codec.is_unfinished(module):
+                codec.by_value_until_imported(module)
+        frame = frame.f_back
 
 
 def _is_frozen(fn: Any) -> bool:

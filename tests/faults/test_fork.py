@@ -225,3 +225,25 @@ for flyer in flyers:
     flyer.join()
 """
     check(body, kind, "sys.exit")
+
+
+def test_a_task_that_forks(kind: str) -> None:
+    """The child that comes out of the task ends there as a program would: it must not go on as a second worker, which
+    would write its own results, and outlive everybody."""
+    body = """
+def task(how):
+    child = os.fork()
+    if child == 0:
+        if how == "exit":
+            sys.exit(3)
+        if how == "raise":
+            sys.stderr = open(os.devnull, "w")
+            raise ValueError("the child's")
+        return "the child's"
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+for how, status in (("return", 0), ("exit", 3), ("raise", 1)):
+    assert runner.call(task, how) == status
+    for chunksize in (1, 3):
+        assert list(runner.raw.map(task, [how] * 6, chunksize=chunksize)) == [status] * 6
+"""
+    check(body, kind, "os._exit")
