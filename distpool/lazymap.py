@@ -12,6 +12,7 @@ results of what was taken before it.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -65,6 +66,7 @@ class LazyMap(Iterator[Any]):
         self._delivered = 0
         self._input_error: BaseException | None = None
         self._ended = False
+        self._turn = threading.RLock()  # several threads may share it: one at a time takes, waits and counts
         self._refilled = refilled
         if refilled:
             self._fill(0)
@@ -77,9 +79,14 @@ class LazyMap(Iterator[Any]):
 
     def next(self, deadline: float | None) -> Any:
         """The next result; `TimeoutError` after `deadline` (monotonic seconds), `StopIteration` at the end."""
-        index = self.next_index(deadline)
-        raw = self.run.results.pop(index)
-        self._delivered += 1
+        if not self._turn.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
+            raise TimeoutError
+        try:
+            index = self.next_index(deadline)
+            raw = self.run.results.pop(index)
+            self._delivered += 1
+        finally:
+            self._turn.release()
         try:
             return self._opener(raw)
         except BaseException:

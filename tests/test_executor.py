@@ -680,6 +680,19 @@ def test_imap_unordered(shared: ClusterExecutor) -> None:
             shared.imap_unordered(square, [1], buffersize=bad)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("buffersize", [None, 5])
+def test_threads_may_share_an_iterator(shared: ClusterExecutor, buffersize: int | None) -> None:
+    results = shared.imap_unordered(square, range(500), buffersize=buffersize)
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.extend(results), daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in threads)
+    assert sorted(found) == [n * n for n in range(500)]
+
+
 def test_imap_unordered_is_lazy_and_works_on_endless_input(shared: ClusterExecutor) -> None:
     taken = itertools.count()
     results = shared.imap_unordered(square, taken)
