@@ -169,10 +169,16 @@ class LazyMap(Iterator[Any]):
             self.run.feed_chunk(taken[start : start + self._chunk])
 
     def close(self) -> None:
-        """No more results are wanted: nothing new starts."""
-        self._ended = True
-        self._source = None
-        self.run.close()
+        """No more results are wanted: nothing new starts. ValueError, as a generator's, while another thread waits for
+        the next one."""
+        if not self._turn.acquire(blocking=False):
+            raise ValueError("generator already executing")
+        try:
+            self._ended = True
+            self._source = None
+            self.run.close()
+        finally:
+            self._turn.release()
 
     def __del__(self) -> None:
         run = self.__dict__.get("run")

@@ -11,6 +11,7 @@ place of the function `distpool.pmap`.)
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -106,22 +107,30 @@ class _Generated(Iterator[Any]):
 
     def __init__(self, ordered: OrderedMap) -> None:
         self._ordered = ordered
+        self._turn = threading.RLock()  # several threads may share it: one at a time waits and takes
 
     def __next__(self) -> Any:
         ordered = self._ordered
-        try:
-            while ordered.advance():
-                values = ordered.take_one()
-                if values:
-                    return values[0]
-        except BaseException:
-            ordered.close()
-            raise
+        with self._turn:
+            try:
+                while ordered.advance():
+                    values = ordered.take_one()
+                    if values:
+                        return values[0]
+            except BaseException:
+                ordered.close()
+                raise
         raise StopIteration
 
     def close(self) -> None:
-        """No more results are wanted: nothing new starts."""
-        self._ordered.close()
+        """No more results are wanted: nothing new starts. ValueError, as a generator's, while another thread waits for
+        the next one."""
+        if not self._turn.acquire(blocking=False):
+            raise ValueError("generator already executing")
+        try:
+            self._ordered.close()
+        finally:
+            self._turn.release()
 
 
 # -- who runs it -------------------------------------------------------------------------------------------------------

@@ -680,9 +680,32 @@ def test_imap_unordered(shared: ClusterExecutor) -> None:
             shared.imap_unordered(square, [1], buffersize=bad)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("buffersize", [None, 5])
-def test_threads_may_share_an_iterator(shared: ClusterExecutor, buffersize: int | None) -> None:
-    results = shared.imap_unordered(square, range(500), buffersize=buffersize)
+LAZY: dict[str, Callable[..., Any]] = {
+    "imap_unordered": lambda executor, fn, items: executor.imap_unordered(fn, items),
+    "buffered": lambda executor, fn, items: executor.map(fn, items, buffersize=5),
+    "pgenerate": lambda executor, fn, items: distpool.pgenerate(fn, items, pool=executor),
+}
+
+
+@pytest.mark.parametrize("kind", LAZY)
+def test_closing_while_another_thread_waits_is_refused(shared: ClusterExecutor, gate: Gate, kind: str) -> None:
+    """As a generator does it. The thread would wait for ever."""
+    results = LAZY[kind](shared, functools.partial(hold, gate.address), [1])
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.extend(results), daemon=True)
+    thread.start()
+    gate.arrivals(1)
+    with pytest.raises(ValueError, match="^generator already executing$"):
+        results.close()
+    gate.close()
+    thread.join(PATIENCE)
+    assert len(found) == 1
+    results.close()
+
+
+@pytest.mark.parametrize("kind", LAZY)
+def test_threads_may_share_an_iterator(shared: ClusterExecutor, kind: str) -> None:
+    results = LAZY[kind](shared, square, range(500))
     found: list[int] = []
     threads = [threading.Thread(target=lambda: found.extend(results), daemon=True) for _ in range(4)]
     for thread in threads:
