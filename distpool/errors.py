@@ -148,10 +148,10 @@ class CompositeException(DistpoolError, ExceptionGroup):
 
     def __new__(cls, exceptions: list[Exception], message: str | None = None) -> CompositeException:
         exceptions = list(exceptions)
-        if message is None:
+        if message is None and exceptions:
             more = f" (and {len(exceptions) - 1} more)" if len(exceptions) > 1 else ""
             message = f"{type(exceptions[0]).__name__}: {exceptions[0]}{more}"
-        return super().__new__(cls, message, exceptions)
+        return super().__new__(cls, message or "", exceptions)  # which refuses an empty list
 
     def __init__(self, exceptions: list[Exception], message: str | None = None) -> None:
         super().__init__(self.message, list(exceptions))

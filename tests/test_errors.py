@@ -127,3 +127,8 @@ def test_the_module_does_not_load_the_process_pool() -> None:
     code = "import sys, distpool.errors; print('concurrent.futures.process' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.stdout == "False\n"
+
+
+def test_a_composite_of_nothing_is_refused_as_any_group() -> None:
+    with pytest.raises(ValueError, match="non-empty"):
+        CompositeException([])
