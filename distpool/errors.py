@@ -196,6 +196,9 @@ if TYPE_CHECKING:
             reason: str = "",
         ) -> None: ...
 
+    class BoundChannelClosed(ChannelClosedError, ProcessExitedException):
+        """See `_make_bound_channel_closed`."""
+
 
 def _make_process_exited() -> type:
     """Build the class; `concurrent.futures.process` is imported here and not before."""
@@ -241,11 +244,27 @@ def _make_process_exited() -> type:
     return ProcessExitedException
 
 
+def _make_bound_channel_closed() -> type:
+    from distpool.errors import ProcessExitedException
+
+    class BoundChannelClosed(ChannelClosedError, ProcessExitedException):
+        """A channel is closed because the process that it is bound to has exited: either name catches it."""
+
+        def __str__(self) -> str:
+            return f"this channel is closed, because it is bound to a process that is gone: {super().__str__()}"
+
+    BoundChannelClosed.__module__ = __name__
+    BoundChannelClosed.__qualname__ = "BoundChannelClosed"
+    return BoundChannelClosed
+
+
 def __getattr__(name: str) -> Any:
     """What needs `concurrent.futures.process`, which imports half of multiprocessing (5 ms, in each process): made when
     it is first asked for, so write `errors.BrokenProcessPool` where programs that meet no error come by."""
     if name == "ProcessExitedException":
         made: Any = _make_process_exited()
+    elif name == "BoundChannelClosed":
+        made = _make_bound_channel_closed()
     elif name in ("BrokenProcessPool", "remote_traceback"):
         from concurrent.futures import process
 

@@ -248,7 +248,8 @@ class ChannelCore:
     def _closed_error(self) -> BaseException:
         reason = self._closed
         if isinstance(reason, ChannelClosedError):
-            error = ChannelClosedError(*reason.args)
+            ours = type(reason).__module__ == ChannelClosedError.__module__
+            error = (type(reason) if ours else ChannelClosedError)(*reason.args)
             error.__cause__ = reason.__cause__
             return error
         assert reason is not None

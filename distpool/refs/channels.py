@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from distpool import errors
 from distpool.errors import ChannelClosedError
 from distpool.node import node as nodes
 from distpool.node.node import Node
@@ -134,8 +135,8 @@ class RemoteChannel(Reference):
         self._do("close", (), None)
 
     def bind(self, pid: int) -> RemoteChannel:
-        """Close the channel when process `pid` exits: takers then get ChannelClosedError with ProcessExitedException
-        as its cause."""
+        """Close the channel when process `pid` exits: takers then get an error that is both a ChannelClosedError and a
+        ProcessExitedException."""
         self._do("bind", (pid,), None)
         return self
 
@@ -167,6 +168,8 @@ class RemoteChannel(Reference):
         """Ask the owner and wait for the answer. Whatever ends that early, an interrupt too, loses no item."""
         reply = _RemoteReply(self, op)
         try:
+            if timeout is not None:
+                timeout = timeout + 0.0  # a bad argument is a TypeError here, and none of `struct`
             self._request(reply, data, buffers, timeout, count)
             if op in ("put", "close") and self._refs.node.loop.leads:
                 return None  # of a finalizer on the thread that would receive the answer: done, and not waited for
@@ -313,8 +316,9 @@ def _bind(node: Node, channel: Any, pid: int) -> None:
         """Leader, or the caller."""
         found = bound()
         if gone == pid and found is not None:
-            error = ChannelClosedError(f"process {pid}, which this channel is bound to, has exited")
-            error.__cause__ = peers.dead[pid]()
+            died: Any = peers.dead[pid]()
+            error = errors.BoundChannelClosed(*died.args)
+            error.__cause__ = died
             if type(found) is Channel:
                 found.close(error)
             else:

@@ -260,6 +260,25 @@ def test_C063_bind() -> None:
         with pytest.raises(ChannelClosedError) as info:
             waiting.result(30)
     assert isinstance(info.value.__cause__, ProcessExitedException)
+    # API 8.5: "the channel closes with ProcessExitedException, which takers then get". Seen: only as the cause.
+    for taken in (rc.take, rc.fetch, rc.wait, lambda: rc.put(1)):
+        with pytest.raises(ProcessExitedException) as exited:
+            taken()
+        assert (exited.value.worker_id, exited.value.exitcode) == (pid, -signal.SIGKILL)
+    assert list(rc) == [] and not rc.isopen()
+    executor.shutdown()
+
+
+def test_C063_bind_seen_from_another_process(w: list[int]) -> None:
+    executor = distpool.ClusterExecutor(1)
+    assert executor.submit(abs, 1).result(60) == 1
+    (pid,) = executor.workers
+    rc = RemoteChannel(lambda: Channel(2), w[0])
+    rc.bind(pid)
+    executor.submit(os._exit, 3)
+    for kind in (ChannelClosedError, ProcessExitedException):
+        with pytest.raises(kind, match="exit code 3"):
+            rc.take(timeout=30)
     executor.shutdown()
 
 
@@ -278,6 +297,14 @@ def test_C064_a_timeout_swallows_nothing(w: list[int]) -> None:
             c.put(2, timeout=0.05)
         assert c.take() == 1
         assert not c.isready()
+
+
+def test_a_timeout_that_is_no_number_is_a_type_error_from_any_process(w: list[int]) -> None:
+    """Seen: `struct.error` where the channel lives elsewhere."""
+    for c in kinds(w, 1):
+        for operation in (c.take, c.fetch, c.wait):
+            with pytest.raises(TypeError):
+                operation(timeout="1")  # type: ignore[arg-type]
 
 
 def test_C064_many_timeouts_race(w: list[int]) -> None:
