@@ -47,6 +47,12 @@ class _Reply(Future[Any]):
         return super()._open(raw)
 
 
+def check_callable(f: Any) -> None:
+    """TypeError in the caller, wherever the call would run."""
+    if not callable(f):
+        raise TypeError(f"{codec.describe(f)} is not callable")
+
+
 # -- the caller's side -------------------------------------------------------------------------------------------
 
 
@@ -74,6 +80,7 @@ def note_started(node: Node, future: Any) -> None:
 
 def start(f: Callable[..., Any], where: Where, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[Any]:
     """As `remotecall`, for the library's own calls: no `sync()` block waits for them."""
+    check_callable(f)
     if not isinstance(where, int):
         return _remotecall_somewhere(f, where, args, kwargs)
     node = _node()
@@ -103,6 +110,7 @@ def remotecall_fetch(f: Callable[..., Any], where: Where, /, *args: Any, **kwarg
 
     To oneself the call runs inline, and nothing is copied. Example: `remotecall_fetch(os.getpid, 2)`
     """
+    check_callable(f)
     if not isinstance(where, int):
         return _fetch_somewhere(f, where, args, kwargs)
     node = _node()
@@ -148,6 +156,7 @@ def remote_do(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any)
 
     Example: `remote_do(print, 2, "hello")`
     """
+    check_callable(f)
     if not isinstance(where, int):
         _remotecall_somewhere(f, where, args, kwargs, do=True)
         return
@@ -171,8 +180,6 @@ def _send(
     waits: bool = False,
 ) -> None:
     """`waits`: the caller does not go on before the answer has come, so that its arrays stay as they are."""
-    if not callable(f):
-        raise TypeError(f"{codec.describe(f)} is not callable")
     function = node.encoder.encode(f, pid)
     seen: list[Any] = []
     data, buffers = codec.encode_args(args, kwargs, pid, seen)

@@ -106,13 +106,14 @@ class KeptFuture(Future[Any]):
         if self._kept is not None:
             self._kept.finalize()
             self._follow(self._kept)
+        super().finalize()
 
     def outcome(self) -> Outcome:
         """For those who were sent this future before its call had ended: they get the value, by way of this process."""
         if self._kept is None:
             return super().outcome()
-        error = self.exception()
-        return super().outcome() if error is not None else Outcome(LOCAL_VALUE, self.result(), (), 1)
+        error = KeptFuture.exception(self)  # also if this object was finalized meanwhile
+        return super().outcome() if error is not None else Outcome(LOCAL_VALUE, KeptFuture.result(self), (), 1)
 
     def _report(self) -> None:
         hook = self.__dict__.pop("_on_settled", None)

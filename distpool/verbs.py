@@ -12,6 +12,15 @@ from distpool.refs.channels import RemoteChannel
 from distpool.refs.owner import RRID
 from distpool.refs.refs import Future
 from distpool.transport.link import Link
+from distpool.wire import codec
+
+
+def _method(x: Any, verb: str) -> Any:
+    """The method `verb` of `x`: a bad argument is a TypeError, not what Python says of attributes."""
+    method = getattr(x, verb, None)
+    if method is None:
+        raise TypeError(f"{codec.describe(x)} has no {verb}()")
+    return method
 
 
 def fetch(x: Any, *arguments: Any, timeout: float | None = None) -> Any:
@@ -32,8 +41,8 @@ def put(ref: Any, *values: Any, timeout: float | None = None) -> Any:
     Example: `put(RemoteChannel(), 1)`
     """
     if timeout is not None:
-        return ref.put(*values, timeout=timeout)
-    return ref.put(*values)
+        return _method(ref, "put")(*values, timeout=timeout)
+    return _method(ref, "put")(*values)
 
 
 def take(ref: Any, *arguments: Any, timeout: float | None = None) -> Any:
@@ -44,8 +53,8 @@ def take(ref: Any, *arguments: Any, timeout: float | None = None) -> Any:
     if isinstance(ref, Future):
         raise TypeError("a Future cannot be taken from: use fetch")
     if timeout is not None:
-        return ref.take(*arguments, timeout=timeout)
-    return ref.take(*arguments)
+        return _method(ref, "take")(*arguments, timeout=timeout)
+    return _method(ref, "take")(*arguments)
 
 
 def wait(x: Any, *arguments: Any, timeout: float | None = None) -> Any:
@@ -57,9 +66,9 @@ def wait(x: Any, *arguments: Any, timeout: float | None = None) -> Any:
         x.result(timeout)
         return x
     if timeout is not None:
-        x.wait(*arguments, timeout=timeout)
+        _method(x, "wait")(*arguments, timeout=timeout)
     else:
-        x.wait(*arguments)
+        _method(x, "wait")(*arguments)
     return x
 
 
@@ -70,7 +79,7 @@ def isready(x: Any, *arguments: Any) -> bool:
     """
     if isinstance(x, concurrent.futures.Future) and not isinstance(x, Future):
         return x.done()
-    return bool(x.isready(*arguments))
+    return bool(_method(x, "isready")(*arguments))
 
 
 def finalize(ref: Any) -> None:
@@ -78,7 +87,7 @@ def finalize(ref: Any) -> None:
 
     Example: `finalize(rc)`
     """
-    ref.finalize()
+    _method(ref, "finalize")()
 
 
 def remoteref_id(ref: Any) -> RRID:

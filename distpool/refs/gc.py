@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from distpool.logs import Log
+from distpool.refs.finalized import FINALIZED
 from distpool.refs.lent import carries_references, references_in
 from distpool.refs.owner import RRID, Entry, Owner
 from distpool.refs.refs import Outcome
@@ -53,6 +54,14 @@ class Handle:
     def empty(self) -> Handle:
         """The same identity, holding nothing."""
         return Handle(self._refs, self.rrid, self.where, 0)
+
+    def given_back(self, reference: Any) -> Handle:
+        """As `empty`, for a reference that was finalized: it is not the living object of its identity any more."""
+        refs = self._refs
+        with refs._lock:  # another one of the same reference may have come meanwhile
+            if refs.live.get(self.rrid) is reference:
+                del refs.live[self.rrid]
+        return self.empty()
 
     def __del__(self) -> None:
         if self.held:
@@ -91,14 +100,9 @@ class Reference:
 
     def finalize(self) -> None:
         """Give the reference back now; any later use raises RuntimeError. May be called again."""
-        handle, refs = self._handle, getattr(self, "_refs", None)
         self._finalized = True
-        if handle is None or refs is None:
-            return
-        with refs._lock:  # another one of the same reference may have come meanwhile
-            if refs.live.get(handle.rrid) is self:
-                del refs.live[handle.rrid]
-        self._let_go()
+        if self._handle is not None:
+            self._handle = self._handle.given_back(self)
 
     def _let_go(self) -> None:
         """The value is not needed from its owner any more."""
@@ -108,7 +112,7 @@ class Reference:
     def _live(self) -> Handle:
         """RuntimeError if it cannot be used."""
         if self._finalized:
-            raise RuntimeError("this reference was finalized")
+            raise RuntimeError(FINALIZED)
         if self._handle is None:
             raise RuntimeError("this is a dead handle: it was pickled outside of a distpool message")
         return self._handle
@@ -180,7 +184,7 @@ class Refs:
 
         def work() -> None:
             with contextlib.suppress(Exception):  # which is the outcome then
-                future.result(0)
+                type(future).result(future, 0)  # also if this object was finalized meanwhile
             self.owner.settle(entry, future.outcome())
 
         self.node.deliver(work)  # the references in it live here from now on, as objects

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from distpool.logs import Log
 from distpool.node import node as nodes
+from distpool.refs.finalized import dead_handle, refuse_uses
 from distpool.refs.waiters import Waiters
 from distpool.wire import codec
 from distpool.wire.failures import decode_exception
@@ -75,9 +76,9 @@ class Outcome(NamedTuple):
         return self[1]
 
 
-#: `Outcome.data` is an exception object of this process, or a value of it.
-RAISED_HERE, LOCAL_VALUE = -1, -2
-_VALUES = (VALUE, LOCAL_VALUE)
+#: `Outcome.data` is an exception of this process, or a value of it; the outcome, good or bad, is still at its owner.
+RAISED_HERE, LOCAL_VALUE, REMOTE_VALUE, REMOTE_ERROR = -1, -2, -3, -4
+_VALUES = (VALUE, LOCAL_VALUE, REMOTE_VALUE)
 
 
 class PendingCall(Protocol):
@@ -121,6 +122,7 @@ class Future(concurrent.futures.Future[T]):
     #: anything is registered, and read again after the state was written (see the head of this module).
     _watched = False
     _handle: Any = None  # what makes it a remote reference: on first need (`where`, `id`, sending it)
+    _finalized = False
     _on_settled: Callable[[Outcome], object] | None = None
 
     def __new__(cls, pid: Any = None, *rest: Any) -> Any:
@@ -306,8 +308,8 @@ class Future(concurrent.futures.Future[T]):
         raw = self._raw
         if raw is None:
             return super().__repr__()
-        how = "returned a value" if raw.status == VALUE else "raised an error"
-        return f"<{type(self).__name__} at {id(self):#x} state=finished {how}, not yet decoded>"
+        how = "returned a value" if raw.status in _VALUES else "raised an error"
+        return f"<{type(self).__name__} at {id(self):#x} state=finished {how}, not yet read>"
 
     # -- as a remote reference (Julia's verbs) -----------------------------------------------------------------
 
@@ -375,7 +377,10 @@ class Future(concurrent.futures.Future[T]):
         return self
 
     def finalize(self) -> None:
-        """Give the reference back; nothing to do for a future whose value is here."""
+        """Give the reference back now; any later use raises RuntimeError. May be called again."""
+        refuse_uses(self)
+        if self._handle is not None:
+            self._handle = self._handle.given_back(self)
 
     # -- the stdlib's own way to fill a future -----------------------------------------------------------------
 
@@ -447,7 +452,7 @@ class Future(concurrent.futures.Future[T]):
         return open_outcome(raw, self._cause)
 
     def __reduce__(self) -> Any:
-        return _dead_handle, ()
+        return dead_handle, ()
 
 
 def _release(sleeper: threading.Lock) -> None:
@@ -476,11 +481,6 @@ def set_values(futures: list[Future[Any]], values: list[Any]) -> list[int]:
     for future in late:  # somebody came in that moment; callbacks are run by whoever added them: it saw the state
         future._announce(told=False)
     return others
-
-
-def _dead_handle() -> Any:
-    """What a pickle made outside of a distpool message gives."""
-    return nodes.current().references().dead_future()
 
 
 def open_outcome(raw: Outcome, cause: Callable[[str], BaseException] | None = None) -> tuple[Any, BaseException | None]:

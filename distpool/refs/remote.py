@@ -16,10 +16,11 @@ from distpool.errors import RemoteException
 from distpool.node import node as nodes
 from distpool.refs import gc
 from distpool.refs.ahead import settle_puts
+from distpool.refs.finalized import FINALIZED
 from distpool.refs.gc import Handle, Loan, Reference, Refs
 from distpool.refs.lent import received
 from distpool.refs.owner import RRID
-from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, REMOTE_ERROR, REMOTE_VALUE, Future, Outcome
 from distpool.wire import codec, structs
 from distpool.wire.failures import captured
 from distpool.wire.frames import Kind
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from distpool.transport.ioloop import IoLoop
-
-#: The call has ended, well or not; the outcome is at its owner.
-REMOTE_VALUE, REMOTE_ERROR = -3, -4
 
 SET_TWICE = "Future can be set only once"
 
@@ -367,8 +365,8 @@ def arrive_value(whence: int, ident: int, where: int, value: Any) -> RemoteFutur
 def reduce_future(future: Any, peer: Any) -> tuple[Any, ...]:
     """How a future travels in a message: with its value if that is here, else as a reference."""
     handle = future._handle
-    if isinstance(future, RemoteFuture) and future._finalized:
-        future._live()
+    if future._finalized:
+        raise RuntimeError(FINALIZED)
     if handle is None:
         if isinstance(future, RemoteFuture):
             return dead_future, ()

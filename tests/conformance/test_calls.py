@@ -32,6 +32,16 @@ class Colour(enum.Enum):
     RED = 1
 
 
+def test_what_cannot_be_called_is_refused_at_the_call_wherever_it_would_run(w: list[int]) -> None:
+    """Seen: calls to oneself let it run, and fail there."""
+    for where in (1, w[0], "any", distpool.WorkerPool(w[:1])):
+        for call in (remotecall, remotecall_fetch, remotecall_wait, remote_do):
+            with pytest.raises(TypeError, match="not callable"):
+                call(3, where)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="not callable"):
+        distpool.spawn("f")  # type: ignore[arg-type]
+
+
 def test_C009_unknown_pid(w: list[int]) -> None:
     for call in (remotecall, remotecall_fetch, remotecall_wait, remote_do):
         with pytest.raises(ValueError, match="no process with id 9999 exists"):

@@ -409,3 +409,72 @@ def test_C035_a_value_that_carries_references(w: list[int]) -> None:
     assert fetch(fetch(box)[0]).name == "inside"
     del box
     wait_until(lambda: own_nothing([1, *w], before))
+
+
+def test_a_finalized_future_refuses_any_use_however_it_was_made(w: list[int]) -> None:
+    """Seen: one made by `Future()` was a plain future to `finalize`, so its `fetch` waited for ever."""
+
+    def seen_elsewhere() -> Future:
+        f = Future()
+        assert remotecall_fetch(lambda g: g.where, w[0], f) == 1
+        return f
+
+    for make in (Future, seen_elsewhere, lambda: Future().put(1), lambda: Future(1), lambda: Future(w[0])):
+        f = make()
+        finalize(f)
+        finalize(f)
+        for use in (fetch, wait, isready, lambda f: put(f, 1), lambda f: f.add_done_callback(print)):
+            with pytest.raises(RuntimeError, match="finalized"):
+                use(f)
+        with pytest.raises(distpool.SerializationError, match="finalized"):
+            remotecall_fetch(ident, w[0], f)
+
+
+def test_finalize_gives_back_a_future_made_by_hand(w: list[int]) -> None:
+    f = Future()
+    rrid = remoteref_id(f)
+    assert rrid in distpool.debug.refs()
+    finalize(f)
+    wait_until(lambda: rrid not in distpool.debug.refs())
+
+
+def test_a_future_that_is_finalized_here_goes_on_for_others(w: list[int]) -> None:
+    f, go = Future(), RemoteChannel()
+    other = remotecall(lambda g, go: (go.take(), put(g, 1), fetch(g))[-1], w[0], f, go)
+    wait_until(lambda: w[0] in distpool.debug.refs().get(remoteref_id(f), ()))
+    finalize(f)
+    go.put(None)
+    assert fetch(other) == 1
+
+
+def test_verbs_of_what_has_none_are_type_errors() -> None:
+    """Seen: AttributeError, which does not say that the argument is to blame."""
+    for verb in (isready, wait, finalize, distpool.take, lambda x: put(x, 1)):
+        with pytest.raises(TypeError, match="int"):
+            verb(3)
+
+
+def test_the_repr_says_how_the_call_ended(w: list[int]) -> None:
+    """Seen: "raised an error" of every value that is here or at its owner."""
+    for pid in both(w):
+        f = remotecall(ident, pid, 1)
+        wait(f)
+        assert "returned a value" in repr(f)
+        failed = remotecall(boom, pid)
+        wait_until(failed.done)
+        assert "raised an error" in repr(failed)
+
+
+def test_the_first_exception_is_not_the_first_value(w: list[int]) -> None:
+    """Seen: a value that is still at its owner passed for an exception, so `wait` came back at the first one."""
+    first, second = RemoteChannel(), RemoteChannel()
+    quick, slow = remotecall(first.take, w[0]), remotecall(second.take, w[1])
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(wait_all, [quick, slow], 30, "FIRST_EXCEPTION")
+        wait_until(lambda: quick._waiters and slow._waiters)
+        first.put(1)
+        wait_until(quick.done)
+        assert not waiting.done()
+        second.put(2)
+        done, left = waiting.result(30)
+    assert done == {quick, slow} and not left
