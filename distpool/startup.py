@@ -102,7 +102,7 @@ def become_worker(
         os.dup2(output, 2)
         os.close(output)
         arm_lifeline(lifeline)
-        _set_environment(settings["env"])
+        _set_environment(_as_wrapped(settings["env"], settings.get("given")))
         prepare(settings, own_path)
         code = run(listener, settings)
     except BaseException:
@@ -234,6 +234,15 @@ def _forget_directories() -> None:
         invalidate = getattr(finder, "invalidate_caches", None)
         if invalidate is not None:
             invalidate()
+
+
+def _as_wrapped(wanted: dict[str, str], given: dict[str, str] | None) -> dict[str, str]:
+    """With what the user's command (`env A=1 python`, a script) has changed of the environment that it was `given`: it
+    ran once, for the zygote, and not for each worker."""
+    if given is None:
+        return wanted
+    changed = {name: value for name, value in os.environ.items() if given.get(name) != value}
+    return {name: value for name, value in wanted.items() if name in os.environ or name not in given} | changed
 
 
 def _set_environment(wanted: dict[str, str]) -> None:

@@ -71,6 +71,7 @@ class ForkServer:
         # Held while reading: by the leader, or by the thread that closes. Never together with a wait.
         self._reading = threading.Lock()
         self._process, self._control, self._startup = started.process, started.control, started.startup
+        self._given = started.given
         loop.register(self._startup, self._on_startup)
         loop.register(self._control, self._on_readable)
 
@@ -87,7 +88,8 @@ class ForkServer:
             number = next(self._ids)
             self._requests[number] = request
         try:
-            self._send({"id": number, "count": count, "settings": {**spec.settings(), "env": spec.env}}, deadline)
+            settings = {**spec.settings(), "env": spec.env, "given": self._given}
+            self._send({"id": number, "count": count, "settings": settings}, deadline)
             meanwhile()
             for _ in range(count):
                 try:

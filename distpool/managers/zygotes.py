@@ -35,11 +35,13 @@ class ZygoteProcess:
     """A zygote that has been started, and our ends of its channels. OSError: it cannot be started.
 
     `control`: socket for requests. `startup`: read end of the pipe for what it prints before it serves. Both do not
-    block. They belong to whoever takes the object (`ForkServer`), unless it is discarded.
+    block. They belong to whoever takes the object (`ForkServer`), unless it is discarded. `given`: the environment that
+    a command of the user's was started with, which it may have changed for its workers.
     """
 
     def __init__(self, spec: LaunchSpec) -> None:
         self.key = key_of(spec)
+        self.given = spec.env if spec.own_path else None
         self.control, theirs = socket.socketpair()
         try:
             self.startup, output = os.pipe()

@@ -197,6 +197,21 @@ def test_C208_exename_and_exeflags() -> None:
     assert flags == (1, 1, True)
 
 
+def test_C208_a_command_may_set_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen: forked workers got the environment of this program in place of what `env`, or a script, had made of it."""
+    monkeypatch.setenv("PROBE_GONE", "1")
+    script = tmp_path / "wrapped"
+    script.write_text(f'#!/bin/sh\nunset PROBE_GONE\nPROBE_SET="$PROBE_WISH 2" exec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    (pid,) = addprocs(1, exename=["env", "PROBE_SET=1", sys.executable], env={"PROBE_WISH": "w"})
+    assert [remotecall_fetch(environ, pid, f"PROBE_{name}") for name in ("SET", "GONE", "WISH")] == ["1", "1", "w"]
+    monkeypatch.setenv("PROBE_LATER", "1")
+    pids = addprocs(2, exename=str(script), env={"PROBE_WISH": "w"})
+    for pid in pids:
+        found = [remotecall_fetch(environ, pid, f"PROBE_{name}") for name in ("SET", "GONE", "WISH", "LATER")]
+        assert found == ["w 2", None, "w", "1"]
+
+
 def test_dir(tmp_path: Path) -> None:
     (pid,) = addprocs(1, dir=tmp_path)
     assert remotecall_fetch(os.getcwd, pid) == str(tmp_path)
