@@ -75,7 +75,8 @@ def run(program: Program, machines: int | Sequence[Any] | Path | None, options: 
     Example: `run(Program("script", "job.py", []), 4, {})`
     """
     if program.kind == "script" and not os.path.exists(program.target):
-        return _complain(f"can't open file {program.target!r}: no such file")
+        _complain(f"can't open file {program.target!r}: no such file")
+        return 2  # as python does
     program.announce()
     if machines is not None:
         try:

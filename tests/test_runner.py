@@ -143,7 +143,7 @@ def test_bad_usage(tmp_path: Path) -> None:
         done = run(*arguments)
         assert done.returncode == 2 and message in done.stderr, done.stderr
     done = run("-p", 1, tmp_path / "nothing.py")
-    assert done.returncode == 1 and "no such file" in done.stderr
+    assert done.returncode == 2 and "no such file" in done.stderr
     done = run("-p", 1, "-o", "foo=1", "-c", "")
     assert done.returncode == 1 and done.stderr == "distpool: Invalid keyword argument foo\n"
 
