@@ -200,8 +200,27 @@ if TYPE_CHECKING:
         """See `_make_bound_channel_closed`."""
 
 
+def _process_module() -> Any:
+    """`concurrent.futures.process`, also when the interpreter is ending: a thread, or an `atexit` hook, that makes the
+    first call of the program. The module wants to register a hook then, which is too late, and has nothing to end."""
+    try:
+        from concurrent.futures import process
+    except RuntimeError:
+        import threading
+
+        hooks: Any = threading
+        register = hooks._register_atexit
+        hooks._register_atexit = lambda *_: None
+        try:
+            from concurrent.futures import process
+        finally:
+            hooks._register_atexit = register
+    return process
+
+
 def _make_process_exited() -> type:
     """Build the class; `concurrent.futures.process` is imported here and not before."""
+    _process_module()
     from concurrent.futures.process import BrokenProcessPool
 
     class ProcessExitedException(DistpoolError, BrokenProcessPool):
@@ -266,8 +285,7 @@ def __getattr__(name: str) -> Any:
     elif name == "BoundChannelClosed":
         made = _make_bound_channel_closed()
     elif name in ("BrokenProcessPool", "remote_traceback"):
-        from concurrent.futures import process
-
+        process = _process_module()
         made = process.BrokenProcessPool if name == "BrokenProcessPool" else process._RemoteTraceback
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

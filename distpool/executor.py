@@ -188,7 +188,7 @@ class ClusterExecutor(Submitter):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """No new calls; pending ones are completed (or cancelled, if they have not started). Waits for the end of the
-        workers unless `wait` is false. May be called again.
+        workers and of the futures' callbacks, unless `wait` is false. May be called again.
         """
         crew = self._crew
         first, self._shutdown, self._shutdown_thread = not self._shutdown, True, True
@@ -202,6 +202,7 @@ class ClusterExecutor(Submitter):
         crew.node.loop.call_soon(crew.scheduler.check_done)
         if wait:
             crew.wait()
+            crew.scheduler.deliveries.wait()
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         """As `shutdown()`; but an interrupted program does not wait for its calls: what waits is dropped, what runs is

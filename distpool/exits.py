@@ -88,3 +88,6 @@ def _at_exit(node: Node) -> None:
         else:
             node.loop.call_soon(crew.scheduler.check_done)
             crew.wait()
+    if not interrupted:
+        for deliveries in list(node.delivering):
+            deliveries.wait()

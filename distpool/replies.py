@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from distpool import errors
 from distpool.calls import _node, _Reply, _run_here, _send
 from distpool.refs import gc
 from distpool.refs.ahead import settle_puts
@@ -72,12 +73,10 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], p
 def note_traceback(error: BaseException) -> None:
     """Give an error of this process the text of its traceback as `__cause__`, as errors from elsewhere have it."""
     import traceback
-    from concurrent.futures.process import _RemoteTraceback
 
-    remote_traceback: Any = _RemoteTraceback
     if error.__cause__ is None:
         text = "".join(traceback.format_exception(error))
-        BaseException.__setattr__(error, "__cause__", remote_traceback(f'\n"""\n{text}"""'))
+        BaseException.__setattr__(error, "__cause__", errors.remote_traceback(f'\n"""\n{text}"""'))
 
 
 __all__ = ["note_traceback", "request"]

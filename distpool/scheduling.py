@@ -26,6 +26,7 @@ from typing import Any
 from distpool import config
 from distpool.logs import Log
 from distpool.mapruns import MapRun
+from distpool.node.deliveries import Deliveries
 from distpool.node.node import Node, existing
 from distpool.recalls import Recalls, withdraw
 from distpool.reclaim import Reclaims
@@ -49,6 +50,7 @@ class Scheduler:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.loop = node.loop
+        self.deliveries = Deliveries(node)
         self.slots: dict[int, Slot] = {}  # pid -> worker that may run calls; changed on the leader
         self.closing = False  # no new calls; workers go when everything is done
         self.failure: Callable[[], BaseException] | None = None  # broken: every call fails with this
@@ -277,7 +279,7 @@ class Scheduler:
 
     def deliver(self, future: Any) -> None:
         """Run the future's callbacks on a library thread."""
-        self.node.deliver(future._run_callbacks)
+        self.deliveries.run(future._run_callbacks)
 
     def _after_results(self, slot: Slot) -> None:
         self._has_room = True

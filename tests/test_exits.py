@@ -51,6 +51,63 @@ def test_callbacks_of_pending_work_run() -> None:
     assert sorted(done.stdout.split()) == ["0", "1", "16", "4", "9"] and done.stderr == ""
 
 
+@pytest.mark.parametrize("end", ["", "ex.shutdown()", "ex.shutdown(wait=False)", "with ex: pass"])
+def test_callbacks_are_waited_for(end: str) -> None:
+    """As with the standard library, whose threads run them. Seen: the program was gone in the midst of them."""
+    done = run(f"""
+        import threading, distpool
+        begun, go = threading.Event(), threading.Event()
+        def callback(future):
+            begun.set()
+            go.wait(30)
+            print(future.result())
+        ex = distpool.ClusterExecutor(1)
+        ex.submit(pow, 7, 2).add_done_callback(callback)
+        begun.wait()
+        threading.Timer(1, go.set).start()
+        {end}
+        print("end")
+    """)
+    assert done.stderr == ""
+    assert done.stdout.split() == (["49", "end"] if end in ("ex.shutdown()", "with ex: pass") else ["end", "49"])
+
+
+def test_a_callback_may_shut_its_executor_down() -> None:
+    done = run("""
+        import distpool
+        def callback(future):
+            ex.shutdown()
+            print(future.result())
+        ex = distpool.ClusterExecutor(1)
+        ex.submit(pow, 7, 2).add_done_callback(callback)
+    """)
+    assert (done.stdout, done.stderr) == ("49\n", "")
+
+
+def test_the_first_error_of_a_program_may_come_at_its_end() -> None:
+    """Seen: `concurrent.futures.process` cannot be loaded then, so the callback had an error of its own."""
+    done = run("""
+        import time, distpool
+        ex = distpool.ClusterExecutor(1)
+        ex.submit(lambda: (time.sleep(0.3), 1 / 0)).add_done_callback(lambda future: print(repr(future.exception())))
+    """)
+    assert (done.stdout, done.stderr) == ("ZeroDivisionError('division by zero')\n", "")
+
+
+@pytest.mark.parametrize("way", ["atexit.register(call)", "threading.Thread(target=call).start()"])
+def test_the_first_call_of_a_program_may_come_at_its_end(way: str) -> None:
+    done = run(f"""
+        import atexit, threading, distpool
+        (pid,) = distpool.addprocs(1)
+        def call():
+            if threading.current_thread() is not threading.main_thread():
+                threading.main_thread().join()
+            print(distpool.remotecall_fetch(pow, pid, 7, 2))
+        {way}
+    """)
+    assert (done.stdout, done.stderr) == ("49\n", "")
+
+
 def test_output_of_workers_appears() -> None:
     done = run("""
         import distpool

@@ -43,6 +43,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
             "node.observe",
             "node.output",
             "node.threads",
+            "node.deliveries",
         ),
         *("node.peers", "node.node", "node.reach", "node.bulk"),
         *("node.member", "node.group"),

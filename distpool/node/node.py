@@ -74,6 +74,7 @@ class Node:
         self.tracer: Any = None  # master: of a running `trace()`
         self.offered: dict[str, Any] = {}  # master: archives that workers may ask for (shipping)
         self.crews: set[Any] = set()  # master: the workers of living executors
+        self.delivering: set[Any] = set()  # `Deliveries` of executors whose callbacks run
         self.loop.held.append(lambda: any(crew.scheduler.lock._is_owned() for crew in list(self.crews)))
         self.exports: Any = None  # executors that tasks know by key (nested)
         self.requests: Any = None  # workers: calls submitted through handles (nested)

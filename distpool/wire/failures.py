@@ -15,6 +15,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+from distpool import errors
 from distpool.errors import CapturedException, DistpoolError, RemoteException
 from distpool.wire import codec
 
@@ -88,7 +89,7 @@ def decode_exception(data: Any, pid: int = 0, cause: Callable[[str], BaseExcepti
     if exc is None:
         return RemoteException(pid, _not_rebuilt(info, reason))
     if cause is None:
-        from concurrent.futures.process import _RemoteTraceback as cause  # type: ignore[assignment]
+        cause = errors.remote_traceback
     assert cause is not None
     # Not `exc.__cause__ = ...`: the class may have a __setattr__ of its own (frozen dataclasses have).
     BaseException.__setattr__(exc, "__cause__", cause(f'\n"""\n{info.traceback}"""'))
