@@ -23,14 +23,21 @@ class Log:
             import logging
         except (ImportError, OSError):  # no descriptor or no memory left: what was to be logged is worse than no log
             return _nothing
-        top = logging.getLogger("distpool")
-        if not top.handlers:
-            top.addHandler(logging.NullHandler())  # a library does not print unless the program says where to
+        be_quiet()
         return getattr(logging.getLogger(self._name), method)
+
+
+def be_quiet() -> None:
+    """A library does not print unless the program says where to. For loggers below ours that others write to, too."""
+    import logging
+
+    top = logging.getLogger("distpool")
+    if not top.handlers:
+        top.addHandler(logging.NullHandler())
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """In place of a logger's method."""
 
 
-__all__ = ["Log"]
+__all__ = ["Log", "be_quiet"]

@@ -23,7 +23,7 @@ from typing import Any
 import paramiko
 
 from distpool import config
-from distpool.logs import Log
+from distpool.logs import Log, be_quiet
 from distpool.managers.specs import split_spec
 from distpool.managers.ssh_client import LoginError
 from distpool.managers.ssh_config import Config, Target
@@ -148,6 +148,7 @@ def _proxy(target: Target, opened: list[Any]) -> socket.socket:
 def _start(target: Target, sock: Any, deadline: float) -> paramiko.Transport:
     """Key exchange."""
     transport = paramiko.Transport(sock)
+    be_quiet()
     transport.set_log_channel(_LOG_CHANNEL)
     transport.use_compression(target.compress)
     left = max(0.1, deadline - time.monotonic())

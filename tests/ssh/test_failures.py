@@ -299,3 +299,18 @@ def test_each_host_has_a_deadline_of_its_own(server: Server, ssh: Any) -> None:
             distpool.addprocs([*dead, "host1"], **options(server, ssh, max_parallel=2, timeout=3))
     assert len(info.value.exceptions) == 4 and len(distpool.workers()) == 1
     rmprocs(distpool.workers())
+
+
+def test_what_paramiko_logs_is_not_printed() -> None:
+    """Seen: the traceback of its thread on stderr, in programs of which distpool itself had not logged anything."""
+    source = """if True:
+        import socket, threading, distpool
+        listener = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True).start()
+        try:
+            distpool.addprocs([f"127.0.0.1:{listener.getsockname()[1]}"], timeout=10)
+        except distpool.CompositeException as error:
+            print("does not talk SSH" in str(error))
+    """
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
