@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+from distpool import config
 from distpool.errors import CapturedException, ProcessExitedException, RemoteException
 from distpool.node import node as nodes
 from distpool.node import reach
@@ -81,6 +82,8 @@ def note_started(node: Node, future: Any) -> None:
 def start(f: Callable[..., Any], where: Where, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[Any]:
     """As `remotecall`, for the library's own calls: no `sync()` block waits for them."""
     check_callable(f)
+    if type(where) is not int:
+        where = config.as_int(where)
     if not isinstance(where, int):
         return _remotecall_somewhere(f, where, args, kwargs)
     node = _node()
@@ -111,6 +114,8 @@ def remotecall_fetch(f: Callable[..., Any], where: Where, /, *args: Any, **kwarg
     To oneself the call runs inline, and nothing is copied. Example: `remotecall_fetch(os.getpid, 2)`
     """
     check_callable(f)
+    if type(where) is not int:
+        where = config.as_int(where)
     if not isinstance(where, int):
         return _fetch_somewhere(f, where, args, kwargs)
     node = _node()
@@ -157,6 +162,8 @@ def remote_do(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any)
     Example: `remote_do(print, 2, "hello")`
     """
     check_callable(f)
+    if type(where) is not int:
+        where = config.as_int(where)
     if not isinstance(where, int):
         _remotecall_somewhere(f, where, args, kwargs, do=True)
         return

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from distpool import exits
+from distpool import config, exits
 from distpool.adding import Adding, close_launcher
 from distpool.hosts import check_options, manager_for
 from distpool.logs import Log
@@ -234,10 +234,10 @@ def interrupt(*pids: int | Iterable[int]) -> None:
 def _flat(pids: Iterable[Any]) -> list[int]:
     """Ints and iterables of ints as one list without repetitions; TypeError for anything else."""
     found: dict[int, None] = {}
-    for entry in pids:
+    for entry in map(config.as_int, pids):
         if isinstance(entry, bool) or (not isinstance(entry, int) and not isinstance(entry, Iterable)):
             raise TypeError(f"a pid is an int, not {type(entry).__name__}")
-        for pid in [entry] if isinstance(entry, int) else list(entry):
+        for pid in [entry] if isinstance(entry, int) else map(config.as_int, entry):
             if isinstance(pid, bool) or not isinstance(pid, int):
                 raise TypeError(f"a pid is an int, not {type(pid).__name__}")
             found[pid] = None

@@ -6,7 +6,9 @@ handed on to workers.
 
 from __future__ import annotations
 
+import operator
 import os
+from typing import Any
 
 #: Buffers of at least this many bytes travel beside the pickle (protocol 5, out of band).
 OUT_OF_BAND = 256 * 1024
@@ -41,6 +43,16 @@ OUTPUT_LINES = 20
 #: that has rested for so many seconds.
 PRELOAD = ("cloudpickle", "multiprocessing", "encodings.ascii", "distpool.wire.byvalue", "traceback", "logging")
 REST_SECONDS = 0.05
+
+
+def as_int(value: Any) -> Any:
+    """The int that `value` says it is (numpy's have `__index__`); anything else, a bool too, as it is."""
+    if isinstance(value, int | str) or not hasattr(value, "__index__"):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:  # an array
+        return value
 
 
 def worker_timeout() -> float:

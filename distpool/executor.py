@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from distpool import config
 from distpool.managers import zygotes
 from distpool.submitter import Submitter
 
@@ -158,6 +159,7 @@ class ClusterExecutor(Submitter):
 
         Example: `ex.scale(16)`
         """
+        n = config.as_int(n)
         if isinstance(n, bool) or not isinstance(n, int):
             raise TypeError(f"the number of workers must be an int, not {type(n).__name__}")
         if n <= 0:

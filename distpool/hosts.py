@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from distpool import config
 from distpool.fields import Fields
 from distpool.managers.base import ClusterManager
 from distpool.managers.local import LocalManager
@@ -45,8 +46,7 @@ def manager_for(machines: Any, options: dict[str, Any]) -> ClusterManager:
     """The manager of `addprocs`. TypeError, ValueError: that is nothing to start workers on."""
     if isinstance(machines, ClusterManager):
         return machines
-    if machines is None:
-        machines = usable_cpus()
+    machines = usable_cpus() if machines is None else config.as_int(machines)
     if isinstance(machines, int):
         return LocalManager(machines, options.get("restrict", True))
     if isinstance(machines, os.PathLike):
@@ -72,6 +72,7 @@ def ssh_manager(machines: list[Any]) -> ClusterManager:
 
 def plan_for(hosts: Any, max_workers: int | None, options: dict[str, Any]) -> Plan:
     """The plan for these arguments; ValueError and TypeError with the standard library's texts."""
+    hosts, max_workers = config.as_int(hosts), config.as_int(max_workers)
     if max_workers is not None:
         check_count(max_workers)
     if callable(getattr(hosts, "prepare", None)):

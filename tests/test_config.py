@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Any
 
 import pytest
 
@@ -62,3 +63,24 @@ def test_limits_are_in_order() -> None:
     assert 0 < config.MAX_BEFORE_AUTH < config.READ_SIZE < config.MAX_CONTROL < config.MAX_BODY
     assert 0 < config.GRACE < 1 and 0 < config.WINDOW_SECONDS < 1 and 0 < config.FLUSH_SECONDS < 1
     assert config.OUT_OF_BAND > 0 and config.JOURNAL_SIZE % 4096 == 0
+
+
+class Index:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __index__(self) -> Any:
+        return self.value
+
+
+ARRAY = Index(None)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(3, 3), (True, True), ("3", "3"), (None, None), (2.0, 2.0), (Index(4), 4), (ARRAY, ARRAY), ([1], [1])],
+)
+def test_what_says_that_it_is_an_int(given: Any, expected: Any) -> None:
+    """numpy's integers do, and so, in vain, do its arrays."""
+    found = config.as_int(given)
+    assert found == expected and type(found) is type(expected)

@@ -29,6 +29,7 @@ class LocalManager(ClusterManager):
     """
 
     def __init__(self, n: int, restrict: bool = True) -> None:
+        n = config.as_int(n)
         if isinstance(n, bool) or not isinstance(n, int):
             raise TypeError(f"the number of workers must be an int, not {type(n).__name__}")
         if n < 0:

@@ -287,3 +287,30 @@ def test_C267_threads_on_two_workers(w: list[int]) -> None:
             put_ = remotecall(putter, one, channel)
             taken.wait(60)
             put_.wait(60)
+
+
+class Number:
+    """As numpy's integers: no int, but it says that it is one; and it has `take` and `put`, as pools have."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+    def take(self) -> int:
+        raise AssertionError("it is no pool")
+
+    put = take
+
+
+def test_counts_and_pids_of_other_libraries() -> None:
+    pids = distpool.addprocs(Number(1))  # type: ignore[arg-type]
+    pid: Any = Number(pids[0])
+    assert remotecall_fetch(abs, pid, -3) == remotecall(abs, pid, -3).result(20) == 3
+    distpool.remote_do(abs, pid, -3)
+    distpool.interrupt([pid])
+    distpool.rmprocs(pid)
+    with distpool.ClusterExecutor(Number(2), max_workers=Number(2)) as executor:  # type: ignore[arg-type]
+        executor.scale(Number(1))  # type: ignore[arg-type]
+        assert executor.submit(abs, -1).result(20) == 1
