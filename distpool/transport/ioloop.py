@@ -38,7 +38,7 @@ from distpool.transport import polling
 log = Log("ioloop")
 _SIGINT = 2
 _MAX_CRASHES = 10  # of the I/O thread itself: a poller that is broken for good must not spin
-#: RuntimeError of whoever would wait for ever; see `IoLoop.may_wait`.
+#: RuntimeError of whoever would wait for ever; see `IoLoop.check_wait`.
 ON_LEADER = (
     "a finalizer or signal handler cannot wait here: it runs in the middle of something that has to end before anything"
     " can be received"
