@@ -34,10 +34,13 @@ def choose() -> str:
 
 
 def _usual() -> str:
-    """The directory for temporary files, as `tempfile` finds it: but that takes 5 ms to load, so it is asked only if
-    it is there already, or if the first place that it would look at is none."""
+    """The directory for temporary files, as `tempfile` finds it. It is asked only if it knows already, or if the first
+    place that it would look at is none: to load it takes 5 ms, and it tries that place with a file, which stays there
+    if the program is killed just then.
+    """
     wanted = next((found for found in map(os.environ.get, ("TMPDIR", "TEMP", "TMP")) if found), "/tmp")
-    if "tempfile" not in sys.modules and os.path.isdir(wanted) and os.access(wanted, os.W_OK | os.X_OK):
+    known = getattr(sys.modules.get("tempfile"), "tempdir", None)
+    if known is None and os.path.isdir(wanted) and os.access(wanted, os.W_OK | os.X_OK):
         return os.path.abspath(wanted)
     import tempfile
 

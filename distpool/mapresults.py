@@ -23,7 +23,9 @@ class _Reader:
         self.run = run
 
     def __del__(self) -> None:
-        self.run.disown()
+        run = self.__dict__.get("run")
+        if run is not None:  # else Ctrl-C came first
+            run.disown()
 
 
 def fed_results(run: MapRun, deadline: float | None, chunked: bool) -> Iterator[Any]:

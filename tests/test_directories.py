@@ -82,6 +82,23 @@ def test_the_usual_place_is_that_of_tempfile_and_found_without_it(tmp_path: Path
         subprocess.run([sys.executable, "-c", source], check=True, timeout=60, env={**os.environ, **env})
 
 
+def test_tempfile_that_is_loaded_is_asked_only_for_what_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would try the place with a file, and a program that is killed just then leaves that behind."""
+
+    def tried() -> str:
+        raise AssertionError("it looks for a place")
+
+    monkeypatch.setattr(tempfile, "gettempdir", tried)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert directories._usual() == str(tmp_path)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/tmp")
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    assert directories._usual() == "/tmp", "what the program has set"
+
+
 def test_a_usual_place_that_is_not_there(tmp_path: Path) -> None:
     source = "from distpool import directories; print(directories.choose())"
     env = {**os.environ, "TMPDIR": str(tmp_path / "gone")}

@@ -46,6 +46,7 @@ class Handle:
     __slots__ = ("__weakref__", "_refs", "held", "rrid", "where")
 
     def __init__(self, refs: Refs, rrid: RRID, where: int, held: int) -> None:
+        self.held = 0  # Ctrl-C may come before the last line
         self._refs = refs
         self.rrid = rrid
         self.where = where
