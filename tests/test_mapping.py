@@ -1,4 +1,4 @@
-"""`pmap`, `pgenerate`, `ExponentialBackOff`: the rules one by one (the combinations are in test_pmap_options)."""
+"""`pmap` and `pgenerate`: the rules one by one (the combinations are in test_pmap_options)."""
 
 from __future__ import annotations
 
@@ -635,37 +635,3 @@ def test_progress_counts_elements(mapped: Map, tmp_path: Path) -> None:
     assert [(bar.total, bar.count, bar.closed) for bar in bars[:2]] == [(30, 30, 1), (None, 10, 1)]
     assert (bars[2].total, bars[2].closed) == (10, 1)
     assert bars[2].count < 10
-
-
-def test_back_off() -> None:
-    delays = ExponentialBackOff(6, first_delay=1.0, max_delay=60.0, factor=2.0, jitter=0.1)
-    first, second = list(delays), list(delays)
-    assert len(delays) == len(first) == 6
-    assert first[0] == 1.0
-    assert all(1.8 * a <= b <= 2.2 * a for a, b in itertools.pairwise(first))
-    assert first != second  # drawn anew
-    assert list(ExponentialBackOff(4, 1, 3, 2, 0)) == [1, 2, 3, 3]
-    assert list(ExponentialBackOff(2, first_delay=5, max_delay=1)) == [1, 1]
-    assert list(ExponentialBackOff(0)) == []
-    assert list(ExponentialBackOff(1)) == [0.05]
-    assert "3" in repr(ExponentialBackOff(3))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        ({"n": -1}, ValueError),
-        ({"n": 1, "first_delay": -1}, ValueError),
-        ({"n": 1, "max_delay": -1}, ValueError),
-        ({"n": 1, "factor": -1}, ValueError),
-        ({"n": 1, "jitter": -0.1}, ValueError),
-        ({"n": 1, "jitter": 1.5}, ValueError),
-        ({"n": 1, "factor": float("nan")}, ValueError),
-        ({"n": 1.5}, TypeError),
-        ({"n": "3"}, TypeError),
-        ({"n": 1, "factor": "2"}, TypeError),
-    ],
-)
-def test_back_off_checks(arguments: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error):
-        ExponentialBackOff(**arguments)
