@@ -51,7 +51,7 @@ def plot_trace(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Non
     with open(path, encoding="utf-8") as file:
         try:
             events, names = _read(json.load(file))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{os.fspath(path)} is not a trace file: {error}") from None
     picture = _draw(events, names)
     with open(out, "w", encoding="utf-8") as file:
@@ -71,6 +71,8 @@ def _read(document: Any) -> tuple[dict[tuple[int, int], list[_Bar]], dict[tuple[
             rows.setdefault((place[0], 0), [])
         elif entry["ph"] == "X":
             begin, duration = float(entry["ts"]), float(entry["dur"])
+            if not (math.isfinite(begin) and math.isfinite(duration)):
+                raise ValueError("a time must be a finite number")
             function = str(args.get("function", ""))
             detail = function if function and function != entry["name"] else ""
             status = str(args.get("status", "ok"))
@@ -84,7 +86,7 @@ def _read(document: Any) -> tuple[dict[tuple[int, int], list[_Bar]], dict[tuple[
 
 def _draw(rows: dict[tuple[int, int], list[_Bar]], names: dict[tuple[int, int], str], width: int = 1200) -> str:
     bars = [bar for row in rows.values() for bar in row]
-    end = max((bar.end for bar in bars), default=0.0) or 1.0
+    end = max([0.0, *(bar.end for bar in bars)]) or 1.0  # below 0: on a host whose clock is behind
     scale = (width - _LEFT - _RIGHT) / end
     totals: dict[str, list[float]] = {}
     for bar in bars:
