@@ -232,18 +232,23 @@ class _Threads:
 
     def __init__(self, function: Callable[..., Any], limit: int) -> None:
         self._function = function
-        self._left = limit  # threads that may still be started; used by the submitting thread
+        self._limit = limit
+        self._count = 0  # threads that were started; used by the submitting thread
         self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._ended = False
 
     def submit(self, *arguments: Any) -> concurrent.futures.Future[Any]:
+        if not self._idle.acquire(blocking=False) and self._count < self._limit:
+            number = next(_thread_numbers)
+            try:
+                threading.Thread(target=self._serve, name=f"distpool-pmap-{number}", daemon=True).start()
+                self._count += 1
+            except RuntimeError:  # the system refuses another one: those that are there will do it
+                if not self._count:
+                    raise
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._waiting.put((future, arguments))
-        if not self._idle.acquire(blocking=False) and self._left > 0:
-            self._left -= 1
-            number = next(_thread_numbers)
-            threading.Thread(target=self._serve, name=f"distpool-pmap-{number}", daemon=True).start()
         return future
 
     def end(self) -> None:
