@@ -60,13 +60,15 @@ def _fed_elements(reader: _Reader, deadline: float | None) -> Iterator[Any]:
         while index < run.fed:
             if index not in results and not run.wait_for(index, deadline):
                 raise TimeoutError
-            entry = take(index)
-            if type(entry) is Many:
-                index += entry.length
-                yield from _popping(entry.values())
-            else:
+            if type(results[index]) is Many:
+                many = take(index)
+                values = many.values()
+                index += many.length
+                del many
+                yield from _popping(values)
+            else:  # without a variable for the entry: a large value lies in its buffers
                 index += 1
-                yield open_entry(entry)
+                yield open_entry(take(index - 1))
     finally:
         run.close()
 
