@@ -12,7 +12,7 @@ from distpool.work import Policy
 
 def test_nothing_needs_no_treatment() -> None:
     assert make_policy(None) is None
-    assert make_policy(Policy(timeout=3), timeout=None) is None
+    assert make_policy(Policy(timeout=3, retries=1), timeout=None, retries=0) is None
     assert make_policy(Policy(), retries=0, pids=None, keep=False, label=None) is None
 
 

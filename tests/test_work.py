@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from fakes import Office
 
-from distpool.policy import make_policy
 from distpool.wire import codec, messages
 from distpool.work import Call, Policy, is_plain, plain_record, release_all
 
@@ -42,40 +41,6 @@ def test_plain() -> None:
     assert Policy().plain and Policy(label="x").plain
     for policy in (Policy(timeout=1), Policy(retries=1), Policy(pids=frozenset([2]))):
         assert not policy.plain
-
-
-def test_make_policy() -> None:
-    assert make_policy(None) is None
-    assert make_policy(None, timeout=None, retries=0) is None
-    base = make_policy(None, timeout=5, retries=1)
-    assert base == Policy(timeout=5, retries=1)
-    assert make_policy(base, timeout=None) == Policy(retries=1)
-    assert make_policy(base, timeout=None, retries=0) is None
-    assert make_policy(None, retry_delays=[0, 1]) == Policy(retries=2, retry_delays=(0.0, 1.0))
-    assert make_policy(None, retry_delays=[0, 1], retries=1) == Policy(retries=1, retry_delays=(0.0, 1.0))
-    assert make_policy(None, pids=3) == make_policy(None, pids=[3, 3]) == Policy(pids=frozenset([3]))
-
-
-@pytest.mark.parametrize(
-    "options, error",
-    [
-        ({"timeout": 0}, ValueError),
-        ({"timeout": -1.5}, ValueError),
-        ({"timeout": "1"}, TypeError),
-        ({"timeout": True}, TypeError),
-        ({"retries": -1}, ValueError),
-        ({"retries": 1.0}, TypeError),
-        ({"retries": True}, TypeError),
-        ({"retry_check": 3}, TypeError),
-        ({"retry_delays": 3}, TypeError),
-        ({"retry_delays": ["x"]}, (TypeError, ValueError)),
-        ({"pids": 2.5}, TypeError),
-        ({"nonsense": 1}, TypeError),
-    ],
-)
-def test_make_policy_checks(options: dict[str, Any], error: Any) -> None:
-    with pytest.raises(error):
-        make_policy(None, **options)
 
 
 class Buffer:
