@@ -1,0 +1,139 @@
+"""Workers as libraries see them that look into `_processes` and `_pool`."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fakes import PATIENCE
+
+from distpool.node import node as nodes
+from distpool.node.group import State
+from distpool.shown import ShownProcess
+
+
+class Handle:
+    """A process of this machine."""
+
+    def __init__(self) -> None:
+        self.exited = False
+        self.signals: list[int] = []
+        self.callbacks: list[Any] = []
+        self.watched = threading.Event()
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        self.signals.append(signum)
+
+    def add_exit_callback(self, callback: Any) -> None:
+        if self.exited:
+            callback(0)
+        self.callbacks.append(callback)
+        self.watched.set()
+
+    def end(self) -> None:
+        self.exited = True
+        for callback in self.callbacks:
+            callback(0)
+
+
+class Member:
+    def __init__(self, process: Handle | None = None, is_worker: bool = True) -> None:
+        self.ospid = 4711
+        self.process = process
+        self.is_worker = is_worker
+        self.state = State.READY
+        self.exitcode: int | None = None
+        self.killed = 0
+        self.group: Any = SimpleNamespace(node=nodes.current(), gone_watchers=[])
+
+    def kill(self, reason: str = "") -> None:
+        self.killed += 1
+
+    def gone(self) -> None:
+        """Leader: as the group tells it."""
+        self.state = State.GONE
+        for watcher in list(self.group.gone_watchers):
+            watcher(self)
+
+
+def shown(member: Member) -> ShownProcess:
+    return ShownProcess(member)
+
+
+def test_what_can_be_read() -> None:
+    member = Member(Handle())
+    process = shown(member)
+    assert (process.pid, process.exitcode) == (4711, None)
+    member.exitcode = -9
+    assert process.exitcode == -9
+
+
+def test_alive_is_the_process_if_there_is_one_else_the_member() -> None:
+    handle = Handle()
+    member = Member(handle)
+    assert shown(member).is_alive()
+    member.state = State.GONE  # its connection is, the process may still be ending
+    assert shown(member).is_alive()
+    handle.exited = True
+    assert not shown(member).is_alive()
+    member = Member()
+    assert shown(member).is_alive()
+    member.state = State.GONE
+    assert not shown(member).is_alive()
+
+
+def test_terminate_and_kill() -> None:
+    handle = Handle()
+    member = Member(handle)
+    shown(member).terminate()
+    assert handle.signals == [signal.SIGTERM] and not member.killed
+    shown(member).kill()
+    assert member.killed == 1
+    for other in (Member(), Member(Handle(), is_worker=False)):  # no process that is ours to send signals to
+        shown(other).terminate()
+        assert other.killed == 1 and (other.process is None or not other.process.signals)
+
+
+def test_join_waits_for_the_process() -> None:
+    handle = Handle()
+    process = shown(Member(handle))
+    process.join(0.001)
+    assert process.is_alive()
+    handle.watched.clear()
+    joined = threading.Thread(target=process.join)
+    joined.start()
+    assert handle.watched.wait(PATIENCE)
+    handle.end()
+    joined.join(PATIENCE)
+    assert not joined.is_alive()
+    process.join()  # it has ended already
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_join_without_a_process_waits_for_the_connection(before: bool) -> None:
+    member, another = Member(), Member()
+    watched = threading.Event()
+
+    class Watchers(list[Any]):
+        def append(self, watcher: Any) -> None:
+            super().append(watcher)
+            watched.set()
+
+    member.group.gone_watchers = Watchers()
+    if before:
+        member.state = State.GONE
+        shown(member).join(PATIENCE)
+    else:
+        joined = threading.Thread(target=shown(member).join)
+        joined.start()
+        assert watched.wait(PATIENCE)
+        for watcher in list(member.group.gone_watchers):
+            watcher(another)
+        assert joined.is_alive()
+        nodes.current().loop.call_soon(member.gone)
+        joined.join(PATIENCE)
+        assert not joined.is_alive()
+    assert not member.group.gone_watchers
