@@ -1,4 +1,4 @@
-"""What `DistPool`'s methods return, the order of callbacks, and the lazy input of `imap`."""
+"""What `DistPool`'s methods return, callbacks, and the lazy input of `imap`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from distpool import DistPool
-from distpool.pool_callbacks import Callbacks
 
 WORKERS = 2
 AHEAD = 8 * WORKERS
@@ -239,26 +238,6 @@ def test_a_callback_may_close_and_join() -> None:
     pool.apply_async(square, (2,), callback=finish)
     assert ended.wait(20)
     pool.join()
-
-
-def test_order_of_callbacks(pool: DistPool) -> None:
-    """`Callbacks` alone: in order, and a blocked one lets the others through."""
-    callbacks = Callbacks(pool._crew.scheduler)
-    said: queue.Queue[object] = queue.Queue()
-    gate = threading.Event()
-
-    def block() -> None:
-        callbacks.give_way()
-        gate.wait(20)
-        said.put("blocked")
-
-    callbacks.put(lambda: said.put(1))
-    callbacks.put(block)
-    for number in range(2, 50):
-        callbacks.put(lambda number=number: said.put(number))  # type: ignore[misc]
-    assert [said.get(timeout=20) for _ in range(49)] == list(range(1, 50))
-    gate.set()
-    assert said.get(timeout=20) == "blocked"
 
 
 # -- lazy maps --------------------------------------------------------------------------------------------------------
