@@ -67,21 +67,24 @@ class Feed:
     def _room(self) -> int:
         if self._unbounded:
             return 1 << 10
-        ahead = self._look_ahead()
-        room = ahead - (self.run.fed - self.delivered)
-        return room if room * 2 >= ahead else 0  # half a look-ahead at a time
+        return self._look_ahead() - (self.run.fed - self.delivered)
+
+    def _begins(self) -> bool:
+        """Whether there is room enough to begin, and nobody is taking any: the caller is who takes from now on."""
+        if self._source is None:
+            return False
+        room = self._room()
+        half = room > 0 and (self._unbounded or room * 2 >= self._look_ahead())  # half a look-ahead at a time
+        return half and self._taking.acquire(blocking=False)
 
     def go_on(self) -> None:
         """Take more input if there is room and nobody is taking any."""
-        if self._source is None or self._room() <= 0 or not self._taking.acquire(blocking=False):
+        if not self._begins():
             return
-        if not self._plain:
-            try:
-                self.run.scheduler.node.deliver(self._take)
-                return
-            except RuntimeError:  # no further thread can be started: take here
-                pass
-        self._take()
+        if self._plain:
+            self._take()
+        else:
+            self.run.scheduler.node.deliver(self._take)
 
     def _take(self) -> None:
         """Holding `_taking`: take until there is no more room."""
@@ -95,7 +98,7 @@ class Feed:
             finally:
                 self._taking.release()
             # Whoever found the lock taken has left: look again after the release, or nobody would.
-            if self._source is None or self._room() <= 0 or not self._taking.acquire(blocking=False):
+            if not self._begins():
                 return
 
     def _take_some(self, room: int) -> None:
