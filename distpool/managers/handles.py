@@ -50,10 +50,11 @@ class PopenHandle:
     def add_exit_callback(self, callback: Callable[[int | None], None]) -> None:
         """Call `callback(exitcode)` once: on the leader when the process ends, or now if it has ended."""
         with self._lock:
-            if not self.exited:
+            exited = self.exited  # the leader runs those that it finds here, and nobody else does
+            if not exited:
                 self._callbacks.append(callback)
                 watch, self._watched = not self._watched, True
-        if self.exited:
+        if exited:
             callback(self.exitcode)
         elif watch:
             self._watch()
