@@ -117,6 +117,7 @@ class Executed:
 
 def start(spec: LaunchSpec) -> _Starting:
     """Start one process and give it its settings. OSError: the interpreter does not exist, fork refused, ..."""
+    line = memoryview(json.dumps(spec.settings()).encode() + b"\n")
     opened: list[int] = []
     try:
         for _ in range(2):
@@ -136,7 +137,6 @@ def start(spec: LaunchSpec) -> _Starting:
     os.close(their_output)
     os.close(stdin)
     starting = _Starting(process, output, lifeline)
-    line = memoryview(json.dumps(spec.settings()).encode() + b"\n")
     try:
         while line:  # short, and the worker reads it first of all
             line = line[os.write(lifeline, line) :]
