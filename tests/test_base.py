@@ -1,8 +1,7 @@
-"""The interface of cluster managers, the record of a worker, and the header line."""
+"""The interface of cluster managers, and the header line of workers."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -34,14 +33,6 @@ from distpool.managers.record import WorkerConfig
 )
 def test_parse_header(line: str, expected: tuple[str, int] | None) -> None:
     assert parse_header(line) == expected
-
-
-def test_worker_config_has_the_fields_of_julia_all_none() -> None:
-    names = """io host port count exename exeflags userdata tunnel multiplex forward bind_addr sshflags max_parallel
-        connect_at process ospid environ ident connect_idents enable_threaded_blas"""
-    assert {field.name for field in dataclasses.fields(WorkerConfig)} == set(names.split())
-    assert set(dataclasses.asdict(WorkerConfig()).values()) == {None}
-    assert WorkerConfig(host="h", port=1) == WorkerConfig(host="h", port=1)
 
 
 def test_defaults_of_a_manager() -> None:
@@ -76,3 +67,28 @@ def test_a_manager_needs_only_launch() -> None:
             yield WorkerConfig(host=params["host"], port=9009)
 
     assert list(Mine().launch({"host": "a"})) == [WorkerConfig(host="a", port=9009)]
+
+
+def test_what_managers_need_not_say() -> None:
+    manager, error = ClusterManager(), OSError("x")
+    assert manager.check({"any": "thing"}) is None  # type: ignore[func-returns-value]
+    assert manager.unreachable(WorkerConfig(), error) is error
+    assert manager.sized(3) is None and list(manager.parts()) == [(manager, None)]
+    assert manager.close() is None and not manager.any_keyword  # type: ignore[func-returns-value]
+
+
+class Counted(ClusterManager):
+    def __init__(self, n: int = 7) -> None:
+        self.n = n
+
+
+@pytest.mark.parametrize("rest, n", [("", 7), ("3", 3), ("007", 7)])
+def test_from_url(rest: str, n: int) -> None:
+    made = Counted.from_url(rest)
+    assert type(made) is Counted and made.n == n
+
+
+@pytest.mark.parametrize("rest", ["0", "-1", "x", "1.5", " 1", "\N{ARABIC-INDIC DIGIT TWO}"])
+def test_from_url_takes_a_number_of_workers(rest: str) -> None:
+    with pytest.raises(ValueError, match="Counted takes a number of workers"):
+        Counted.from_url(rest)
