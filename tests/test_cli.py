@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 import distpool
-from distpool import cli, top
+from distpool import cli
 from distpool.joining import start_workers
 from distpool.managers.base import ClusterManager, parse_header
 from distpool.managers.record import WorkerConfig
@@ -329,14 +329,6 @@ def test_addresses_that_others_reach_are_refused(monkeypatch: pytest.MonkeyPatch
         node.top = former
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [("127.0.0.1:80", ("127.0.0.1", 80)), ("[::1]:80", ("::1", 80)), ("/tmp/x", "/tmp/x"), ("./x:1", "./x:1")],
-)
-def test_parse_address(text: str, expected: object) -> None:
-    assert top.parse_address(text) == expected
-
-
 def test_top_without_a_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["top", free_address(), "--once"]) == 1
     assert "DISTPOOL_TOP" in capsys.readouterr().err
@@ -360,33 +352,6 @@ def test_top_meets_something_else(capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["top", f"127.0.0.1:{server.getsockname()[1]}", "--once"]) == 1
         thread.join(10)
     assert capsys.readouterr().err.startswith("distpool: ")
-
-
-def row(**changes: Any) -> dict[str, Any]:
-    values = {
-        "pid": 2, "host": "node1", "ospid": 4711, "cpu": 99.7, "memory": 17_300_000, "done": 5, "failed": 1,
-        "bytes_in": 999, "bytes_out": 1_500, "running": "f", "since": 2.34, "queued": 3,
-    }  # fmt: skip
-    return {**values, **changes}
-
-
-def test_table() -> None:
-    text = top.table([row(), row(pid=10, cpu=None, memory=None, running=None, since=None)])
-    head, one, two = text.splitlines()
-    assert one.split() == "2 node1 4711 100 17.3 MB 5 1 3 999 B 1.5 kB 2.3 s f".split()
-    assert two.split() == "10 node1 4711 - - 5 1 3 999 B 1.5 kB - -".split()
-    assert head.index("running") == one.rindex("f")
-    assert "\x1b" not in top.table([row(running="\x1b[2Jevil\n", host="a\x07b")])
-    assert len(top.table([row(running="x" * 1000)]).splitlines()[1]) < 200
-    assert top.table([]).split()[0] == "pid"
-
-
-@pytest.mark.parametrize(
-    "count, text",
-    [(None, "-"), (0, "0 B"), (999, "999 B"), (1000, "1 kB"), (2_345_678, "2.35 MB"), (5 * 10**13, "50 TB")],
-)
-def test_sizes(count: int | None, text: str) -> None:
-    assert top.size(count) == text
 
 
 def test_answers_are_json_lines() -> None:
