@@ -125,6 +125,8 @@ class Starting:
     def terminate(self) -> None:
         """Nothing that could be ended yet."""
 
+    kill = terminate
+
     def join(self, timeout: float | None = None) -> None:
         """Nothing that could be waited for yet."""
 
