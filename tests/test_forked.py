@@ -32,6 +32,7 @@ class Zygote:
         self.control.setblocking(False)
         os.set_blocking(self.startup, False)
         self.process = self
+        self.given = {"FROM": "a command"}
         self.killed = threading.Event()
         self.returncode: int | None = None
         self.pids = itertools.count(100_000_000)  # nobody has such a process id
@@ -150,7 +151,11 @@ class Launch(threading.Thread):
 def test_an_order_and_its_workers(server: ForkServer, zygote: Zygote) -> None:
     first = Launch(server, 2)
     order = zygote.receive()
-    assert order["count"] == 2 and order["settings"] == {**spec(timeout=PATIENCE).settings(), "env": {"A": "b"}}
+    assert order["count"] == 2 and order["settings"] == {
+        **spec(timeout=PATIENCE).settings(),
+        "env": {"A": "b"},
+        "given": {"FROM": "a command"},
+    }
     assert not server.idle()
     pids = [zygote.born(order["id"]), zygote.born(order["id"], cut=3)]
     first.end()

@@ -15,7 +15,16 @@ from typing import Any
 import pytest
 from fakes import PATIENCE, FakeWorker, Office, fresh
 
-from distpool.mapresults import check_map, fed_results, future_results, map_by_futures, run_chunk, unordered_futures
+from distpool.mapresults import (
+    _Input,
+    check_map,
+    fed_results,
+    flattened,
+    future_results,
+    map_by_futures,
+    run_chunk,
+    unordered_futures,
+)
 from distpool.refs.refs import LOCAL_VALUE, Future, Outcome
 
 SOON = 0.01
@@ -168,9 +177,14 @@ def test_what_was_yielded_is_not_kept(office: Office, chunked: bool) -> None:
 # -- futures ---------------------------------------------------------------------------------------------------------
 
 
+def nothing() -> _Input:
+    """An input that has been taken."""
+    return _Input(iter(()))
+
+
 def test_futures_in_order_and_more_as_they_are_delivered() -> None:
     more = iter([done(3), done(4)])
-    results = future_results([done(1), done(2)], more, None)
+    results = future_results([done(1), done(2)], more, nothing(), None)
     assert next(results) == 1
     assert list(itertools.islice(results, 2)) == [2, 3]
     assert list(more) == [] and list(results) == [4]
@@ -178,7 +192,7 @@ def test_futures_in_order_and_more_as_they_are_delivered() -> None:
 
 def test_futures_that_are_left_are_cancelled() -> None:
     waiting: list[Future[Any]] = [Future(), Future()]
-    results = future_results([done(1), done(OSError("x")), *waiting], iter(()), None)
+    results = future_results([done(1), done(OSError("x")), *waiting], iter(()), nothing(), None)
     assert next(results) == 1
     with pytest.raises(OSError, match="x"):
         next(results)
@@ -191,7 +205,7 @@ def test_an_input_that_fails_later_comes_before_the_rest() -> None:
         yield
 
     waiting: Future[Any] = Future()
-    results = future_results([done(1), waiting], more(), None)
+    results = future_results([done(1), waiting], more(), nothing(), None)
     with pytest.raises(ZeroDivisionError):
         next(results)
     assert waiting.cancelled()
@@ -200,7 +214,7 @@ def test_an_input_that_fails_later_comes_before_the_rest() -> None:
 @pytest.mark.parametrize("deadline", [0.0, SOON])
 def test_futures_in_time(deadline: float) -> None:
     waiting: Future[Any] = Future()
-    results = future_results([done(1), waiting], iter(()), time.monotonic() + deadline)
+    results = future_results([done(1), waiting], iter(()), nothing(), time.monotonic() + deadline)
     assert next(results) == 1  # it was there
     with pytest.raises(TimeoutError):
         next(results)
@@ -210,7 +224,7 @@ def test_futures_in_time(deadline: float) -> None:
 def test_futures_are_not_kept() -> None:
     first = done(Thing())
     kept = weakref.ref(first)
-    results = future_results([first, done(2)], iter(()), None)
+    results = future_results([first, done(2)], iter(()), nothing(), None)
     del first
     assert isinstance(next(results), Thing)
     gc.collect()
@@ -267,15 +281,55 @@ def test_unordered_errors_cancel_the_rest() -> None:
     assert submit.calls[0][1].cancelled()
 
 
-def test_unordered_input_that_fails_cancels_what_was_started() -> None:
+def failing() -> Iterator[tuple[int]]:
+    yield (-1,)
+    raise ZeroDivisionError
+
+
+def test_an_error_of_the_input_comes_after_the_results_of_what_was_taken() -> None:
+    for results in (
+        unordered_futures(Submit(), abs, failing(), 4, None),
+        map_by_futures(Submit(), abs, (first(failing()),), None, 1, 3),
+    ):
+        assert next(results) == 1
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+    with pytest.raises(ZeroDivisionError):  # all of it is taken at the call
+        map_by_futures(Submit(), abs, (first(failing()),), None, 1, None)
+
+
+def first(source: Iterator[tuple[int]]) -> Iterator[int]:
+    return (number for (number,) in source)
+
+
+def test_a_submit_that_fails_cancels_what_was_started() -> None:
     submit = Submit(at_once=False)
 
-    def source() -> Iterator[tuple[int]]:
-        yield (1,)
-        raise ZeroDivisionError
+    def refuse(fn: Callable[..., Any], *args: Any) -> Future[Any]:
+        if args == (2,):
+            raise RuntimeError("shut down")
+        return submit(fn, *args)
 
-    with pytest.raises(ZeroDivisionError):
-        next(unordered_futures(submit, abs, source(), 4, None))
+    with pytest.raises(RuntimeError, match="shut down"):
+        next(unordered_futures(refuse, abs, iter([(1,), (2,)]), 4, None))
+    assert submit.calls[0][1].cancelled()
+
+
+def test_flattened_can_be_closed() -> None:
+    closed: list[bool] = []
+
+    def chunks() -> Iterator[list[int]]:
+        try:
+            yield [1, 2, 3]
+            yield [4]
+        finally:
+            closed.append(True)
+
+    assert list(flattened(chunks())) == [1, 2, 3, 4]
+    results: Any = flattened(chunks())
+    assert next(results) == 1
+    results.close()
+    assert closed == [True, True] and list(results) == []
 
 
 def test_unordered_in_time() -> None:

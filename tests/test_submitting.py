@@ -16,12 +16,13 @@ from distpool.errors import SerializationError
 from distpool.kept import KeptFuture
 from distpool.mapruns import LOOK_AHEAD
 from distpool.refs.refs import RAISED_HERE, Future, Outcome
+from distpool.submitter import Submitter
 from distpool.wire.failures import encode_exception
 from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
 from distpool.work import Policy
 
 
-class Owner:
+class Owner(Submitter):
     """An executor, or a view of one, over fake workers."""
 
     def __init__(self, office: Office, policy: Policy | None = None, replace: bool = True) -> None:
@@ -31,6 +32,7 @@ class Owner:
         )
         self._policy = policy
         self._progress: Any = None
+        self._ways = submitting
         self._future_class = submitting.future_class(self._crew, replace)
         self.usable = True
 
@@ -41,16 +43,6 @@ class Owner:
     def _check_usable(self) -> None:
         if not self.usable:
             raise RuntimeError("after shutdown")
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        return submitting.submit(self, fn, args, kwargs)  # type: ignore[arg-type]
-
-    def map(self, fn: Callable[..., Any], *inputs: Any, chunksize: int = 1, **options: Any) -> Iterator[Any]:
-        timeout, buffersize = options.get("timeout"), options.get("buffersize")
-        return submitting.map_in_order(self, fn, inputs, timeout, chunksize, buffersize)  # type: ignore[arg-type]
-
-    def unordered(self, fn: Callable[..., Any], *inputs: Any, buffersize: Any = None, timeout: Any = None) -> Any:
-        return submitting.map_unordered(self, fn, inputs, buffersize, timeout)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -132,7 +124,7 @@ def test_an_interrupt_while_serialising_leaves(office: Office) -> None:
 def test_nothing_is_submitted_to_what_is_not_usable(office: Office) -> None:
     owner = Owner(office)
     owner.usable = False
-    for use in (owner.submit, owner.map, owner.unordered):
+    for use in (owner.submit, owner.map, owner.imap_unordered):
         with pytest.raises(RuntimeError, match="after shutdown"):
             use(abs, [1])
     assert not office.scheduler.waiting
@@ -186,7 +178,7 @@ def test_no_iterable_at_all(office: Office) -> None:
 
 def test_the_shortest_of_several_iterables_ends_it(office: Office, robot: FakeWorker) -> None:
     assert list(Owner(office).map(fresh(), [1, 2, 3], itertools.count())) == [1, 2, 3]
-    assert list(Owner(office).unordered(fresh(), itertools.count(), [1, 2])) == [0, 1]
+    assert list(Owner(office).imap_unordered(fresh(), itertools.count(), [1, 2])) == [0, 1]
 
 
 def test_the_input_is_taken_at_the_call(office: Office) -> None:
@@ -232,7 +224,7 @@ def test_bad_sizes_are_refused_before_anything_is_taken(office: Office, chunksiz
 @pytest.mark.parametrize("policy", [None, Policy(retries=1)])
 @pytest.mark.parametrize("source", [range(20), [[n] for n in range(20)]])
 def test_unordered(office: Office, robot: FakeWorker, source: Any, policy: Policy | None) -> None:
-    assert sorted(Owner(office, policy).unordered(fresh(), source)) == list(source)
+    assert sorted(Owner(office, policy).imap_unordered(fresh(), source)) == list(source)
 
 
 @pytest.mark.parametrize("policy", [None, Policy(retries=1)])
@@ -240,17 +232,19 @@ def test_unordered(office: Office, robot: FakeWorker, source: Any, policy: Polic
 def test_unordered_is_lazy(office: Office, policy: Policy | None, buffersize: int | None, most: int) -> None:
     taken: list[int] = []
     source = (taken.append(n) or n for n in itertools.count())
-    results = Owner(office, policy).unordered(fresh(), source, buffersize=buffersize, timeout=0.01)
+    results = Owner(office, policy).imap_unordered(fresh(), source, buffersize=buffersize, timeout=0.01)
     assert not taken
     with pytest.raises(TimeoutError):
         next(results)
     assert 1 <= len(taken) <= most
 
 
-@pytest.mark.parametrize("buffersize", [0, -1, 1.5, "3"])
-def test_unordered_sizes(office: Office, buffersize: Any) -> None:
-    with pytest.raises(ValueError, match="buffersize must be None or > 0"):
-        Owner(office).unordered(abs, [1], buffersize=buffersize)
+@pytest.mark.parametrize(
+    ("buffersize", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("3", TypeError)]
+)
+def test_unordered_sizes(office: Office, buffersize: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="buffersize must be"):
+        Owner(office).imap_unordered(abs, [1], buffersize=buffersize)
 
 
 # -- progress --------------------------------------------------------------------------------------------------------
@@ -280,6 +274,6 @@ def test_progress(office: Office, robot: FakeWorker, how: dict[str, Any], total:
     bars: list[Bar] = []
     owner = Owner(office)
     owner._progress = lambda total: bars.append(Bar(total)) or bars[-1]
-    run = owner.unordered if how.pop("unordered", False) else owner.map
+    run = owner.imap_unordered if how.pop("unordered", False) else owner.map
     assert sorted(run(fresh(), iter(range(6)), **how)) == list(range(6))
     assert [(bar.total, bar.count, bar.closed) for bar in bars] == [(total, 6, 1)]
