@@ -98,8 +98,9 @@ def test_settings_go_through_stdin_which_is_the_lifeline(loop: IoLoop, tmp_path:
     done = threading.Event()
     process.add_exit_callback(lambda code: (codes.append(code), done.set())[0])
     (running,) = launch.started
-    os.close(running._lifeline)  # as when the master dies
-    running._lifeline = os.open(os.devnull, os.O_RDONLY)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, running._lifeline)  # as when the master dies; the number stays for `ended`, which may come at once
+    os.close(null)
     assert done.wait(PATIENCE) and codes == [5]
     launch.end()
     running.send_signal(signal.SIGTERM)  # nobody is there
