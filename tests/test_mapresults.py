@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -250,13 +249,25 @@ def test_run_chunk() -> None:
 # -- as they come ----------------------------------------------------------------------------------------------------
 
 
+def at_the_wait(action: Callable[[], object]) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Does it once, when somebody begins to wait for the first result."""
+    actions = [action]
+
+    @contextlib.contextmanager
+    def waiting() -> Iterator[None]:
+        if actions:
+            actions.pop()()
+        yield
+
+    return waiting
+
+
 def test_unordered_takes_no_more_than_it_may() -> None:
     taken: list[int] = []
     submit = Submit(at_once=False)
     arguments = ((taken.append(n) or n,) for n in itertools.count())
-    results = unordered_futures(submit, abs, arguments, 3, None)
+    results = unordered_futures(submit, abs, arguments, 3, None, at_the_wait(lambda: submit.end(1)))
     assert not taken  # lazy
-    threading.Timer(SOON, lambda: submit.end(1)).start()
     assert next(results) == (1,)
     assert len(taken) == 3
     for number in (0, 2):
@@ -274,8 +285,8 @@ def test_unordered_ends() -> None:
 
 def test_unordered_errors_cancel_the_rest() -> None:
     submit = Submit(at_once=False)
-    results = unordered_futures(submit, abs, iter([(1,), (2,)]), 2, None)
-    threading.Timer(SOON, lambda: submit.calls[1][1].set_exception(OSError("x"))).start()
+    fail = at_the_wait(lambda: submit.calls[1][1].set_exception(OSError("x")))
+    results = unordered_futures(submit, abs, iter([(1,), (2,)]), 2, None, fail)
     with pytest.raises(OSError, match="x"):
         next(results)
     assert submit.calls[0][1].cancelled()
