@@ -16,6 +16,7 @@ from fakes import PATIENCE, FakeWorker, Office, fresh
 
 from distpool.mapresults import (
     _Input,
+    _Reader,
     check_map,
     fed_results,
     flattened,
@@ -156,6 +157,10 @@ def test_a_reader_that_is_dropped(office: Office, chunked: bool, started: bool) 
     if not started:
         run_all(office, office.worker(2))
         assert run.settled == 2 and set(run.results.values()) == {None}
+
+
+def test_a_reader_that_an_interrupt_kept_from_being_made_lets_go_of_nothing() -> None:
+    object.__new__(_Reader).__del__()
 
 
 @pytest.mark.parametrize("chunked", [False, True])
