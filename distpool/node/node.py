@@ -220,6 +220,14 @@ def _own_pid() -> int:
 RemoteException.own_pid = staticmethod(_own_pid)  # type: ignore[method-assign]
 
 
+def _before_fork() -> None:
+    """Arrays of the user lie in memory that the senders use again once this process, and not its child, drops them."""
+    node = _node
+    for link in () if node is None else (*node.links, node.master_link):
+        if link is not None and link.segments is not None:
+            link.segments.pin()
+
+
 def _after_fork_in_child() -> None:
     global _node, _making
     _making = threading.RLock()
@@ -239,6 +247,6 @@ def _after_fork_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
 
 __all__ = ["Node", "become_worker", "current", "existing"]

@@ -102,6 +102,10 @@ class Segments:
         if gone and not self._link.closed:
             self._link.send(Kind.SEGMENTS_FREE, messages.SegmentsFree(gone).pack())
 
+    def pin(self) -> None:
+        """This process is about to fork: what is borrowed now is never given back, because the child reads it too."""
+        self._views.pin()
+
     def on_free(self, segments: list[int]) -> None:
         """The peer has let go of these segments (each mention is one lease)."""
         for segment_id in segments:

@@ -74,10 +74,12 @@ class SegmentViews:
             return liveness.lease_view(known[1], known[0], nbytes, self._gate, self._number, segment_id)
 
     def pin(self) -> None:
-        """Never report the leases that are alive now: call it before `os.fork`, whose child goes on reading them."""
-        with self._lock:
-            if self._gate is not None:
-                self._gate.floor = self._number + 1
+        """Never report the leases that are alive now: call it before `os.fork`, whose child goes on reading them.
+
+        No lock: a finalizer may fork inside of `view`, and what is in the making elsewhere is not in the child's hands.
+        """
+        if self._gate is not None:
+            self._gate.floor = self._number + 1
 
     def close(self) -> None:
         """The link is gone: report nothing more, keep no mapping.  Arrays of the user stay valid."""

@@ -247,3 +247,52 @@ for how, status in (("return", 0), ("exit", 3), ("raise", 1)):
         assert list(runner.raw.map(task, [how] * 6, chunksize=chunksize)) == [status] * 6
 """
     check(body, kind, "os._exit")
+
+
+READING = """
+import numpy
+
+def forked(make):
+    '''What a forked child reads of an array that its parent has dropped, after the parent has got others.'''
+    kept = make(7)
+    (go, went), (said, says) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.read(go, 1)
+            os.write(says, b"%d %d" % (kept.min(), kept.max()))
+        finally:
+            os._exit(0)
+    del kept
+    for number in range(3):
+        make(number)
+    os.write(went, b"!")
+    os.waitpid(child, 0)
+    return os.read(said, 100).decode()
+"""
+
+
+def test_child_goes_on_reading_results_that_its_parent_drops(kind: str) -> None:
+    """They lie in memory that the worker uses again."""
+    body = (
+        READING
+        + """
+seen = forked(lambda number: runner.call(numpy.full, 1 << 17, number))
+assert seen == '7 7', seen
+"""
+    )
+    check(body, kind, "sys.exit")
+
+
+def test_child_of_a_task_goes_on_reading_what_its_parent_drops(kind: str) -> None:
+    """A task has its arguments from the master, and whatever it fetches from other workers."""
+    body = (
+        READING
+        + """
+def task(full):
+    return forked(lambda number: distpool.remotecall_fetch(numpy.full, 1, 1 << 17, number))
+seen = runner.call(task, None)
+assert seen == '7 7', seen
+"""
+    )
+    check(body, kind, "sys.exit")
