@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import types
 import typing
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from distpool.errors import ProtocolError
 from distpool.wire import messages, pieces, structs
 from distpool.wire.frames import Kind
-from distpool.wire.messages import CALL, RESULT, Message, call_records, result_records
+from distpool.wire.messages import Message
 
 MESSAGES = {**messages.MESSAGES, **pieces.MESSAGES}
 KINDS = [MESSAGES[number] for number in sorted(MESSAGES)]
@@ -78,61 +77,3 @@ def test_one_kind_one_message() -> None:
     classes = [value for value in names.values() if isinstance(value, type)]
     defined = {cls for cls in classes if issubclass(cls, Message) and cls not in (Message, structs.Packed)}
     assert defined == set(known.values()), "every message is in the table"
-
-
-def call(number: int, elements: int, payload: bytes, buffers: int = 0, flags: int = messages.ONE) -> bytes:
-    return CALL.pack(number, elements, len(payload), buffers, flags) + payload
-
-
-def result(sequence: int, payload: bytes, status: int = messages.VALUE, buffers: int = 0) -> bytes:
-    return RESULT.pack(sequence, 1, len(payload), buffers, status) + payload
-
-
-def test_calls_take_as_many_numbers_as_they_have_elements() -> None:
-    body = call(1, 1, b"a") + call(2, 10, b"", flags=messages.SPAN) + call(3, 1, b"ccc", buffers=2)
-    assert list(call_records(body, 100, 3)) == [
-        (100, 1, 1, messages.ONE, b"a", 0),
-        (101, 2, 10, messages.SPAN, b"", 0),
-        (111, 3, 1, messages.ONE, b"ccc", 2),
-    ]
-    assert list(call_records(b"", 5, 0)) == []
-
-
-def test_results() -> None:
-    body = result(5, b"five") + result(6, b"", messages.ERROR) + result(2**40, b"x", messages.UNSENDABLE, 3)
-    for form in (body, memoryview(body), bytearray(body)):
-        found = [(s, e, status, bytes(p), b) for s, e, status, p, b in result_records(form)]
-        assert found == [
-            (5, 1, messages.VALUE, b"five", 0),
-            (6, 1, messages.ERROR, b"", 0),
-            (2**40, 1, messages.UNSENDABLE, b"x", 3),
-        ]
-
-
-def test_truncated_records() -> None:
-    calls, results = call(1, 1, b"payload") * 2, result(1, b"payload") * 2
-    for cut in range(1, len(calls)):
-        with pytest.raises(ProtocolError):
-            list(call_records(calls[:cut], 1, 2))
-    for cut in range(1, len(results)):
-        if cut == len(results) // 2:
-            continue
-        with pytest.raises(ProtocolError):
-            list(result_records(results[:cut]))
-
-
-def test_noise() -> None:
-    chance = random.Random(2)
-    for _ in range(2000):
-        noise = chance.randbytes(chance.randint(0, 100))
-        for records in (call_records(noise, 1, 3), result_records(noise)):
-            try:
-                list(records)
-            except ProtocolError:
-                pass
-
-
-def test_flags_and_states_are_distinct() -> None:
-    flags = [messages.ONE, messages.SPAN, messages.SPAN_OF_SCALARS, messages.CHUNK, messages.CHUNK_OF_SCALARS]
-    assert len({*flags, messages.ONE_FRESH}) == 6
-    assert len({messages.VALUE, messages.ERROR, messages.VALUES, messages.UNSENDABLE}) == 4

@@ -1,16 +1,9 @@
-"""Buffers in shared segments: right bytes, exact ends of life, nothing left behind, and a way out when memory is short.
-
-The tests of liveness fail with each simpler way that `distpool.transport.liveness` names: a weakref on the memoryview
-(numpy consumers), a weakref or `__del__` on the exporter (cycles).
-"""
+"""Buffers in shared segments: right bytes, nothing left behind, and a way out when memory is short."""
 
 from __future__ import annotations
 
 import array
-import contextlib
-import ctypes
 import errno
-import gc
 import mmap
 import os
 import pickle
@@ -21,78 +14,29 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from sides import Side, data_of, joined, linux, placed, run
 
 from distpool.transport import memfile, shm
-from distpool.transport.shm import Lease, SegmentPool, SegmentViews, can_attach, map_private
+from distpool.transport.shm import Lease, SegmentPool, SegmentViews, can_attach
 
 KIB = 1024
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memfd and /proc")
-
-
-class Side:
-    """A pool and a receiver joined by a list of released segments, as a link would join them."""
-
-    def __init__(self, pool: SegmentPool) -> None:
-        self.pool = pool
-        self.released: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self.views = SegmentViews(self.released.put)
-
-    def view(self, lease: Lease) -> memoryview:
-        return self.views.view(lease.segment_id, lease.path, lease.size, lease.nbytes)
-
-    def send(self, buffer: Any) -> memoryview:
-        lease = self.pool.put(buffer)
-        assert lease is not None
-        self.leases = [*getattr(self, "leases", []), lease]
-        return self.view(lease)
-
-    def ended(self) -> list[int]:
-        found = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                found.append(self.released.get_nowait())
-        return found
 
 
 @pytest.fixture(params=["memory", "named"])
-def pool(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SegmentPool]:
-    """A pool on memfds, and one on named files."""
-    if request.param == "memory" and not hasattr(os, "memfd_create"):
-        pytest.skip("no memfd here")
-    made = SegmentPool(str(tmp_path), limit=64 << 20, memfd=request.param == "memory")
-    yield made
-    made.close()
+def side(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Side]:
+    with joined(request.param, tmp_path) as made:
+        yield made
 
 
 @pytest.fixture
-def side(pool: SegmentPool) -> Iterator[Side]:
-    made = Side(pool)
-    yield made
-    made.views.close()
-
-
-def placed(lease: Lease | None) -> Lease:
-    assert lease is not None
-    return lease
-
-
-def data_of(nbytes: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(nbytes)
-
-
-def run(code: str, *arguments: object) -> str:
-    """Run code in another process; its output."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=50, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+def pool(side: Side) -> SegmentPool:
+    return side.pool
 
 
 # --- placing and viewing
@@ -166,163 +110,6 @@ def test_ctypes_is_imported_by_the_first_large_buffer_only() -> None:
     assert run(code) == "False"
 
 
-def test_a_message_that_lies_about_sizes_is_refused(side: Side, tmp_path: Path) -> None:
-    lease = placed(side.pool.put(bytes(100_000)))
-    short = tmp_path / "short"
-    short.write_bytes(bytes(100))
-    for path, size, nbytes in (
-        (lease.path, lease.size, lease.size + 1),
-        (lease.path, lease.size, 0),
-        (lease.path, lease.size, -1),
-        (lease.path, lease.size * 2, 5),
-        (str(short), 4096, 100),
-        (str(tmp_path), 4096, 100),
-        (str(tmp_path / "none"), 4096, 100),
-    ):
-        with pytest.raises(OSError):
-            side.views.view(7, path, size, nbytes)
-        with pytest.raises(OSError):
-            map_private(path, size, nbytes)
-    assert side.view(lease) == bytes(100_000)
-    with pytest.raises(OSError, match="do not fit"):
-        side.views.view(lease.segment_id, lease.path, lease.size * 4, lease.size * 2)
-
-
-def test_can_attach(pool: SegmentPool, tmp_path: Path) -> None:
-    lease = placed(pool.put(bytes(100_000)))
-    assert can_attach(lease.path, lease.size)
-    assert not can_attach(lease.path, lease.size + 1)
-    assert not can_attach(str(tmp_path / "none"), 10)
-    assert not can_attach(str(tmp_path), 10)
-    assert not can_attach(lease.path, 0)
-
-
-@linux
-def test_paths_of_other_descriptors_are_refused(tmp_path: Path) -> None:
-    # What the path of a dead process may lead to when its number is used again: opening a pipe could even block.
-    here, there = os.pipe()
-    with open(tmp_path / "file", "wb+") as file, contextlib.ExitStack() as stack:
-        stack.callback(os.close, here)
-        stack.callback(os.close, there)
-        file.write(bytes(10_000))
-        file.flush()
-        for descriptor in (here, there, file.fileno()):
-            assert not can_attach(f"/proc/{os.getpid()}/fd/{descriptor}", 100)
-    assert not can_attach("/proc/1/fd/100000", 100)
-
-
-# --- when a lease ends
-
-CONSUMERS: dict[str, Callable[[memoryview], Any]] = {
-    "memoryview": lambda view: view,
-    "slice of a slice": lambda view: view[100:900][10:50],
-    "cast": lambda view: view[:800].cast("d"),
-    "read-only": lambda view: view.toreadonly()[3:],
-    "PickleBuffer": pickle.PickleBuffer,
-    "PickleBuffer.raw": lambda view: pickle.PickleBuffer(view).raw()[1:],
-    "frombuffer": lambda view: np.frombuffer(view, "u1"),
-    "frombuffer of a slice": lambda view: np.frombuffer(view[8:], "u1"),
-    "array slice": lambda view: np.frombuffer(view, "u1")[5:10],
-    "array of another type": lambda view: np.frombuffer(view, "f8")[10:20].view("u4")[::3],
-    "transposed": lambda view: np.frombuffer(view, "u1").reshape(10, 100).T[3],
-    "structured field": lambda view: np.frombuffer(view, [("a", "u4"), ("b", "u4")])["b"],
-    "asarray": lambda view: np.asarray(view)[1:],
-    "ndarray constructor": lambda view: np.ndarray((10,), "u1", view, 50),
-    "interface of an array": lambda view: np.asarray(type("T", (), {"__array_interface__": _interface(view)})),
-    "unpickled array": lambda view: _unpickled(view),
-    "slice of an unpickled array": lambda view: _unpickled(view)[3:7],
-    "memoryview of an array": lambda view: memoryview(np.frombuffer(view, "u1"))[4:],
-    "array of a memoryview of an array": lambda view: np.frombuffer(memoryview(np.frombuffer(view, "u1")), "u1"),
-    "ctypes": lambda view: (ctypes.c_char * 100).from_buffer(view, 8),
-    "iterator": lambda view: iter(view),
-    "flat": lambda view: np.frombuffer(view, "u1").flat,
-    "in a structure": lambda view: {"a": [(np.frombuffer(view, "u1"),)]},
-    "closure": lambda view: lambda: view,
-}
-
-
-def _interface(view: memoryview) -> dict[str, Any]:
-    return {"shape": (10,), "typestr": "|u1", "data": view, "version": 3}
-
-
-def _unpickled(view: memoryview) -> Any:
-    buffers: list[pickle.PickleBuffer] = []
-    body = pickle.dumps(np.zeros(view.nbytes, "u1"), protocol=5, buffer_callback=buffers.append)
-    return pickle.loads(body, buffers=[view])
-
-
-@pytest.mark.parametrize("name", CONSUMERS)
-def test_a_lease_lives_as_long_as_any_consumer(side: Side, name: str) -> None:
-    kept = CONSUMERS[name](side.send(data_of(1000)))
-    gc.collect()
-    assert side.ended() == [], "reported while somebody can still read it: the sender would overwrite the user's data"
-    del kept
-    gc.collect()
-    assert side.ended() == [side.leases[0].segment_id], "never reported: the segment would be lost"
-
-
-def test_bytes_made_of_a_view_do_not_hold_the_lease(side: Side) -> None:
-    copies = [bytes(side.send(data_of(1000))), np.array(side.send(data_of(1000)))]
-    assert len(side.ended()) == len(copies)
-
-
-def test_an_explicit_release_ends_the_lease(side: Side) -> None:
-    side.send(data_of(1000)).release()
-    assert len(side.ended()) == 1
-
-
-class Reader:
-    """A user's object in a cycle, whose `__del__` reads the buffer one last time."""
-
-    def __init__(self, buffer: Any, report: Callable[[bytes], object]) -> None:
-        self.buffer = buffer
-        self.report = report
-        self.cycle = self
-
-    def __del__(self) -> None:
-        self.report(bytes(self.buffer[:10]))
-
-
-@pytest.mark.parametrize("consume", [lambda view: view, lambda view: np.frombuffer(view, "u1")], ids=["view", "array"])
-def test_a_finalizer_in_a_cycle_still_reads_the_lease(side: Side, consume: Callable[[memoryview], Any]) -> None:
-    order: list[Any] = []
-    side.views._released = order.append
-    data = data_of(1000)
-    Reader(consume(side.send(data)), order.append)
-    gc.collect()
-    assert order == [data[:10], side.leases[0].segment_id]
-
-
-def test_an_object_brought_back_to_life_keeps_its_lease(side: Side) -> None:
-    saved: list[Any] = []
-
-    class Phoenix:
-        def __init__(self, buffer: memoryview) -> None:
-            self.buffer = buffer
-            self.cycle = self
-
-        def __del__(self) -> None:
-            saved.append(self)
-
-    data = data_of(1000)
-    Phoenix(side.send(data))
-    gc.collect()
-    assert side.ended() == []
-    assert saved[0].buffer == data
-    saved.pop().cycle = None
-    gc.collect()
-    assert side.ended() == [side.leases[0].segment_id]
-
-
-def test_each_view_of_a_segment_is_one_lease(side: Side) -> None:
-    lease = placed(side.pool.put(data_of(1000)))
-    first, second = side.view(lease), side.view(lease)
-    del first
-    assert side.ended() == [lease.segment_id]
-    del second
-    assert side.ended() == [lease.segment_id]
-
-
 def test_random_lives_on_two_threads_never_mix_data(pool: SegmentPool) -> None:
     """Sender and receiver as on a link: what is held must keep its bytes while others come and go."""
     side = Side(pool)
@@ -363,44 +150,6 @@ def test_random_lives_on_two_threads_never_mix_data(pool: SegmentPool) -> None:
     for segment_id in side.ended():
         lent.pop(segment_id).release()
     assert lent == {} and pool.bytes_in_use == 0
-
-
-def test_arrays_outlive_their_link(side: Side) -> None:
-    data = data_of(100_000)
-    kept = np.frombuffer(side.send(data), "u1")
-    side.views.close()
-    side.views.close()
-    gc.collect()
-    assert kept.tobytes() == data
-    del kept
-    assert side.ended() == [], "nobody is there to be told"
-    late = side.view(side.leases[0])
-    assert late == data
-    del late
-    assert side.ended() == []
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_a_forked_child_goes_on_reading_what_its_parent_drops(side: Side) -> None:
-    data = data_of(100_000)
-    kept = side.send(data)
-    go_read, go_write = os.pipe()
-    side.views.pin()
-    child = os.fork()
-    if child == 0:
-        os.read(go_read, 1)
-        forbidden = side.pool.put(b"x" * 100_000)
-        os._exit(0 if kept == data and forbidden is None else 1)
-    del kept
-    assert side.ended() == []
-    after = side.send(b"y" * 100_000)
-    os.write(go_write, b"!")
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    for descriptor in (go_read, go_write):
-        os.close(descriptor)
-    del after
-    assert side.ended() == [side.leases[1].segment_id], "later leases are not pinned"
 
 
 # --- the pool
@@ -517,43 +266,6 @@ def test_an_abandoned_segment_is_not_used_again(side: Side) -> None:
 
 
 # --- payloads that all workers of a host share
-
-
-def test_private_mappings_share_memory_and_keep_their_own_writes(pool: SegmentPool) -> None:
-    data = data_of(300_000)
-    lease = placed(pool.publish(data))
-    first = map_private(lease.path, lease.size, lease.nbytes)
-    second = map_private(lease.path, lease.size, lease.nbytes)
-    array = np.frombuffer(first, "u1")
-    array[:] = 7
-    assert second == data
-    assert not second.readonly
-    lease.release()
-    pool.trim()
-    for _ in range(3):
-        placed(pool.put(bytes(300_000)))
-    pool.close()
-    assert second == data
-    assert (array == 7).all()
-
-
-def test_a_private_view_is_a_lease_and_keeps_its_writes(side: Side) -> None:
-    data = data_of(300_000)
-    lease = placed(side.pool.put(data))
-    message = (lease.segment_id, lease.path, lease.size, lease.nbytes)
-    first = np.frombuffer(side.views.view(*message, private=True), "u1")
-    first[:] = 7
-    shared = side.view(lease)
-    assert shared == data, "a retried call must see what the caller has sent"
-    second = side.views.view(*message, private=True)[5:]
-    shared[10] ^= 255
-    assert second[5] == shared[10], "the pages are shared until they are written"
-    del shared
-    assert side.ended() == [lease.segment_id]
-    del first
-    assert side.ended() == [lease.segment_id]
-    del second
-    assert side.ended() == [lease.segment_id]
 
 
 # --- shortage
@@ -732,12 +444,3 @@ def test_rounded_sizes(nbytes: int) -> None:
     size = shm.rounded(nbytes)
     assert nbytes <= size <= nbytes * 1.125 + mmap.PAGESIZE
     assert size % mmap.PAGESIZE == 0
-
-
-def test_reading_less_than_announced_is_an_error(tmp_path: Path) -> None:
-    with open(tmp_path / "file", "wb+") as file:
-        memfile.write_at(file.fileno(), memoryview(b"abc"), 0)
-        with pytest.raises(OSError, match="shorter"):
-            memfile.read_into(file.fileno(), bytearray(4))
-        memfile.allocate(file.fileno(), 10_000)
-        assert os.fstat(file.fileno()).st_size == 10_000
