@@ -56,9 +56,9 @@ def test_noise() -> None:
     chance = random.Random(2)
     for _ in range(2000):
         noise = chance.randbytes(chance.randint(0, 100))
-        for records in (call_records(noise, 1, 3), result_records(noise)):
+        for found in (call_records(noise, 1, 3), result_records(noise)):
             try:
-                list(records)
+                list(found)
             except ProtocolError:
                 pass
 
