@@ -62,14 +62,15 @@ def sync() -> Iterator[None]:
     """
     node = _node()
     started: list[Any] = []
-    blocks = node.collecting.setdefault(threading.get_ident(), [])
+    thread = threading.get_ident()  # a block inside a generator may be closed by another one
+    blocks = node.collecting.setdefault(thread, [])
     blocks.append(started)
     try:
         yield
     finally:
-        blocks.remove(started)
+        blocks[:] = [block for block in blocks if block is not started]  # others may be equal: they are empty, too
         if not blocks:
-            node.collecting.pop(threading.get_ident(), None)
+            node.collecting.pop(thread, None)
     errors: list[Exception] = []
     for future in started:
         try:
