@@ -1,4 +1,4 @@
-"""`distributed` loops and their handles in a process that is alone (with workers: `conformance/test_distributed.py`)."""
+"""`distributed` loops and handles in a process that is alone (with workers: `conformance/test_distributed.py`)."""
 
 from __future__ import annotations
 

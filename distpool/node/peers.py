@@ -33,7 +33,7 @@ from distpool.wire.protocol import Handshake, Role
 
 if TYPE_CHECKING:
     from distpool.node.node import Node
-    from distpool.transport.ioloop import IoLoop
+    from distpool.transport.ioloop import IoLoop, Timer
 
 _TRY_AGAIN = 1.0  # seconds after a failure during which calls fail at once, with the same error
 _DOUBT = 2.0  # seconds that a link has to show that it lives, when the other side wants a new one
@@ -107,6 +107,7 @@ class Peers:
         self._doubted: dict[int, Callable[[], None]] = {}  # pid -> makes a new link if the one we have is dead; leader
         self._problems: dict[int, Callable[[], BaseException]] = {}  # pid -> why no link can be made; leader
         self._ready: dict[int, _Ready] = {}  # pid -> set when `ensure` may look again
+        self._late: dict[int, Timer] = {}  # pid -> ends the attempt to reach it that is under way; leader
         #: Links that a manager has made, and whom to tell which pid the other side has. Leader.
         self._unproved: dict[Link, Callable[[int], object]] = {}
         #: `f(pid, connect_at) -> streams`: user code, on a library thread; set where a transport has a manager.
@@ -181,6 +182,9 @@ class Peers:
         self._announce(pid)
 
     def _announce(self, pid: int, problem: Callable[[], BaseException] | None = None) -> None:
+        late = self._late.pop(pid, None)
+        if late is not None:
+            late.cancel()
         event = self._ready.pop(pid, None)
         if event is not None:
             event.problem = problem
@@ -202,18 +206,16 @@ class Peers:
             self._announce(pid)
         elif self._node.master_link is not None:
             self._node.master_link.send(Kind.WHERE, messages.Where(pid).pack())
-            self._node.loop.call_later(config.worker_timeout(), lambda: self._too_late(pid))
+            if pid not in self._late:
+                self._late[pid] = self._node.loop.call_later(config.worker_timeout(), lambda: self._too_late(pid))
         elif self._node.group is None or pid not in self._node.group.members:
             self._waiting.pop(pid, None)
             self._announce(pid)
         # else: a member that has not joined yet: `add` will come
 
     def _too_late(self, pid: int) -> None:
-        if pid in self._ready or pid in self._waiting:
-            seconds = config.worker_timeout()
-            self._give_up(
-                pid, lambda: ConnectionError(f"no connection to process {pid} within {seconds:g} seconds"), False
-            )
+        seconds = config.worker_timeout()
+        self._give_up(pid, lambda: ConnectionError(f"no connection to process {pid} within {seconds:g} seconds"), False)
 
     def _give_up(self, pid: int, make_error: Callable[[], BaseException], for_good: bool = True) -> None:
         """No link will come (for now): whoever waits hears why."""
