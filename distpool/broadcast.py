@@ -35,8 +35,19 @@ Pids = int | Iterable[int] | None
 _MAIN = "__main__"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
+def _new_key() -> str:
+    return os.urandom(8).hex()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Kept:
+    """What `later=True` keeps. Known by `key`: comparing bindings would be the user's code, and on the leader."""
+
+    key: str = dataclasses.field(default_factory=_new_key, kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Source(_Kept):
     """Source text for a module."""
 
     text: str
@@ -60,8 +71,8 @@ class _Source:
         return remotecall_fetch(mainmodule.run, pid, self.text, self.filename, self.module, self.bindings)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Definition:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Definition(_Kept):
     """A function or class with a name."""
 
     name: str
@@ -82,8 +93,8 @@ class _Definition:
         return self.value
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Run(_Kept):
     """Something callable without a name."""
 
     function: Callable[[], Any]
@@ -151,7 +162,7 @@ def everywhere(code_or_function: Any, pids: Pids = None, /, *, later: bool = Fal
         value = _spread(action, targets, isinstance(pids, int))
     except BaseException:
         if later:
-            _forget_later(action)
+            _forget_later(action.key)
         raise
     return action.value if isinstance(action, _Definition) else value
 
@@ -338,21 +349,25 @@ def _keep_for_later(action: _Action) -> list[int]:
         pids.extend([1, *group.listed()])
         done.set()
 
+    group.run_prologue = _run_prologue  # first: a worker may join as soon as it is kept
     node.loop.call_soon(keep)
     with node.loop.following():
         done.wait()
-    group.run_prologue = _run_prologue
     return pids
 
 
-def _forget_later(action: _Action) -> None:
+def _forget_later(key: str) -> None:
     """It has failed where it was tried first."""
     node = _node()
-    if node.is_master:
-        group = groups.of(node)
-        node.loop.call_soon(lambda: group.prologues.remove(action) if action in group.prologues else None)
-    else:
-        remotecall_fetch(_forget_later, 1, action)
+    if not node.is_master:
+        remotecall_fetch(_forget_later, 1, key)
+        return
+    group = groups.of(node)
+
+    def forget() -> None:
+        group.prologues[:] = [action for action in group.prologues if action.key != key]
+
+    node.loop.call_soon(forget)
 
 
 def _run_prologue(action: _Action, pid: int) -> None:
