@@ -19,6 +19,7 @@ import concurrent.futures
 import itertools
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -246,16 +247,16 @@ class _Request:
         return self._requests.node.given_away()
 
     def cancel(self) -> bool:
-        """Ask the owner."""
+        """Ask the owner. Several threads may do so at once: the first answer is for all of them."""
         node = self._requests.node
-        event, answer = threading.Event(), list[bool]()
-        self._requests.cancels[self._number] = event, answer
+        event, answer = self._requests.cancels.setdefault(self._number, (threading.Event(), []))
         settle_puts(1)
         node.master_link.send(Kind.CANCEL, messages.Cancel(self._number).pack())  # type: ignore[union-attr]
+        deadline = time.monotonic() + _CANCEL_PATIENCE
         with self.waiting():
-            if not node.loop.lead(event.is_set):
+            if not node.loop.lead(event.is_set, deadline):
                 with node.loop.following():
-                    event.wait(_CANCEL_PATIENCE)
+                    event.wait(max(0.0, deadline - time.monotonic()))
         done = bool(answer and answer[0])
         if done:
             self._requests.futures.pop(self._number, None)
