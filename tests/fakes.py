@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from distpool.mapruns import MapRun
@@ -32,6 +34,48 @@ def fresh() -> Callable[[Any], Any]:
 #: Seconds per call that functions are known to take, unless a test says otherwise: two calls per worker. (Of a
 #: function that is not known, a worker gets one call.)
 KNOWN = 0.003
+
+
+class ManualLoop:
+    """Runs what is due when the test says so."""
+
+    def __init__(self) -> None:
+        self.soon: list[Callable[[], object]] = []
+        self.later: list[Any] = []
+        self.leads = False
+        self.can_lead = True
+        self.followed = threading.Event()
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        self.soon.append(callback)
+
+    def call_later(self, seconds: float, callback: Callable[[], object]) -> Any:
+        timer = SimpleNamespace(seconds=seconds, callback=callback, cancel=lambda: setattr(timer, "callback", int))
+        self.later.append(timer)
+        return timer
+
+    def run(self) -> None:
+        while self.soon:
+            self.soon.pop(0)()
+
+    def ring(self, seconds: float) -> None:
+        """All timers of that length are due."""
+        due = [timer for timer in self.later if timer.seconds == seconds]
+        self.later = [timer for timer in self.later if timer.seconds != seconds]
+        for timer in due:
+            timer.callback()
+        self.run()
+
+    def lead(self, until: Callable[[], bool]) -> bool:
+        if self.can_lead:
+            self.run()
+        return self.can_lead and until()
+
+    @contextlib.contextmanager
+    def following(self, wake: Callable[[], object]) -> Iterator[None]:
+        self.wake = wake
+        self.followed.set()
+        yield
 
 
 class FakeJournal:

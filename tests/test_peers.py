@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fakes import ManualLoop
 
 from distpool import config
 from distpool.errors import ProcessExitedException, ProtocolError, TopologyError
@@ -18,48 +18,6 @@ from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
 
 PATIENCE = 30.0
-
-
-class FakeLoop:
-    """Runs what is due when the test says so."""
-
-    def __init__(self) -> None:
-        self.soon: list[Callable[[], object]] = []
-        self.later: list[Any] = []
-        self.leads = False
-        self.can_lead = True
-        self.followed = threading.Event()
-
-    def call_soon(self, callback: Callable[[], object]) -> None:
-        self.soon.append(callback)
-
-    def call_later(self, seconds: float, callback: Callable[[], object]) -> Any:
-        timer = SimpleNamespace(seconds=seconds, callback=callback, cancel=lambda: setattr(timer, "callback", int))
-        self.later.append(timer)
-        return timer
-
-    def run(self) -> None:
-        while self.soon:
-            self.soon.pop(0)()
-
-    def ring(self, seconds: float) -> None:
-        """All timers of that length are due."""
-        due = [timer for timer in self.later if timer.seconds == seconds]
-        self.later = [timer for timer in self.later if timer.seconds != seconds]
-        for timer in due:
-            timer.callback()
-        self.run()
-
-    def lead(self, until: Callable[[], bool]) -> bool:
-        if self.can_lead:
-            self.run()
-        return self.can_lead and until()
-
-    @contextlib.contextmanager
-    def following(self, wake: Callable[[], object]) -> Iterator[None]:
-        self.wake = wake
-        self.followed.set()
-        yield
 
 
 class FakeLink:
@@ -123,7 +81,7 @@ class World:
     """A process and its peers."""
 
     def __init__(self, pid: int) -> None:
-        self.loop = FakeLoop()
+        self.loop = ManualLoop()
         self.tasks: list[Callable[[], object]] = []
         self.dispatched: list[tuple[Any, Frame]] = []
         self.master_link = FakeLink() if pid > 1 else None
