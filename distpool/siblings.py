@@ -26,6 +26,7 @@ from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
 
 _MAX_BANNER = 1000
+_EXIT_GRACE = 1.0  # seconds that a process may take to exit once its output has ended
 
 
 class _Child:
@@ -76,6 +77,9 @@ class _Child:
 
     def problem(self) -> list[str]:
         """Why it did not come up, and its last lines."""
+        if self.settled.is_set():  # its output has ended, and its exit status says why
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_EXIT_GRACE)
         code = self.process.poll()
         reason = "it printed no header line in time" if code is None else f"exit code {code} before it was ready"
         self.process.kill()
