@@ -20,7 +20,6 @@ from faults.helpers import Gate, hold_in_c
 import distpool
 from distpool import monitor
 from distpool.node import node as nodes
-from distpool.node import observe
 
 FIELDS = {
     *("pid", "host", "ospid", "cpu", "memory", "done", "failed"),
@@ -326,43 +325,6 @@ def test_many_ask_at_once(executor: distpool.ClusterExecutor) -> None:
         assert all("MainThread" in texts[pid] for pid in executor.workers)
     node = nodes.current()
     assert not monitor.of(node)._open
-
-
-def test_own_stacks_name_threads_that_python_does_not_know() -> None:
-    import _thread
-
-    release = threading.Event()
-    started = threading.Event()
-
-    def bare() -> None:
-        started.set()
-        release.wait(10)
-
-    _thread.start_new_thread(bare, ())
-    started.wait(10)
-    try:
-        text = observe.stacks()
-        assert text.startswith("Thread MainThread")
-        assert "not started by Python" in text and "in bare" in text
-    finally:
-        release.set()
-
-
-def test_usage_without_psutil(monkeypatch: pytest.MonkeyPatch) -> None:
-    age, cpu_seconds, memory = observe.usage()
-    monkeypatch.setitem(sys.modules, "psutil", None)
-    other_age, other_cpu_seconds, other_memory = observe.usage()
-    assert 0 < other_age <= age + 1
-    assert other_cpu_seconds == pytest.approx(cpu_seconds, abs=0.5)
-    assert other_memory == pytest.approx(memory, rel=0.5)
-
-
-def test_usage_is_that_of_this_process() -> None:
-    age, cpu_seconds, memory = observe.usage()
-    process = psutil.Process()
-    assert age == pytest.approx(time.time() - process.create_time(), abs=2)
-    assert cpu_seconds == pytest.approx(sum(process.cpu_times()[:2]), abs=1)
-    assert memory == pytest.approx(process.memory_info().rss, rel=0.2)
 
 
 def test_the_docstrings_fields(tmp_path: Path) -> None:

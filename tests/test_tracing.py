@@ -16,7 +16,6 @@ from faults.helpers import Gate, hold_in_c
 
 import distpool
 from distpool.node import node as nodes
-from distpool.node import observe
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -292,11 +291,6 @@ def test_a_forked_child_writes_nothing(tmp_path: Path) -> None:
         assert path.read_text() == ""
         manager.__exit__(None, None, None)
     assert len(calls(path)) == 1
-
-
-def test_clock_offset_is_stable() -> None:
-    offsets = [observe.clock_offset() for _ in range(20)]
-    assert max(offsets) - min(offsets) < 5_000_000
 
 
 def test_a_real_trace_is_drawn(tmp_path: Path) -> None:
