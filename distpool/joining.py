@@ -112,7 +112,7 @@ class Launch:
                 call_soon(partial(self.begin, worker))
                 if self._given_up:
                     break
-        except Exception as caught:
+        except BaseException as caught:  # SystemExit too: whoever waits hears of it now
             error = caught
         call_soon(partial(self._finish, error))
 
@@ -216,7 +216,7 @@ class Launch:
             given = self.manager.connect(member.pid, worker)
             adopted = None if given is None else self._encrypted(adopt(given), member)
             connect_at = b"" if given is None else codec.encode(worker.connect_at, what="connect_at")[0]
-        except Exception as error:
+        except BaseException as error:  # SystemExit too
             call_soon(partial(self._failed, member, worker, error))
             return
         if adopted is None:
