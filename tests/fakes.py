@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import threading
@@ -9,8 +10,11 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from distpool.errors import ProcessExitedException
 from distpool.mapruns import MapRun
 from distpool.node import node as nodes
+from distpool.node.requests import Requests
+from distpool.node.threads import ThreadCache
 from distpool.refs.refs import Future
 from distpool.scheduling import Scheduler
 from distpool.slots import Slot
@@ -66,13 +70,18 @@ class ManualLoop:
             timer.callback()
         self.run()
 
-    def lead(self, until: Callable[[], bool]) -> bool:
+    def lead(self, until: Callable[[], bool], deadline: float | None = None, brisk: bool = False) -> bool:
         if self.can_lead:
             self.run()
-        return self.can_lead and until()
+        return self.can_lead and (until() or deadline is not None)
+
+    def wake(self) -> None:
+        pass
+
+    hurry = wake
 
     @contextlib.contextmanager
-    def following(self, wake: Callable[[], object]) -> Iterator[None]:
+    def following(self, wake: Callable[[], object] = lambda: None) -> Iterator[None]:
         self.wake = wake
         self.followed.set()
         yield
@@ -327,3 +336,126 @@ class Office:
 
     def close(self) -> None:
         self.on_leader(lambda: self.scheduler.fail_all(lambda: RuntimeError("the test is over")))
+
+
+class Process:
+    """One of the processes of a `Cluster`: a node with references, whose frames the cluster carries."""
+
+    def __init__(self, cluster: Cluster, pid: int) -> None:
+        self.pid = pid
+        self.is_master = pid == 1
+        self.cluster = cluster
+        self.loop = ManualLoop()
+        self.threads = ThreadCache(f"process-{pid}")
+        self.handlers: dict[int, Callable[[Any, Frame], None]] = {}
+        self.peers = self
+        self.requests = Requests()
+        self.dead: dict[int, Callable[[], BaseException]] = {}
+        self.on_lost: list[Callable[[int], object]] = []
+        self.refs: Any = None
+        self.serving = self.ahead = self.runner = self.callee = None
+        self.sent: list[tuple[int, Kind]] = []
+        self.delivered: list[Callable[[], object]] = []
+
+    def send(self, pid: int, kind: Kind, control: bytes, body: Any = b"", buffers: Any = ()) -> None:
+        self.sent.append((pid, kind))
+        self.cluster.wire.append((self.pid, pid, Frame(kind, control, bytes(body), list(buffers))))
+
+    def deliver(self, function: Callable[[], object]) -> None:
+        self.delivered.append(function)
+
+    def ensure(self, pid: int) -> None:
+        if pid not in self.cluster.processes:
+            raise ValueError(f"no process with id {pid} exists")
+
+    def references(self) -> Any:
+        return self.refs
+
+    def given_away(self) -> Any:
+        return contextlib.nullcontext()
+
+    def kinds(self) -> list[Kind]:
+        return [kind for _, kind in self.sent]
+
+
+class Cluster:
+    """Processes with references inside this one; frames travel, and library threads run, when `run` is called."""
+
+    def __init__(self, monkeypatch: Any, count: int = 2) -> None:
+        from distpool.refs import gc
+        from distpool.refs.serving import serving
+
+        self.wire: collections.deque[tuple[int, int, Frame]] = collections.deque()
+        self.processes = {pid: Process(self, pid) for pid in range(1, count + 1)}
+        self.now = self.processes[1]
+        monkeypatch.setattr(nodes, "current", lambda: self.now)
+        monkeypatch.setattr(nodes, "existing", lambda: self.now)
+        for process in self.processes.values():
+            gc.of(process)  # type: ignore[arg-type]
+            serving(process)
+            process.loop.lead = self._lead  # type: ignore[method-assign]
+
+    def _lead(self, until: Callable[[], bool], deadline: float | None = None, brisk: bool = False) -> bool:
+        self.run()
+        return until() or deadline is not None
+
+    @contextlib.contextmanager
+    def on(self, pid: int) -> Iterator[Process]:
+        """As code of that process."""
+        before, self.now = self.now, self.processes[pid]
+        try:
+            yield self.now
+        finally:
+            self.now = before
+
+    def run(self) -> None:
+        """Until nothing is on its way."""
+        while self.step():
+            pass
+
+    def step(self) -> bool:
+        for process in self.processes.values():
+            with self.on(process.pid):
+                if process.loop.soon or process.delivered:
+                    process.loop.run()
+                    while process.delivered:
+                        process.delivered.pop(0)()
+                    return True
+        if not self.wire:
+            return False
+        source, target, frame = self.wire.popleft()
+        if target not in self.processes:
+            return True
+        with self.on(target) as process:
+            link = SimpleNamespace(peer=source, segments=SimpleNamespace(open=lambda buffer: buffer))
+            process.handlers[frame.kind](link, frame)
+        return True
+
+    def lose(self, pid: int) -> None:
+        """That process is gone, and everybody hears of it."""
+        self.wire = collections.deque(parts for parts in self.wire if parts[1] != pid)
+        gone = self.processes.pop(pid)
+        for process in self.processes.values():
+            with self.on(process.pid):
+                process.dead[pid] = lambda: ProcessExitedException(pid, 1, True)
+                process.requests.fail(pid, process.dead[pid])
+                for callback in process.on_lost:
+                    callback(pid)
+        self.run()
+        assert gone.pid == pid
+
+    def pass_on(self, value: Any, source: int, target: int) -> Any:
+        """`value` as it arrives: serialised there, its references lent, rebuilt here."""
+        seen: list[Any] = []
+        with self.on(source) as process:
+            data, buffers = codec.encode(value, target, seen)
+            process.refs.lend(seen, target)
+        self.run()
+        with self.on(target):
+            return codec.decode(data, buffers)
+
+    def table(self, pid: int) -> dict[Any, set[int]]:
+        """Who holds what that process owns."""
+        self.run()
+        found: dict[Any, set[int]] = self.processes[pid].refs.owner.table()
+        return found

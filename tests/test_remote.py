@@ -1,0 +1,284 @@
+"""`RemoteFuture`: where the value is, when it moves, and what becomes of it in every process that knows it.
+
+The processes are played (`fakes.Cluster`); over real links: `conformance/test_futures.py`.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from typing import Any
+
+import pytest
+from fakes import Cluster
+
+from distpool.errors import ProcessExitedException, RemoteException, SerializationError
+from distpool.refs.refs import Future
+from distpool.refs.remote import RemoteFuture, dead_future, new_future
+from distpool.wire.frames import Kind
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    return Cluster(monkeypatch, 3)
+
+
+class Big:
+    """Something that is not a scalar."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Big) and self.value == other.value
+
+
+class Unreadable:
+    def __reduce__(self) -> Any:
+        return fail, ()
+
+
+def fail() -> None:
+    raise KeyError("cannot be rebuilt")
+
+
+class Unsendable:
+    def __reduce__(self) -> Any:
+        raise ValueError("not this one")
+
+
+# -- made by hand --------------------------------------------------------------------------------------------------
+
+
+def test_its_owner_does_not_know_it_until_it_is_used(cluster: Cluster) -> None:
+    future = new_future(2)
+    assert (future.where, future.whence) == (2, 1) and future.id > 0
+    assert cluster.table(2) == {}
+    assert future.isready() is False
+    assert list(cluster.table(2).values()) == [{1}]
+
+
+def test_unknown_owners_are_refused(cluster: Cluster) -> None:
+    with pytest.raises(ValueError, match="987654"):
+        new_future(987654)
+    assert new_future(None).where == 1
+
+
+@pytest.mark.parametrize("where", [1, 2])
+def test_it_is_set_once(cluster: Cluster, where: int) -> None:
+    future = new_future(where)
+    assert future.put(Big(5)) is future
+    assert future.done() and future.isready() and future.fetch() == Big(5) and future.wait() is future
+    with pytest.raises(RuntimeError, match="only once"):
+        future.put(6)
+
+
+def test_the_second_of_two_processes_is_told(cluster: Cluster) -> None:
+    future = new_future(3)
+    other = cluster.pass_on(future, 1, 2)
+    assert type(other) is RemoteFuture and (other.where, other.whence, other.id) == (3, 1, future.id)
+    with cluster.on(2):
+        other.put("first")
+    with pytest.raises(RemoteException) as info:
+        future.put("second")
+    assert isinstance(info.value.captured.ex, RuntimeError)
+    assert future.fetch() == "first"
+
+
+def test_what_cannot_be_sent_sets_nothing(cluster: Cluster) -> None:
+    future = new_future(2)
+    with pytest.raises(SerializationError, match="not this one"):
+        future.put(Unsendable())
+    assert not future.isready()
+    future.put(1)
+    assert future.fetch() == 1
+
+
+# -- waiting and fetching ------------------------------------------------------------------------------------------
+
+
+def test_waiting_moves_no_value(cluster: Cluster) -> None:
+    future = new_future(2)
+    with pytest.raises(TimeoutError):
+        future.wait(0)
+    with cluster.on(2):
+        cluster.pass_on(future, 1, 2).put(Big(1))
+    assert future.wait(5) is future and future.done()
+    assert Kind.NOTICE in cluster.processes[2].kinds()
+    before = len(cluster.processes[1].sent)
+    assert future.isready() and future.wait() is future
+    assert len(cluster.processes[1].sent) == before, "it is known here"
+    assert future.fetch() == Big(1)
+
+
+def test_a_fetched_value_is_here_and_given_back_there(cluster: Cluster) -> None:
+    future = new_future(2)
+    cluster.pass_on(future, 1, 2).put(Big([1]))
+    del cluster.processes[1].sent[:]
+    first = future.fetch()
+    assert first == Big([1]) and future.fetch() is first
+    assert cluster.processes[1].kinds().count(Kind.REFERENCE) == 1
+    gc.collect()
+    assert all(1 not in held for held in cluster.table(2).values())
+
+
+def test_time_limits(cluster: Cluster) -> None:
+    future = new_future(2)
+    for ask in (future.fetch, future.result, future.exception, future.wait):
+        with pytest.raises(TimeoutError):
+            ask(0)
+    assert not future.cancel() and not future.done(), "a remote call cannot be cancelled"
+
+
+def test_errors_are_remote_ones_each_time(cluster: Cluster) -> None:
+    future = new_future(2)
+    there = cluster.pass_on(future, 1, 2)
+    with cluster.on(2):
+        owner = cluster.now.refs.owner
+        from distpool.refs.refs import RAISED_HERE, Outcome
+
+        owner.settle(owner.get((1, future.id)), Outcome(RAISED_HERE, KeyError("x"), (), 2))
+    for ask in (future.wait, future.fetch, future.result):
+        with pytest.raises(RemoteException) as info:
+            ask(5)
+        assert info.value.pid == 2 and isinstance(info.value.captured.ex, KeyError)
+    assert isinstance(future.exception(5), RemoteException) and there is not None
+    assert list(cluster.table(2).values()) == [{1, 2}], "an error stays at its owner, for whoever this is sent to"
+
+
+def test_a_value_that_cannot_be_rebuilt_here(cluster: Cluster) -> None:
+    future = new_future(2)
+    with cluster.on(2):
+        cluster.pass_on(future, 1, 2).put(Unreadable())
+    with pytest.raises(KeyError, match="cannot be rebuilt"):
+        future.fetch()
+
+
+def test_callbacks_move_nothing_and_need_no_holder(cluster: Cluster) -> None:
+    seen: list[bool] = []
+    future = new_future(2)
+    there = cluster.pass_on(future, 1, 2)
+    future.add_done_callback(lambda done: seen.append(done.done()))
+    cluster.run()
+    del future
+    gc.collect()
+    with cluster.on(2):
+        there.put(Big(1))
+    cluster.run()
+    assert seen == [True]
+    assert not cluster.processes[1].refs.kept
+    late = new_future(1)
+    late.put(1)
+    late.add_done_callback(lambda done: seen.append(done.done()))
+    assert seen == [True, True], "here and now"
+
+
+def test_several_threads_fetch_once(cluster: Cluster) -> None:
+    future = new_future(2)
+    cluster.pass_on(future, 1, 2).put(Big(1))
+    barrier = threading.Barrier(4)
+
+    def start() -> None:
+        barrier.wait(30)
+        future._start_transfer()
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert future.fetch() == Big(1)
+    assert cluster.processes[1].kinds().count(Kind.REFERENCE) == 1
+
+
+# -- travelling ----------------------------------------------------------------------------------------------------
+
+
+def test_one_object_for_each_reference(cluster: Cluster) -> None:
+    future = new_future(2)
+    there = cluster.pass_on(future, 1, 2)
+    assert cluster.pass_on(future, 1, 2) is there and there == future and hash(there) == hash(future)
+    assert cluster.pass_on(there, 2, 1) is future
+
+
+def test_with_its_value_it_needs_no_owner(cluster: Cluster) -> None:
+    future = new_future(2)
+    waiting = cluster.pass_on(future, 1, 3)
+    future.put(Big(7))
+    got = cluster.pass_on(future, 1, 3)
+    assert got is waiting and got.done()
+    cluster.lose(2)
+    with cluster.on(3):
+        assert got.fetch() == Big(7)
+
+
+def test_a_plain_future_becomes_a_reference_when_it_is_sent(cluster: Cluster) -> None:
+    future: Future[Any] = Future()
+    there = cluster.pass_on(future, 1, 2)
+    assert type(there) is RemoteFuture and there.where == 1
+    future.set_result(Big(3))
+    with cluster.on(2):
+        assert there.fetch() == Big(3)
+
+
+def test_counts_end_with_the_objects(cluster: Cluster) -> None:
+    future = new_future(3)
+    there = cluster.pass_on(future, 1, 2)
+    assert list(cluster.table(3).values()) == [{1, 2}]
+    del there
+    gc.collect()
+    assert list(cluster.table(3).values()) == [{1}]
+    del future
+    gc.collect()
+    assert cluster.table(3) == {}
+
+
+def test_finalized_is_finalized(cluster: Cluster) -> None:
+    future = new_future(2)
+    assert not future.isready()
+    future.finalize()
+    future.finalize()
+    assert cluster.table(2) == {}
+    for use in (future.fetch, future.wait, future.isready, lambda: future.put(1)):
+        with pytest.raises(RuntimeError, match="finalized"):
+            use()
+    with pytest.raises(SerializationError, match="finalized"):
+        cluster.pass_on(future, 1, 2)
+
+
+def test_a_dead_handle(cluster: Cluster) -> None:
+    import pickle
+
+    for dead in (dead_future(), pickle.loads(pickle.dumps(new_future(2)))):
+        assert (dead.where, dead.whence, dead.id) == (0, 0, 0) and dead != dead_future() and dead == dead
+        for use in (dead.fetch, dead.wait, dead.isready, lambda dead=dead: dead.put(1)):
+            with pytest.raises(RuntimeError, match="dead handle"):
+                use()
+        again = cluster.pass_on(dead, 1, 2)
+        assert (again.where, again.id) == (0, 0)
+        dead.finalize()
+
+
+# -- the owner is lost ---------------------------------------------------------------------------------------------
+
+
+def test_who_waits_hears_of_the_owners_death(cluster: Cluster) -> None:
+    pending, ended, fetched = new_future(2), new_future(2), new_future(2)
+    with cluster.on(2):
+        cluster.pass_on(ended, 1, 2).put(Big(1))
+    fetched.put(Big(2))
+    ended.wait(5)
+    seen: list[Any] = []
+    pending.add_done_callback(lambda done: seen.append(done.exception(0)))
+    cluster.run()
+    cluster.lose(2)
+    assert isinstance(seen[0], ProcessExitedException)
+    for future in (pending, ended):
+        with pytest.raises(ProcessExitedException):
+            future.fetch()
+    assert fetched.fetch() == Big(2), "what is here stays"
+    late = new_future(3)
+    cluster.lose(3)
+    for ask in (late.fetch, late.wait):
+        with pytest.raises(ProcessExitedException):
+            ask()
