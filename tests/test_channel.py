@@ -1,0 +1,353 @@
+"""`Channel`, by callbacks and by threads: each item to one taker, in order, and nobody waits for what will not come.
+
+Reserved room: `test_room`; channels of others: `conformance/test_channels.py`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from distpool.errors import ChannelClosedError
+from distpool.refs.channel import Channel, Handed, Waiter
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
+from distpool.wire import codec
+from distpool.wire.messages import VALUE
+
+PATIENCE = 30.0
+
+
+def item(value: Any) -> Outcome:
+    return Outcome(LOCAL_VALUE, value, (), 0)
+
+
+class Told:
+    """What a callback was told."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+
+    def __call__(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+    @property
+    def values(self) -> list[Any]:
+        return [outcome.data for outcome in self.outcomes]
+
+
+def put(channel: Channel, value: Any, pid: int = 0) -> tuple[Waiter, Told]:
+    told = Told()
+    return channel.offer(item(value), told, pid), told
+
+
+def ask(channel: Channel, kind: str = "take", pid: int = 0) -> tuple[Waiter, Told]:
+    told = Told()
+    return channel.request(kind, told, pid), told
+
+
+# -- making --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["1", None, True, [1]])
+def test_sizes_are_numbers(size: Any) -> None:
+    with pytest.raises(TypeError, match="maxsize"):
+        Channel(size)
+
+
+def test_which_sizes_there_are() -> None:
+    with pytest.raises(ValueError, match="negative"):
+        Channel(-1)
+    endless = Channel(float("inf"))  # type: ignore[arg-type]
+    for number in range(100):
+        endless.put(number, timeout=0)
+    assert len(endless) == 100 and bool(Channel()), "true, whatever is in it"
+
+
+# -- by callbacks --------------------------------------------------------------------------------------------------
+
+
+def test_items_go_to_takers_in_the_order_of_both() -> None:
+    channel = Channel(2)
+    takers = [ask(channel)[1] for _ in range(2)]
+    for value in "abc":
+        put(channel, value)
+    assert [taker.values for taker in takers] == [["a"], ["b"]]
+    assert ask(channel)[1].values == ["c"] and len(channel) == 0
+
+
+def test_a_full_channel_makes_putters_wait_in_order() -> None:
+    channel = Channel(1)
+    told = [put(channel, value)[1] for value in "abc"]
+    assert [each.values for each in told] == [[None], [], []]
+    assert ask(channel)[1].values == ["a"]
+    assert [each.values for each in told] == [[None], [None], []] and len(channel) == 1
+
+
+def test_a_rendezvous_keeps_nothing() -> None:
+    channel = Channel()
+    _, putter = put(channel, "a")
+    assert putter.values == [] and len(channel) == 0 and channel.isready()
+    assert ask(channel)[1].values == ["a"] and putter.values == [None] and not channel.isready()
+    _, taker = ask(channel)
+    assert put(channel, "b")[1].values == [None] and taker.values == ["b"]
+
+
+def test_over_to_another_process_a_rendezvous_ends_when_the_value_is_serialised() -> None:
+    """Who has put it may change it after that."""
+    channel = Channel()
+    _, putter = put(channel, ["a"])
+    _, taker = ask(channel, pid=5)
+    [handed] = taker.outcomes
+    assert type(handed) is Handed and handed.data == ["a"] and putter.values == []
+    handed.then()
+    assert putter.values == [None]
+
+
+def test_looking_takes_nothing() -> None:
+    channel = Channel(2)
+    _, early = ask(channel, "fetch")
+    _, waits = ask(channel, "wait")
+    put(channel, "a")
+    assert early.values == ["a"] and waits.values == [None] and len(channel) == 1
+    assert ask(channel, "fetch")[1].values == ["a"] and ask(channel, "wait")[1].values == [None]
+    [refused] = ask(Channel(), "fetch")[1].outcomes
+    assert refused.status == RAISED_HERE and isinstance(refused.data, RuntimeError)
+
+
+def test_fetchers_and_takers_have_one_order() -> None:
+    channel = Channel(2)
+    first, second, third = (ask(channel, kind)[1] for kind in ("fetch", "take", "fetch"))
+    put(channel, "a")
+    assert (first.values, second.values, third.values) == (["a"], ["a"], [])
+    put(channel, "b")
+    assert third.values == ["b"] and len(channel) == 1
+
+
+def test_who_has_given_up_gets_nothing() -> None:
+    channel = Channel(1)
+    gone, nothing = ask(channel)
+    assert channel.withdraw(gone) and not channel.withdraw(gone)
+    late, also = ask(channel)
+    assert channel.expire(late) and not channel.expire(late)
+    put(channel, "a")
+    assert nothing.values == also.values == [] and len(channel) == 1
+    waiting, told = put(channel, "b")
+    assert channel.expire(waiting)
+    assert [ask(channel)[1].values for _ in range(2)] == [["a"], []] and told.values == []
+
+
+def test_who_was_served_cannot_give_up() -> None:
+    channel = Channel(1)
+    waiter, told = ask(channel)
+    put(channel, "a")
+    assert told.values == ["a"] and not channel.withdraw(waiter) and not channel.expire(waiter)
+
+
+def test_what_comes_back_is_the_first_again() -> None:
+    channel = Channel(3)
+    put(channel, "b")
+    channel.restore(item("a"))
+    assert [ask(channel)[1].values for _ in range(2)] == [["a"], ["b"]]
+    _, taker = ask(channel)
+    channel.restore(item("c"))
+    assert taker.values == ["c"]
+
+
+def test_waiters_of_a_dead_process_are_nobodys() -> None:
+    channel = Channel(1)
+    dead, alive = ask(channel, pid=5)[1], ask(channel, pid=6)[1]
+    watcher = ask(channel, "wait", pid=5)[1]
+    channel.forget_client(5)
+    put(channel, "a")
+    assert dead.values == watcher.values == [] and alive.values == ["a"]
+    put(channel, "b")
+    lost, kept = put(channel, "lost", pid=5)[1], put(channel, "c", pid=6)[1]
+    channel.forget_client(5)
+    assert [ask(channel)[1].values for _ in range(2)] == [["b"], ["c"]]
+    assert lost.values == [] and kept.values == [None]
+
+
+def test_callbacks_run_outside_of_the_lock() -> None:
+    channel = Channel(1)
+    seen: list[Any] = []
+    channel.request("take", lambda outcome: seen.append((outcome.data, channel.isready(), ask(channel)[0].live)))
+    put(channel, "a")
+    assert seen == [("a", False, True)]
+
+
+# -- closing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_closed_channel_drains_first() -> None:
+    channel = Channel(2)
+    channel.put(1).put(2)
+    channel.close()
+    channel.close(KeyError("too late"))
+    assert not channel.isopen()
+    with pytest.raises(ChannelClosedError):
+        channel.put(3)
+    assert list(channel) == [1, 2]
+    for use in (channel.take, channel.fetch, channel.wait):
+        with pytest.raises(ChannelClosedError):
+            use()
+
+
+def test_closing_wakes_everybody() -> None:
+    channel = Channel(1)
+    told = [ask(channel, kind)[1] for kind in ("take", "wait", "fetch")]
+    channel.close()
+    assert all(isinstance(each.values[0], ChannelClosedError) for each in told)
+    full = Channel(1)
+    full.put("a")
+    _, putter = put(full, "b")
+    full.close()
+    assert isinstance(putter.values[0], ChannelClosedError) and full.take() == "a"
+
+
+def test_an_error_is_what_they_get() -> None:
+    channel = Channel(1)
+    _, taker = ask(channel)
+    channel.close(KeyError("why"))
+    assert isinstance(taker.values[0], KeyError)
+    with pytest.raises(KeyError, match="why"):
+        channel.take()
+    with pytest.raises(KeyError, match="why"):
+        list(channel)
+
+
+def test_each_gets_an_error_of_its_own() -> None:
+    """Raised again and again, one object would collect the tracebacks, and the frames, of all."""
+    channel = Channel(1)
+    channel.close()
+    errors = [ask(channel)[1].values[0] for _ in range(2)]
+    assert errors[0] is not errors[1]
+
+
+# -- by threads ----------------------------------------------------------------------------------------------------
+
+
+def in_thread(function: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(function())
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, found
+
+
+def test_threads_wait_for_each_other() -> None:
+    channel = Channel()
+    thread, found = in_thread(lambda: [channel.take(timeout=PATIENCE) for _ in range(3)])
+    for value in range(3):
+        assert channel.put(value, timeout=PATIENCE) is channel
+    thread.join(PATIENCE)
+    assert found == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_time_limits(size: int) -> None:
+    channel = Channel(size)
+    for use in (channel.take, channel.wait, *((channel.fetch,) if size else ())):
+        with pytest.raises(TimeoutError):
+            use(timeout=0.001)
+    if size:
+        channel.put("a")
+    with pytest.raises(TimeoutError):
+        channel.put("lost", timeout=0.001)
+    assert len(channel) == size and channel.isready() is bool(size), "what timed out does not arrive"
+
+
+def test_no_item_is_lost_between_a_time_limit_and_a_put() -> None:
+    channel = Channel(1)
+    taken: list[int] = []
+
+    def take() -> None:
+        while not taken or taken[-1] is not None:
+            try:
+                taken.append(channel.take(timeout=0.0001))
+            except TimeoutError:
+                pass
+
+    thread, _ = in_thread(take)
+    for number in (*range(300), None):
+        channel.put(number, timeout=PATIENCE)
+    thread.join(PATIENCE)
+    assert taken == [*range(300), None]
+
+
+def test_types_are_checked_before_anything_happens() -> None:
+    channel = Channel(2, int)
+    for wrong in ("1", 1.0, None):
+        with pytest.raises(TypeError, match="this channel takes int, not"):
+            channel.put(wrong)
+    assert channel.put(True).take() is True and len(channel) == 0
+
+
+def test_what_came_from_elsewhere_is_opened_by_its_taker() -> None:
+    channel = Channel(3)
+    for value in ([1], fails, [2]):
+        data, buffers = codec.encode(value() if callable(value) else value)
+        channel.arrive(5, [Outcome(VALUE, data, buffers, 5)])
+    assert channel.take() == [1]
+    with pytest.raises(KeyError, match="not here"):
+        channel.take()
+    assert channel.fetch() == [2] and channel.take() == [2], "the one behind it is not hurt"
+
+
+def fails() -> Any:
+    return Fails()
+
+
+class Fails:
+    def __reduce__(self) -> Any:
+        return _fail, ()
+
+
+def _fail() -> None:
+    raise KeyError("not here")
+
+
+def test_what_was_put_ahead_may_come_too_late() -> None:
+    channel = Channel(1)
+    channel.close()
+    assert channel.arrive(5, [item(1)]) is False
+
+
+# -- copies and classes of one's own -------------------------------------------------------------------------------
+
+
+def test_a_copy_has_the_items_and_its_own_life() -> None:
+    channel = Channel(3, int)
+    channel.put(1).put(2)
+    copy = pickle.loads(pickle.dumps(channel))
+    assert (copy.maxsize, copy.type, len(copy)) == (3, int, 2)
+    assert [copy.take(), copy.take()] == [1, 2] and len(channel) == 2
+    channel.close()
+    assert list(pickle.loads(pickle.dumps(channel))) == [1, 2]
+
+
+def test_a_subclass_goes_by_its_own_methods() -> None:
+    class Noting(Channel):
+        seen: list[str] = []
+
+        def offer(self, *arguments: Any, **more: Any) -> Waiter:
+            self.seen.append("offer")
+            return super().offer(*arguments, **more)
+
+        def request(self, *arguments: Any, **more: Any) -> Waiter:
+            self.seen.append("request")
+            return super().request(*arguments, **more)
+
+    channel = Noting(1)
+    channel.put(1)
+    assert channel.take() == 1 and channel.seen == ["offer", "request"]
+    assert channel.reserve(5, lambda *question: None) == (0, 0), "nothing is put ahead into it"
