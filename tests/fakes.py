@@ -49,6 +49,10 @@ class ManualLoop:
         self.leads = False
         self.can_lead = True
         self.followed = threading.Event()
+        self.held: list[Callable[[], bool]] = []
+
+    def check_wait(self) -> None:
+        pass
 
     def call_soon(self, callback: Callable[[], object]) -> None:
         self.soon.append(callback)

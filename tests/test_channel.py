@@ -1,7 +1,4 @@
-"""`Channel`, by callbacks and by threads: each item to one taker, in order, and nobody waits for what will not come.
-
-Reserved room: `test_room`; channels of others: `conformance/test_channels.py`.
-"""
+"""`Channel`: threads wait for each other and for nothing that will not come; by callbacks: `test_channelcore`."""
 
 from __future__ import annotations
 
@@ -13,8 +10,9 @@ from typing import Any
 import pytest
 
 from distpool.errors import ChannelClosedError
-from distpool.refs.channel import Channel, Handed, Waiter
-from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
+from distpool.refs.channel import Channel
+from distpool.refs.channelcore import Waiter
+from distpool.refs.refs import LOCAL_VALUE, Outcome
 from distpool.wire import codec
 from distpool.wire.messages import VALUE
 
@@ -65,118 +63,6 @@ def test_which_sizes_there_are() -> None:
     for number in range(100):
         endless.put(number, timeout=0)
     assert len(endless) == 100 and bool(Channel()), "true, whatever is in it"
-
-
-# -- by callbacks --------------------------------------------------------------------------------------------------
-
-
-def test_items_go_to_takers_in_the_order_of_both() -> None:
-    channel = Channel(2)
-    takers = [ask(channel)[1] for _ in range(2)]
-    for value in "abc":
-        put(channel, value)
-    assert [taker.values for taker in takers] == [["a"], ["b"]]
-    assert ask(channel)[1].values == ["c"] and len(channel) == 0
-
-
-def test_a_full_channel_makes_putters_wait_in_order() -> None:
-    channel = Channel(1)
-    told = [put(channel, value)[1] for value in "abc"]
-    assert [each.values for each in told] == [[None], [], []]
-    assert ask(channel)[1].values == ["a"]
-    assert [each.values for each in told] == [[None], [None], []] and len(channel) == 1
-
-
-def test_a_rendezvous_keeps_nothing() -> None:
-    channel = Channel()
-    _, putter = put(channel, "a")
-    assert putter.values == [] and len(channel) == 0 and channel.isready()
-    assert ask(channel)[1].values == ["a"] and putter.values == [None] and not channel.isready()
-    _, taker = ask(channel)
-    assert put(channel, "b")[1].values == [None] and taker.values == ["b"]
-
-
-def test_over_to_another_process_a_rendezvous_ends_when_the_value_is_serialised() -> None:
-    """Who has put it may change it after that."""
-    channel = Channel()
-    _, putter = put(channel, ["a"])
-    _, taker = ask(channel, pid=5)
-    [handed] = taker.outcomes
-    assert type(handed) is Handed and handed.data == ["a"] and putter.values == []
-    handed.then()
-    assert putter.values == [None]
-
-
-def test_looking_takes_nothing() -> None:
-    channel = Channel(2)
-    _, early = ask(channel, "fetch")
-    _, waits = ask(channel, "wait")
-    put(channel, "a")
-    assert early.values == ["a"] and waits.values == [None] and len(channel) == 1
-    assert ask(channel, "fetch")[1].values == ["a"] and ask(channel, "wait")[1].values == [None]
-    [refused] = ask(Channel(), "fetch")[1].outcomes
-    assert refused.status == RAISED_HERE and isinstance(refused.data, RuntimeError)
-
-
-def test_fetchers_and_takers_have_one_order() -> None:
-    channel = Channel(2)
-    first, second, third = (ask(channel, kind)[1] for kind in ("fetch", "take", "fetch"))
-    put(channel, "a")
-    assert (first.values, second.values, third.values) == (["a"], ["a"], [])
-    put(channel, "b")
-    assert third.values == ["b"] and len(channel) == 1
-
-
-def test_who_has_given_up_gets_nothing() -> None:
-    channel = Channel(1)
-    gone, nothing = ask(channel)
-    assert channel.withdraw(gone) and not channel.withdraw(gone)
-    late, also = ask(channel)
-    assert channel.expire(late) and not channel.expire(late)
-    put(channel, "a")
-    assert nothing.values == also.values == [] and len(channel) == 1
-    waiting, told = put(channel, "b")
-    assert channel.expire(waiting)
-    assert [ask(channel)[1].values for _ in range(2)] == [["a"], []] and told.values == []
-
-
-def test_who_was_served_cannot_give_up() -> None:
-    channel = Channel(1)
-    waiter, told = ask(channel)
-    put(channel, "a")
-    assert told.values == ["a"] and not channel.withdraw(waiter) and not channel.expire(waiter)
-
-
-def test_what_comes_back_is_the_first_again() -> None:
-    channel = Channel(3)
-    put(channel, "b")
-    channel.restore(item("a"))
-    assert [ask(channel)[1].values for _ in range(2)] == [["a"], ["b"]]
-    _, taker = ask(channel)
-    channel.restore(item("c"))
-    assert taker.values == ["c"]
-
-
-def test_waiters_of_a_dead_process_are_nobodys() -> None:
-    channel = Channel(1)
-    dead, alive = ask(channel, pid=5)[1], ask(channel, pid=6)[1]
-    watcher = ask(channel, "wait", pid=5)[1]
-    channel.forget_client(5)
-    put(channel, "a")
-    assert dead.values == watcher.values == [] and alive.values == ["a"]
-    put(channel, "b")
-    lost, kept = put(channel, "lost", pid=5)[1], put(channel, "c", pid=6)[1]
-    channel.forget_client(5)
-    assert [ask(channel)[1].values for _ in range(2)] == [["b"], ["c"]]
-    assert lost.values == [] and kept.values == [None]
-
-
-def test_callbacks_run_outside_of_the_lock() -> None:
-    channel = Channel(1)
-    seen: list[Any] = []
-    channel.request("take", lambda outcome: seen.append((outcome.data, channel.isready(), ask(channel)[0].live)))
-    put(channel, "a")
-    assert seen == [("a", False, True)]
 
 
 # -- closing -------------------------------------------------------------------------------------------------------
@@ -296,7 +182,7 @@ def test_what_came_from_elsewhere_is_opened_by_its_taker() -> None:
     channel = Channel(3)
     for value in ([1], fails, [2]):
         data, buffers = codec.encode(value() if callable(value) else value)
-        channel.arrive(5, [Outcome(VALUE, data, buffers, 5)])
+        channel.arrive(5, [Outcome(VALUE, data, buffers, 5)], lambda taken: None)
     assert channel.take() == [1]
     with pytest.raises(KeyError, match="not here"):
         channel.take()
@@ -314,12 +200,6 @@ class Fails:
 
 def _fail() -> None:
     raise KeyError("not here")
-
-
-def test_what_was_put_ahead_may_come_too_late() -> None:
-    channel = Channel(1)
-    channel.close()
-    assert channel.arrive(5, [item(1)]) is False
 
 
 # -- copies and classes of one's own -------------------------------------------------------------------------------
@@ -350,4 +230,6 @@ def test_a_subclass_goes_by_its_own_methods() -> None:
     channel = Noting(1)
     channel.put(1)
     assert channel.take() == 1 and channel.seen == ["offer", "request"]
-    assert channel.reserve(5, lambda *question: None) == (0, 0), "nothing is put ahead into it"
+    told: list[tuple[int, int]] = []
+    channel.reserve(5, lambda *question: None, lambda *credit: told.append(credit))
+    assert told == [(0, 0)], "nothing is put ahead into it"

@@ -19,7 +19,10 @@ REF = RRID(2, 7)
 
 @pytest.fixture
 def owner() -> Owner:
-    return Owner(SimpleNamespace(threads=ThreadCache("test-owner"), peers=SimpleNamespace(dead={})))  # type: ignore
+    node = SimpleNamespace(
+        threads=ThreadCache("test-owner"), peers=SimpleNamespace(dead={}), loop=SimpleNamespace(held=[])
+    )
+    return Owner(node)  # type: ignore[arg-type]
 
 
 def value(data: Any = None) -> Outcome:
@@ -91,7 +94,12 @@ def test_late_news_of_a_dead_process_makes_no_entry(owner: Owner) -> None:
 
 def test_channels_hear_of_it_if_they_care(owner: Owner) -> None:
     told: list[int] = []
-    owner.touch(REF, 4).channel = SimpleNamespace(forget_client=told.append)
+
+    def forget(pid: int) -> None:
+        assert not owner._lock._is_owned(), "who has the channel's lock may want this one"
+        told.append(pid)
+
+    owner.touch(REF, 4).channel = SimpleNamespace(forget_client=forget)
     owner.touch(RRID(2, 8), 4).channel = object()
     owner.forget_client(3)
     assert told == [3] and len(owner) == 2

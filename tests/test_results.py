@@ -25,12 +25,11 @@ class FakeLink:
     peer = 1
 
     def __init__(self) -> None:
+        self.loop = SimpleNamespace(leads=False)
         self.frames: list[tuple[int, float, int, list[tuple[int, int, int, Any]], list[Any]]] = []
         self.idle = True
         self.drains = 0
         self.on_drain: Callable[[], bool] = lambda: True
-        self.journal_then: list[int] = []
-        self.journal: Any = None
 
     def send(self, kind: Kind, control: bytes, body: bytes, buffers: Any = ()) -> bool:
         assert kind is Kind.RESULTS
