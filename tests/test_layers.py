@@ -3,8 +3,8 @@ lower layers, from modules of its own layer only where `SAME_LAYER` says so, and
 inside functions count like those at the top: a deferred import hides a cycle, it does not remove it. Only
 `if TYPE_CHECKING:` is exempt, because nothing runs there.
 
-Three more rules that a parser can see: nothing under wire/ does I/O, runs threads or reads a clock; no module has more
-than 500 lines; no modules import each other in a circle.
+More rules that can be seen from outside: nothing under wire/ does I/O, runs threads or reads a clock; no module has more
+than 500 lines; no modules import each other in a circle; each has a test module.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent / "distpool"
+TESTS = list(Path(__file__).resolve().parent.rglob("test_*.py"))
 
 LAYERS: dict[int, tuple[str, ...]] = {
     0: ("errors", "config", "directories", "logs", "fields"),
@@ -506,6 +507,15 @@ def test_wire_does_no_io(module: str) -> None:
 def test_modules_stay_readable(module: str) -> None:
     lines = len(MODULES[module].read_text(encoding="utf-8").splitlines())
     assert lines <= MAX_LINES, f"{MODULES[module]} has {lines} lines: it has taken on a second job"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_each_module_has_a_test_module(module: str) -> None:
+    """Who changes one knows where to look: tests/**/test_NAME.py."""
+    if MODULES[module].name == "__init__.py":
+        return
+    name = f"test_{MODULES[module].name}"
+    assert any(path.name == name for path in TESTS), f"there is no {name}"
 
 
 def test_no_import_cycles() -> None:

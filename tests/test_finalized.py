@@ -1,0 +1,58 @@
+"""`finalized`: a future that was given back refuses every use, and says why."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+
+import distpool
+from distpool.refs.finalized import FINALIZED, refuse_uses
+
+USES = {
+    "result": (),
+    "exception": (),
+    "fetch": (),
+    "wait": (),
+    "put": (1,),
+    "isready": (),
+    "add_done_callback": (print,),
+}
+
+
+def value(number: int) -> distpool.Future[int]:
+    future: distpool.Future[int] = distpool.Future()
+    future.set_result(number)
+    return future
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_use_is_refused(use: str) -> None:
+    future = value(1)
+    refuse_uses(future)
+    with pytest.raises(RuntimeError, match=FINALIZED):
+        getattr(future, use)(*USES[use])
+
+
+@pytest.mark.parametrize("keywords", [{"timeout": 3}, {}])
+def test_with_a_time_limit_as_well(keywords: dict[str, Any]) -> None:
+    future = value(1)
+    refuse_uses(future)
+    with pytest.raises(RuntimeError, match=FINALIZED):
+        future.result(**keywords)
+
+
+def test_others_go_on_and_its_state_can_be_seen() -> None:
+    future, other = value(1), value(2)
+    refuse_uses(future)
+    assert other.result(0) == 2
+    assert future.done() and not future.cancelled() and "finished" in repr(future)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, lambda future: pickle.loads(pickle.dumps(future))])
+def test_a_pickle_of_ones_own_gives_a_dead_handle(copied: Any) -> None:
+    dead = copied(value(1))
+    with pytest.raises(RuntimeError, match="pickled outside of a distpool message"):
+        dead.fetch()
