@@ -3,8 +3,8 @@ lower layers, from modules of its own layer only where `SAME_LAYER` says so, and
 inside functions count like those at the top: a deferred import hides a cycle, it does not remove it. Only
 `if TYPE_CHECKING:` is exempt, because nothing runs there.
 
-More rules that can be seen from outside: nothing under wire/ does I/O, runs threads or reads a clock; no module has more
-than 500 lines; no modules import each other in a circle; each has a test module.
+More rules that can be seen from outside: nothing under wire/ does I/O, runs threads or reads a clock; no module has
+more than 500 lines; no modules import each other in a circle; each has a test module.
 """
 
 from __future__ import annotations
