@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -122,6 +123,31 @@ def test_work_that_is_refused_a_thread_just_as_the_last_one_goes_idle(monkeypatc
     done = threading.Event()
     cache.run(done.set)
     assert done.wait(PATIENCE), "it waits for a thread that idles"
+
+
+def test_work_that_is_refused_the_first_thread_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none whose end it could wait for: it is tried again until it gets one."""
+    later: list[Callable[[], object]] = []
+    cache = ThreadCache("first", lambda seconds, callback: later.append(callback))
+    start, refuse = threading.Thread.start, [True]
+
+    def may_be_refused(thread: threading.Thread) -> None:
+        if refuse[0]:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", may_be_refused)
+    done = threading.Semaphore(0)
+    for _ in range(3):
+        cache.run(done.release)
+    assert len(later) == 1
+    later.pop()()
+    assert len(later) == 1, "it is looked at again"
+    refuse[0] = False
+    later.pop()()
+    for _ in range(3):
+        assert done.acquire(timeout=PATIENCE)
+    assert not later
 
 
 def test_nothing_is_kept_alive() -> None:

@@ -43,7 +43,7 @@ class Node:
         self._spreading: Any = None
         self._making_parts = threading.RLock()  # protects identity and _spreading while the master makes them
         self.loop = IoLoop()
-        self.threads = ThreadCache("distpool-task")
+        self.threads = ThreadCache("distpool-task", self.loop.call_later)
         self.notices = SerialQueue(self.threads)  # output and life-cycle notices, in order
         self.segments = SegmentPool()
         self.encoder = FunctionEncoder(Kept(self.segments, self.loop.call_soon).keep)

@@ -20,37 +20,64 @@ from distpool.logs import Log
 log = Log("threads")
 
 IDLE = 10.0
+_TRY_AGAIN = 0.1  # seconds
 
 
 class ThreadCache:
     """`run(f)` calls `f()` on a thread of its own, at once: never queued behind another `f`."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, call_later: Callable[[float, Callable[[], object]], object] | None = None) -> None:
         self._name = name
+        self._call_later = call_later
         self._idle: collections.deque[queue.SimpleQueue[Callable[[], object]]] = collections.deque()  # atomic ends
         self._refused: collections.deque[Callable[[], object]] = collections.deque()  # atomic ends
+        self._looking = False  # `_try_again` will be called
         self._count = 0
 
     def run(self, function: Callable[[], object]) -> None:
         """Call `function()` on another thread; what it raises is logged.
 
-        If the system refuses another thread, the function waits for one that is there to become free.
+        If the system refuses another thread, the function waits for one that is there to become free, or until the
+        system has changed its mind.
         """
         try:
             box = self._idle.pop()
         except IndexError:
-            box = queue.SimpleQueue()
-            self._count += 1
-            thread = threading.Thread(target=self._serve, args=(box,), name=f"{self._name}-{self._count}", daemon=True)
-            box.put(function)
-            try:
-                thread.start()
-            except RuntimeError:
+            if not self._start(function):
+                log.warning("no further thread can be started: work waits for one of those that are there")
                 self._refused.append(function)
                 self._match()
-                log.warning("no further thread can be started: work waits for one of those that are there")
+                self._try_later()
         else:
             box.put(function)
+
+    def _start(self, function: Callable[[], object]) -> bool:
+        box: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._count += 1
+        thread = threading.Thread(target=self._serve, args=(box,), name=f"{self._name}-{self._count}", daemon=True)
+        box.put(function)
+        try:
+            thread.start()
+        except RuntimeError:
+            return False
+        return True
+
+    def _try_later(self) -> None:
+        """Nobody says when there is room for threads again, and there may be none whose work could end: one looks."""
+        if self._refused and not self._looking and self._call_later is not None:
+            self._looking = True
+            self._call_later(_TRY_AGAIN, self._try_again)
+
+    def _try_again(self) -> None:
+        self._looking = False
+        with contextlib.suppress(IndexError):
+            while True:
+                function = self._refused.popleft()
+                if not self._start(function):
+                    self._refused.appendleft(function)
+                    self._match()
+                    break
+        self._try_later()
 
     def reserve(self, count: int) -> None:
         """Start so many threads now, which stay: where none can be started later."""
@@ -58,13 +85,13 @@ class ThreadCache:
             box: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
             self._count += 1
             name = f"{self._name}-{self._count}"
-            threading.Thread(target=self._serve, args=(box, None), name=name, daemon=True).start()
+            threading.Thread(target=self._serve, args=(box, True), name=name, daemon=True).start()
             self._idle.append(box)
 
-    def _serve(self, box: queue.SimpleQueue[Callable[[], object]], patience: float | None = IDLE) -> None:
+    def _serve(self, box: queue.SimpleQueue[Callable[[], object]], stays: bool = False) -> None:
         while True:
             try:
-                function = box.get(timeout=patience)
+                function = box.get(timeout=None if stays else IDLE)
             except queue.Empty:
                 try:
                     self._idle.remove(box)
