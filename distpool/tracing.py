@@ -166,6 +166,7 @@ class Tracer:
         if refused:
             raise RuntimeError("a trace is being made already: they cannot be nested")
         if not began.is_set():
+            self.node.loop.call_soon(self._take_back)
             raise RuntimeError(f"the I/O loop did not answer within {_PATIENCE:g} seconds")
 
     def stop(self) -> None:
@@ -220,6 +221,12 @@ class Tracer:
             if not member.link.send(Kind.TRACE, messages.Trace(self.number, False).pack()):
                 track.ended = True
         self._check_ended()
+
+    def _take_back(self) -> None:
+        """It has begun too late: nobody will end it."""
+        if self.node.tracer is self:
+            self._end()
+            self._forget(threading.Event())
 
     def _forget(self, forgotten: threading.Event) -> None:
         self._group.gone_watchers.remove(self._on_gone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import threading
@@ -169,8 +170,6 @@ def test_what_still_runs_when_the_trace_ends(tmp_path: Path) -> None:
 def test_a_worker_that_cannot_answer_holds_the_end_up_but_not_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib
-
     monkeypatch.setattr(importlib.import_module("distpool.tracing"), "_PATIENCE", 0.5)
     path = tmp_path / "trace.json"
     gate = Gate()
@@ -228,6 +227,26 @@ def test_no_worker_no_call(tmp_path: Path) -> None:
     with distpool.trace(path):
         pass
     assert calls(path) == []
+
+
+def test_a_loop_that_answers_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace is refused, and what it began late is taken back: the next one is not told that it is nested."""
+    monkeypatch.setattr(importlib.import_module("distpool.tracing"), "_PATIENCE", 0.05)
+    loop = nodes.current().loop
+    held, go = threading.Event(), threading.Event()
+    loop.call_soon(lambda: (held.set(), go.wait(30)))
+    assert held.wait(30)
+    with pytest.raises(RuntimeError, match="did not answer"), distpool.trace(tmp_path / "late.json"):
+        pass
+    go.set()
+    passed = threading.Event()
+    loop.call_soon(passed.set)
+    with loop.following():
+        assert passed.wait(30)
+    assert nodes.current().tracer is None
+    monkeypatch.undo()
+    with distpool.trace(tmp_path / "next.json"):
+        pass
 
 
 def test_an_error_in_the_block_keeps_the_trace(tmp_path: Path) -> None:
