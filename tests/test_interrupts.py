@@ -493,6 +493,40 @@ def test_a_signal_that_comes_just_before_the_system_call_is_sent_again(
     assert len(sent) == heard, "it has been heard"
 
 
+@pytest.mark.parametrize("struck", [True, False])
+def test_a_call_that_has_ended_leaves_nothing_pending(interrupts: Interrupts, struck: bool) -> None:
+    """CPython 3.11 looks again and again in a traced thread if it believes that an exception is pending somewhere."""
+    import ctypes  # what raises in other threads is there
+
+    assert ctypes.pythonapi
+    running, ended = threading.Event(), threading.Event()
+
+    def call() -> None:
+        running.set()
+        while not ended.wait(0.001):
+            pass
+
+    result = on_thread(lambda: interrupts.call(call, (), {}))
+    assert running.wait(10)
+    if struck:
+        interrupts.strike()
+    else:
+        ended.set()
+    assert isinstance(result(), KeyboardInterrupt) is struck
+
+    def traced() -> int:
+        sys.settrace(lambda *_: None)
+        try:
+            return on_this_thread()
+        finally:
+            sys.settrace(None)
+
+    def on_this_thread() -> int:
+        return 1
+
+    assert on_thread(traced)() == 1
+
+
 def test_the_main_thread_is_struck_wherever_it_goes_meanwhile(interrupts: Interrupts) -> None:
     """It enters and leaves the library all the time: no look from outside says where it is at the next moment."""
     strikes = threading.Event()
