@@ -124,8 +124,8 @@ def test_a_label_is_the_name(executor: distpool.ClusterExecutor) -> None:
 def test_calls_sent_ahead_are_queued() -> None:
     with distpool.ClusterExecutor(1) as ex:
         nap = lambda seconds: time.sleep(seconds)
-        for _ in range(3):  # nothing is sent ahead of a call that is long, or not known yet
-            ex.submit(nap, 0.01).result()
+        for _ in range(10):  # nothing is sent ahead of a call that is long, or not known yet
+            ex.submit(nap, 0).result()
         futures = [ex.submit(nap, 0.5) for _ in range(2)]
         row = wait_until(lambda: next((row for row in ex.stats() if row["running"] and row["queued"]), None))
         assert row["queued"] == 1
