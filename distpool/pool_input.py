@@ -116,6 +116,8 @@ class Feed:
             failure = error
         if self._source is None:
             return  # stopped meanwhile
+        if failure is not None and self._chunk is not None:  # as in the standard library's Pool (CPython's own test)
+            del items[len(items) - len(items) % self._chunk :]  # a chunk that was not complete is not sent
         if not items:
             self._end(failure)
             return
