@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -158,3 +159,23 @@ def test_what_cannot_be_started_leaves_no_descriptor() -> None:
         assert os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd") == before
     """
     subprocess.run([sys.executable, "-c", source], check=True, timeout=60)
+
+
+def test_a_program_without_standard_streams(tmp_path: Path) -> None:
+    """Our descriptors get other numbers than theirs: the new process's streams would take their place there."""
+    source = """if True:
+        import os, sys
+        from distpool.managers import zygotes
+        started = zygotes.begin(2, {})
+        numbers = started.control.fileno(), started.startup
+        started.control.setblocking(True)
+        alive = started.process.poll() is None
+        with open(sys.argv[1], "w") as file:
+            file.write(f"{min(numbers)} {alive}")
+        started.discard()
+    """
+    path = tmp_path / "found"
+    command = ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", source, str(path)]
+    subprocess.run(command, check=True, timeout=60)
+    least, alive = path.read_text().split()
+    assert int(least) > 2 and alive == "True"

@@ -31,6 +31,23 @@ def key_of(spec: LaunchSpec) -> tuple[Any, ...]:
     return tuple(spec.argv), tuple((name, env[name]) for name in startup), spec.entry, spec.own_path
 
 
+def _above_standard(descriptor: int) -> int:
+    """The same file under a number above 2. In a program whose standard streams are closed ours would get those, and
+    in the new process what becomes its standard streams would take their place."""
+    if descriptor > 2:
+        return descriptor
+    import fcntl
+
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(descriptor)
+
+
+def _moved(sock: socket.socket) -> socket.socket:
+    return sock if sock.fileno() > 2 else socket.socket(fileno=_above_standard(sock.detach()))
+
+
 class ZygoteProcess:
     """A zygote that has been started, and our ends of its channels. OSError: it cannot be started.
 
@@ -42,9 +59,9 @@ class ZygoteProcess:
     def __init__(self, spec: LaunchSpec) -> None:
         self.key = key_of(spec)
         self.given = spec.env if spec.own_path else None
-        self.control, theirs = socket.socketpair()
+        self.control, theirs = map(_moved, socket.socketpair())
         try:
-            self.startup, output = os.pipe()
+            self.startup, output = map(_above_standard, os.pipe())
             try:
                 self.process = self._start(spec, theirs, output)
             except BaseException:
