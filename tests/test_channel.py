@@ -8,43 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from told import ask, put
 
 from distpool.errors import ChannelClosedError
 from distpool.refs.channel import Channel
 from distpool.refs.channelcore import Waiter
-from distpool.refs.refs import LOCAL_VALUE, Outcome
+from distpool.refs.refs import Outcome
 from distpool.wire import codec
 from distpool.wire.messages import VALUE
 
 PATIENCE = 30.0
-
-
-def item(value: Any) -> Outcome:
-    return Outcome(LOCAL_VALUE, value, (), 0)
-
-
-class Told:
-    """What a callback was told."""
-
-    def __init__(self) -> None:
-        self.outcomes: list[Outcome] = []
-
-    def __call__(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
-
-    @property
-    def values(self) -> list[Any]:
-        return [outcome.data for outcome in self.outcomes]
-
-
-def put(channel: Channel, value: Any, pid: int = 0) -> tuple[Waiter, Told]:
-    told = Told()
-    return channel.offer(item(value), told, pid), told
-
-
-def ask(channel: Channel, kind: str = "take", pid: int = 0) -> tuple[Waiter, Told]:
-    told = Told()
-    return channel.request(kind, told, pid), told
 
 
 # -- making --------------------------------------------------------------------------------------------------------

@@ -4,37 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from told import ask, item, put
+
 from distpool.refs.channel import Channel
-from distpool.refs.channelcore import Handed, Waiter
-from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
-
-
-def item(value: Any) -> Outcome:
-    return Outcome(LOCAL_VALUE, value, (), 0)
-
-
-class Told:
-    """What a callback was told."""
-
-    def __init__(self) -> None:
-        self.outcomes: list[Outcome] = []
-
-    def __call__(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
-
-    @property
-    def values(self) -> list[Any]:
-        return [outcome.data for outcome in self.outcomes]
-
-
-def put(channel: Channel, value: Any, pid: int = 0) -> tuple[Waiter, Told]:
-    told = Told()
-    return channel.offer(item(value), told, pid), told
-
-
-def ask(channel: Channel, kind: str = "take", pid: int = 0) -> tuple[Waiter, Told]:
-    told = Told()
-    return channel.request(kind, told, pid), told
+from distpool.refs.channelcore import Handed
+from distpool.refs.refs import RAISED_HERE
 
 
 def test_items_go_to_takers_in_the_order_of_both() -> None:
