@@ -1,8 +1,10 @@
 """How KeyboardInterrupt reaches the calls of a worker (layer 3).
 
-    leader: strike()   user code on the main thread  -> SIGINT to that thread; the handler (`on_signal`) raises
+    leader: strike()   user code on the main thread  -> SIGINT to that thread, until the handler (`on_signal`) has run,
+                                                        which raises
                        user code on another thread   -> raised at its next bytecode
                        inside the library            -> noted, a wait is woken; raised on the way back to user code
+                       a call that has come          -> marked (`Coming`, `_begins`); raised where its code would begin
                        importing, starting a thread  -> once more a moment later (`_Missed`), until it is through
                        in a finalizer                -> Python ignores it (`on_unraisable`): once more a moment later
 
