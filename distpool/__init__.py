@@ -13,7 +13,8 @@ from __future__ import annotations
 import atexit
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # not from `typing`: see `fields`
 
 __version__ = "0.1.0"
 
@@ -100,6 +101,8 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from distpool.broadcast import clear, everywhere, include, remotecall_eval
     from distpool.calls import remote_do, remotecall, remotecall_fetch, remotecall_wait
     from distpool.cluster import addprocs, addprocs_async, default_addprocs_params, interrupt, rmprocs

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import operator
 import os
-from typing import Any
+
+TYPE_CHECKING = False  # not from `typing`: see `fields`
+if TYPE_CHECKING:
+    from typing import Any
 
 #: Buffers of at least this many bytes travel beside the pickle (protocol 5, out of band).
 OUT_OF_BAND = 256 * 1024

@@ -14,13 +14,15 @@ import contextlib
 import signal
 import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
 
 from distpool import config
 from distpool.managers import zygotes
 from distpool.submitter import Submitter
 
+TYPE_CHECKING = False  # not from `typing`: see `fields`
 if TYPE_CHECKING:
+    from typing import Any
+
     from distpool.crew import Crew
     from distpool.work import Policy
 

@@ -6,7 +6,9 @@ names are those of the standard library's loggers, below "distpool".
 
 from __future__ import annotations
 
-from typing import Any
+TYPE_CHECKING = False  # not from `typing`: see `fields`
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class Log:

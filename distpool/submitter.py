@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # not from `typing`: see `fields`
 if TYPE_CHECKING:
+    from typing import Any
+
     from distpool.crew import Crew
     from distpool.refs.refs import Future
     from distpool.work import Policy

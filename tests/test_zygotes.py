@@ -56,6 +56,25 @@ def gone(pid: int) -> bool:
     return True
 
 
+def test_what_is_not_needed_to_start_it_is_loaded_later() -> None:
+    code = """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import distpool
+        from distpool.managers import zygotes
+        def begin(*args):
+            late = {"typing", "dataclasses", "tempfile", "cloudpickle", "distpool.crew"}
+            print(sorted(late & set(sys.modules)))
+            raise SystemExit
+        zygotes.begin = begin
+        distpool.ClusterExecutor(1)
+    """
+    # -S: .pth files of the environment may import anything
+    command = [sys.executable, "-S", "-c", textwrap.dedent(code), str(Path(zygotes.__file__).parents[2])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+
+
 @pytest.mark.parametrize("hosts", ["", "2", "'local://'", "max_workers=2"])
 def test_the_first_executor_is_served_by_a_zygote_that_was_started_ahead(hosts: str) -> None:
     found = program(f"""

@@ -9,9 +9,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 from distpool.managers.surroundings import BLAS_VARIABLES, here
+
+TYPE_CHECKING = False  # not from `typing`: see `fields`
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def command(exename: Any, exeflags: Any) -> tuple[list[str], bool]:

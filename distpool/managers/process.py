@@ -12,10 +12,15 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
 
 from distpool.fields import Fields
 from distpool.logs import Log
+
+TYPE_CHECKING = False  # not from `typing`: see `fields`
+if TYPE_CHECKING:
+    from typing import Any, Protocol
+else:
+    Protocol = object
 
 log = Log("launch")
 

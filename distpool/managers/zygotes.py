@@ -13,12 +13,15 @@ import os
 import socket
 import subprocess
 import sys
-from typing import Any
 
 from distpool import config
 from distpool.managers.command import command, environment, import_path
 from distpool.managers.process import LaunchSpec, boot_code
 from distpool.managers.surroundings import here
+
+TYPE_CHECKING = False  # not from `typing`: see `fields`
+if TYPE_CHECKING:
+    from typing import Any
 
 _STARTUP_NAMES = ("LANG", "TZDIR", "GLIBC_TUNABLES")
 _STARTUP_PREFIXES = ("PYTHON", "LC_", "LD_", "DYLD_", "MALLOC_")
