@@ -46,7 +46,8 @@ class AsyncResult(stdlib.ApplyResult):  # type: ignore[type-arg]
         self._callback = callback
         self._error_callback = error_callback
         self._outcome: tuple[bool, Any] | None = None
-        self._opening = threading.Lock()  # protects _outcome while it is made
+        #: Protects _outcome while it is made. Reentrant: a signal handler or a `__del__` may ask meanwhile.
+        self._opening = threading.RLock()
         self._caller = 0  # the thread that runs the callback
         self._event: threading.Event | None = None  # the callback has run
         if watched or callback is not None or error_callback is not None:
@@ -112,13 +113,16 @@ class AsyncResult(stdlib.ApplyResult):  # type: ignore[type-arg]
     def _open(self) -> tuple[bool, Any]:
         with self._opening:
             if self._outcome is None:
+                outcome: tuple[bool, Any]
                 try:
-                    self._outcome = True, self._collect()
+                    outcome = True, self._collect()
                 except BaseException as error:
                     # Not an interrupt of this thread while it decodes. Without the traceback of the decoding.
                     if isinstance(error, KeyboardInterrupt) and error.__cause__ is None:
                         raise
-                    self._outcome = False, error.with_traceback(None)
+                    outcome = False, error.with_traceback(None)
+                if self._outcome is None:  # else who asked meanwhile has it, and what it is made of is gone
+                    self._outcome = outcome
                 self._release()
             return self._outcome
 

@@ -206,13 +206,12 @@ class CachingPool(WorkerPool):
 class _Cache:
     """Functions by identity, and the references under which workers keep them.
 
-    `_lock` makes "look and send" one step of each pair of function and worker. Entries of functions that are gone are
-    removed by their weak references: `dict.pop`, which is safe in a finalizer.
+    The lock of an entry makes "look and send" one step of each pair of function and worker. Entries of functions that
+    are gone are removed by their weak references: `dict.pop`, which is safe in a finalizer.
     """
 
     def __init__(self) -> None:
         self._entries: dict[Any, _Kept] = {}
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -220,10 +219,9 @@ class _Cache:
     def find(self, f: Callable[..., Any], pid: int) -> KeptFunction:
         """The name of `f` on worker `pid`, where it is sent to if need be."""
         key, anchor = _identity(f)
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None:
-                entry = self._entries[key] = _Kept(anchor, self._entries, key)
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries.setdefault(key, _Kept(anchor, self._entries, key))  # atomic
         with entry.lock:
             reference = entry.references.get(pid)
             if reference is None:
@@ -232,11 +230,12 @@ class _Cache:
 
 
 class _Kept:
-    """One function and where it is. `lock` protects `references`."""
+    """One function and where it is. `lock` protects `references`. Reentrant: to serialise a function may run code of
+    the user's, which may use it here."""
 
     def __init__(self, anchor: Any, entries: dict[Any, _Kept], key: Any) -> None:
         self.references: dict[int, Future[Any]] = {}
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         try:
             #: Keeps the identity taken, or notices that it is not any more.
             self.anchor: Any = weakref.ref(anchor, lambda gone: entries.pop(key, None))
@@ -302,7 +301,9 @@ def default_worker_pool() -> WorkerPool:
         return pool
     with _default_lock:
         if node.default_pool is None:
-            node.default_pool = _make_default(node)
+            made = _make_default(node)
+            if node.default_pool is None:  # else a `__del__` has asked meanwhile
+                node.default_pool = made
         found: WorkerPool = node.default_pool
     return found
 
@@ -325,7 +326,7 @@ def set_default_worker_pool(pool: WorkerPool) -> WorkerPool:
     return pool
 
 
-_default_lock = threading.Lock()  # two threads ask for the default pool for the first time
+_default_lock = threading.RLock()  # two threads ask for the default pool for the first time
 
 
 def _make_default(node: Node) -> WorkerPool:

@@ -99,6 +99,37 @@ def test_failed_result(pool: DistPool) -> None:
         assert errors[0] is errors[1]
 
 
+class Asking:
+    """Asks for its own result while that is decoded here, as a signal handler or a finalizer might."""
+
+    ask: Callable[[], object] | None = None
+
+    def __setstate__(self, state: object) -> None:
+        ask, Asking.ask = Asking.ask, None
+        if ask is not None:
+            ask()
+
+    def __getstate__(self) -> object:
+        return 1
+
+
+def make_asking(number: int) -> Asking:
+    return Asking()
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_who_asks_while_it_is_decoded_in_the_same_thread(pool: DistPool, many: bool) -> None:
+    result: Any = pool.map_async(make_asking, [1, 2], 1) if many else pool.apply_async(make_asking, (1,))
+    result.wait(10)
+    found: list[Any] = []
+    Asking.ask = lambda: found.append((result.ready(), result.successful(), result.get(0)))
+    value = result.get(10)
+    assert len(found) == 1
+    assert found[0][:2] == (True, True)
+    assert found[0][2] is value
+    assert result.get() is value
+
+
 def test_a_tasks_own_timeout_error_is_itself(pool: DistPool) -> None:
     """Not to be taken for the end of our patience."""
     with pytest.raises(TimeoutError, match="the task's own"):

@@ -145,6 +145,33 @@ def test_C149_held_until_the_call_is_done(team: list[int], kind: Any) -> None:
     wait_until(pool.isready)
 
 
+class UsesItsPool:
+    """While it is serialised, it calls itself on another worker of the same pool."""
+
+    pool: Any = None
+    found: Any = None
+
+    def __getstate__(self) -> object:
+        pool, UsesItsPool.pool = UsesItsPool.pool, None
+        if pool is not None:
+            UsesItsPool.found = remotecall_fetch(self, pool)
+        return 1
+
+    def __setstate__(self, state: object) -> None:
+        """Nothing that could be set."""
+
+    def __call__(self) -> int:
+        return myid()
+
+
+def test_a_function_whose_serialisation_uses_its_pool(team: list[int]) -> None:
+    UsesItsPool.pool = pool = CachingPool(team[:2])
+    asked, found = in_thread(lambda: remotecall_fetch(UsesItsPool(), pool))
+    asked.join(20)
+    assert found == [team[0]]
+    assert UsesItsPool.found == team[1]
+
+
 def test_C151_wait(team: list[int]) -> None:
     pool = WorkerPool(team[:1])
     pid = pool.take()
