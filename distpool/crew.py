@@ -8,12 +8,12 @@ Everything runs on the leader unless it says otherwise. `broken` is set once and
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from distpool import config, errors
+from distpool.flag import Flag
 from distpool.joining import launcher
 from distpool.logs import Log
 from distpool.node.group import Member, State
@@ -66,8 +66,8 @@ class Crew:
         if not replace:
             self.scheduler.on_unloadable = self._on_unloadable
         self.members: dict[int, Member] = {}  # every worker that is not gone; changed on the leader
-        self.finished = threading.Event()  # closed, and every worker is gone
-        self._changed = threading.Event()  # some worker was launched
+        self.finished = Flag()  # closed, and every worker is gone
+        self._changed = Flag()  # some worker was launched
         self.claims_topology = False  # the group's topology is what its user asked for, until the end
         self.broken: BaseException | None = None  # what `submit` raises
         self.ends_at_exit = True  # the program's end waits for its work (`exits`); pools end otherwise

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
+from distpool.flag import Flag
 from distpool.logs import Log
 from distpool.mapruns import MapRun
 from distpool.pool_callbacks import Callbacks, PoolTerminated, open_entry, park_at_exit
@@ -49,9 +50,9 @@ class AsyncResult(stdlib.ApplyResult):  # type: ignore[type-arg]
         #: Protects _outcome while it is made. Reentrant: a signal handler or a `__del__` may ask meanwhile.
         self._opening = threading.RLock()
         self._caller = 0  # the thread that runs the callback
-        self._event: threading.Event | None = None  # the callback has run
+        self._event: Flag | None = None  # the callback has run
         if watched or callback is not None or error_callback is not None:
-            self._event = threading.Event()
+            self._event = Flag()
             callbacks.results.add(self)
 
     # -- what the source of the result provides ----------------------------------------------------------------

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from distpool import config
+from distpool.flag import Flag
 from distpool.node.givingback import last_calls, listed_calls
 from distpool.node.interrupts import CALLERS, Interrupts
 from distpool.node.offers import Offers
@@ -77,7 +78,7 @@ class TaskRunner:
         self._loaded = 0  # so many of `config.PRELOAD`; its own
         self.brisk = False  # the last call came alone: the next may come as soon as its result is out; a hint
         self._sleeping = False  # it does so without leading, on `_work`
-        self._work = threading.Event()
+        self._work = Flag()
         self.spawn = spawn
         #: Protects _inbox, the started mark, and what of running spans is recalled. Reentrant only so that it can tell
         #: who has it: a `__del__` in there does not come back here, but must not wait for the leader.

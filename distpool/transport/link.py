@@ -21,6 +21,7 @@ from typing import Any
 
 from distpool import config
 from distpool.errors import AuthenticationError, ProtocolError
+from distpool.flag import Flag
 from distpool.transport.ioloop import IoLoop, Timer
 from distpool.transport.silence import Watch, tune
 from distpool.transport.stream import Stream
@@ -67,7 +68,7 @@ class Link:
         self._write_lock = threading.Lock()  # protects _outbox, _writing and the order of bytes on the socket
         self._writing = False  # the leader has been asked to write when the socket has room
         self._closed = False
-        self._drained = threading.Event()
+        self._drained = Flag()
         self._drained.set()
         self._drainers: list[Any] = []  # one entry for each thread in `drain`; append and pop are atomic
 
