@@ -131,7 +131,7 @@ class PoolMaps(stdlib.Pool):
             bar = make_progress(self._progress, len(items)), len(items)
         entries = -(-len(items) // chunksize)
         result = MapResult(
-            self._callbacks, callback, error_callback, run, entries, chunked=chunksize > 1, error=error, bar=bar
+            self._callbacks, callback, error_callback, run, entries, chunksize=chunksize, error=error, bar=bar
         )
         if run is None:
             pass

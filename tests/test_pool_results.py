@@ -130,6 +130,57 @@ def test_who_asks_while_it_is_decoded_in_the_same_thread(pool: DistPool, many: b
     assert result.get() is value
 
 
+class Odd:
+    """Some cannot be decoded here."""
+
+    decoded: list[int] = []
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Odd.decoded.append(state["number"])
+        if state["number"] in (2500, 4500):
+            raise LookupError(f"no {state['number']}")
+        self.number = state["number"]
+
+
+def odd_at(number: int) -> Any:
+    return Odd(number) if number % 1000 == 500 else number
+
+
+def wait_then(number: int) -> int:
+    if number == 0:
+        time.sleep(0.5)
+    return number
+
+
+def test_large_chunks_are_decoded_once_and_the_first_failure_counts(pool: DistPool) -> None:
+    Odd.decoded.clear()
+    result = pool.map_async(odd_at, range(6000), 1500)
+    for _ in range(2):
+        with pytest.raises(LookupError, match="no 2500"):
+            result.get(20)
+    assert not result.successful()
+    assert sorted(set(Odd.decoded)) == [500, 1500, 2500, 3500, 4500]
+    assert len(Odd.decoded) == len(set(Odd.decoded))
+
+
+def test_large_chunks_and_patience(pool: DistPool) -> None:
+    result = pool.map_async(wait_then, range(5000), 1250)
+    for timeout in (0, 0.05):
+        with pytest.raises(multiprocessing.TimeoutError):
+            result.get(timeout)
+    found: list[Any] = []
+    threads = [threading.Thread(target=lambda: found.append(result.get(20)), daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [each is found[0] for each in found] == [True] * 3
+    assert found[0] == list(range(5000))
+
+
 def test_a_tasks_own_timeout_error_is_itself(pool: DistPool) -> None:
     """Not to be taken for the end of our patience."""
     with pytest.raises(TimeoutError, match="the task's own"):
