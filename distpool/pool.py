@@ -1,45 +1,38 @@
 """`DistPool`: a `multiprocessing.Pool` on cluster processes (layer 10).
 
-    apply_async        Call -> Scheduler -> worker;  leader: Outcome -> ApplyResult              (pool_results)
-    map_async          chunks -> MapRun -> worker;   leader counts; MapResult decodes when asked      (pool_maps)
-    imap               input -> Feed (pool_input) -> MapRun -> worker -> IMapIterator               (pool_maps)
-    callbacks          one library thread, one after another                                   (pool_callbacks)
-
 The workers are those of a `ClusterExecutor` (`pool.executor`). The class is a subclass of `multiprocessing.pool.Pool`,
 because libraries ask `isinstance`; nothing of that class runs but its name. What it does that the standard library's
 does not: a killed task's `get()` raises, so do all `get()` after `terminate()`, and nothing else is lost.
 
 States as there: RUN -> CLOSE (no more tasks, pending ones complete) -> TERMINATE (workers killed).
+
+This is the face. How it does what it does is in `pooling`, which is loaded when a pool is made, while the zygote of its
+workers comes up (see `submitter`, which does the same for executors).
 """
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
+import multiprocessing.pool as stdlib
 import operator
-import signal
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import CLOSE, INIT, RUN, TERMINATE
-from typing import Any, NoReturn, Self
 
 from distpool.executor import ClusterExecutor
-from distpool.node import node as nodes
-from distpool.pool_callbacks import Callbacks, PoolTerminated
-from distpool.pool_input import Inputs
-from distpool.pool_maps import PoolMaps
-from distpool.pool_results import ApplyResult, AsyncResult
-from distpool.pool_runs import Starting
-from distpool.refs.refs import RAISED_HERE, Outcome
-from distpool.shown import ShownProcess
-from distpool.wire import codec
-from distpool.wire.messages import CALL, ONE, ONE_FRESH
-from distpool.work import Call, is_plain, with_references
 
-_SIGKILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+TYPE_CHECKING = False  # not from `typing`: see `fields`
+if TYPE_CHECKING:
+    from typing import Any, NoReturn, Self
+
+    from distpool.crew import Crew
+    from distpool.pool_callbacks import Callbacks
+    from distpool.pool_input import Inputs
+    from distpool.pool_results import AsyncResult, MapResult
+    from distpool.work import Policy
 
 
-class DistPool(PoolMaps):
+class DistPool(stdlib.Pool):
     """A pool of worker processes on this machine or on a cluster: a drop-in for `multiprocessing.Pool`.
 
     `processes`: how many (default: usable CPUs), or what `ClusterExecutor`'s `hosts` may be. `initializer(*initargs)`
@@ -55,7 +48,15 @@ class DistPool(PoolMaps):
             print(pool.map(lambda x: x * x, range(10)))
     """
 
+    # Here, so that it exists in __del__ and __repr__ if __init__ raises.
+    _state: str = INIT
+    _inputs: Inputs | None = None
     _executor: ClusterExecutor
+    _crew: Crew
+    _callbacks: Callbacks
+    _policy: Policy | None
+    _progress: Any
+    _ways: Any  # the module `pooling`
 
     def __init__(
         self,
@@ -89,13 +90,13 @@ class DistPool(PoolMaps):
             self._initargs,
             **{"max_workers": processes, "max_tasks_per_child": maxtasksperchild, **as_ClusterExecutor},
         )
-        self._crew = crew = self._executor._crew
-        crew.ends_at_exit = False  # by _end_at_exit instead
+        from distpool import pooling  # while the zygote comes up, or its workers
+
+        self._ways = pooling
+        self._crew = self._executor._crew
         policy = self._executor._policy
         self._policy = None if policy is None or policy.plain else policy
-        self._callbacks = Callbacks(crew.scheduler)
-        self._inputs = Inputs(self._executor)
-        _end_at_exit(crew.node)
+        self._callbacks, self._inputs = pooling.open_pool(self._executor)
         self._state = RUN
 
     def __repr__(self) -> str:
@@ -111,8 +112,19 @@ class DistPool(PoolMaps):
         inputs, self._inputs = self._inputs, None
         if inputs is not None:
             inputs.forget()
-        if self._state == RUN and self._is_ours():
+        if self._state == RUN and self._crew.is_here:
             _warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, source=self)
+
+    def _check_running(self) -> None:
+        if self._state != RUN:
+            raise ValueError("Pool not running")
+
+    def _check_usable(self) -> None:
+        self._check_running()
+        crew = self._crew
+        crew.scheduler.check_process()
+        if crew.broken is not None:
+            raise type(crew.broken)(*crew.broken.args) from crew.broken
 
     def __enter__(self) -> Self:
         self._check_running()
@@ -167,55 +179,101 @@ class DistPool(PoolMaps):
         Example: `pool.apply_async(pow, (2, 10)).get(timeout=5)`
         """
         self._check_usable()
-        scheduler = self._crew.scheduler
-        result = ApplyResult(self._callbacks, callback, error_callback)
-        future = result._future
-        try:
-            function = self._crew.node.encoder.encode(func)
-            args = tuple(args)
-            if not kwds and self._policy is None and function.reusable and is_plain(args):
-                future._call = call = Call(scheduler, function, b"", [], future, None, args)
-                scheduler.enqueue(call)
-                return result
-            seen: list[Any] = []
-            data, buffers = codec.encode_args(args, dict(kwds), None, seen)
-            staged = scheduler.stage(buffers) if buffers else []
-        except Exception as error:
-            future._settle(Outcome(RAISED_HERE, error, (), 1))
-            return result
-        record = CALL.pack(function.number, 1, len(data), len(staged), ONE if function.reusable else ONE_FRESH) + data
-        if seen:
-            staged = with_references(staged, seen)
-        call = Call(scheduler, function, record, staged, future, self._policy)
-        future._call = call
-        scheduler.enqueue(call)
-        return result
+        return self._ways.apply_async(self, func, args, kwds, callback, error_callback)  # type: ignore[no-any-return]
+
+    # -- maps --------------------------------------------------------------------------------------------------
+
+    def map(self, func: Callable[..., Any], iterable: Iterable[Any], chunksize: int | None = None) -> list[Any]:
+        """The list of `func(x)` for each x, in order.
+
+        The input is sent in chunks of `chunksize` (default: a quarter of each worker's share). An exception ends its
+        chunk; the other chunks complete, then the first failed chunk's exception is raised.
+
+        Example: `pool.map(abs, range(-3, 0))` is [3, 2, 1].
+        """
+        return self.map_async(func, iterable, chunksize).get()  # type: ignore[no-any-return]
+
+    def starmap(
+        self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None
+    ) -> list[Any]:
+        """As `map`, with `func(*x)` for each x.
+
+        Example: `pool.starmap(pow, [(2, 3), (3, 2)])` is [8, 9].
+        """
+        return self.starmap_async(func, iterable, chunksize).get()  # type: ignore[no-any-return]
+
+    def map_async(
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Any],
+        chunksize: int | None = None,
+        callback: Callable[[list[Any]], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+    ) -> MapResult:
+        """Start a `map`; callbacks as for `apply_async`.
+
+        Example: `pool.map_async(abs, range(-3, 0)).get(timeout=5)`
+        """
+        self._check_usable()
+        ways = self._ways
+        return ways.map_async(self, func, iterable, chunksize, callback, error_callback, single=True)  # type: ignore[no-any-return]
+
+    def starmap_async(
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = None,
+        callback: Callable[[list[Any]], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+    ) -> MapResult:
+        """Start a `starmap`; callbacks as for `apply_async`.
+
+        Example: `pool.starmap_async(pow, [(2, 3)]).get(timeout=5)`
+        """
+        self._check_usable()
+        ways = self._ways
+        return ways.map_async(self, func, iterable, chunksize, callback, error_callback, single=False)  # type: ignore[no-any-return]
+
+    # -- lazy maps ---------------------------------------------------------------------------------------------
+
+    def imap(  # type: ignore[override]
+        self, func: Callable[..., Any], iterable: Iterable[Any], chunksize: int = 1
+    ) -> Iterator[Any]:
+        """An iterator over `func(x)` for each x, in order; with `next(timeout)` if `chunksize` is 1.
+
+        Lazy: at most 8 tasks per worker are taken ahead (of short tasks over a plain container: more), so endless
+        generators work. The input is taken by a library thread unless it is a plain container.
+
+        Example: `for value in pool.imap(f, itertools.count()): ...`
+        """
+        self._check_usable()
+        return self._ways.imap(self, func, iterable, chunksize)  # type: ignore[no-any-return]
+
+    def imap_unordered(  # type: ignore[override]
+        self, func: Callable[..., Any], iterable: Iterable[Any], chunksize: int = 1
+    ) -> Iterator[Any]:
+        """As `imap`, with the results in the order in which they come.
+
+        Example: `for value in pool.imap_unordered(f, open("names.txt")): ...`
+        """
+        self._check_usable()
+        return self._ways.imap(self, func, iterable, chunksize, ordered=False)  # type: ignore[no-any-return]
 
     # -- the end -----------------------------------------------------------------------------------------------
-
-    def _is_ours(self) -> bool:
-        """False in a forked child: the workers are the parent's."""
-        return nodes.existing() is self._crew.node
 
     def close(self) -> None:
         """No more tasks; pending ones complete, then the workers go. Returns at once."""
         if self._state == RUN:
             self._state = CLOSE
-            if self._is_ours() and self._inputs is not None:
+            if self._crew.is_here and self._inputs is not None:
                 self._inputs.close()
 
     def terminate(self) -> None:
         """Kill the workers and wait for their end; every `get()` that has no result yet raises `PoolTerminated`."""
         self._state = TERMINATE
-        if not self._is_ours():
+        if not self._crew.is_here:
             return
-        crew = self._crew
-        if self._inputs is not None:
-            self._inputs.stop(_terminated)
-        self._executor.shutdown(wait=False)
-        crew.node.loop.call_soon(lambda: _kill(crew))
-        if not crew.node.loop.leads:  # in a signal handler, in the midst of the loop: nobody could do what we wait for
-            crew.wait()
+        self._ways.terminate(self)
 
     def join(self) -> None:
         """Wait until all tasks have ended, their callbacks have run and the workers are gone.
@@ -226,7 +284,7 @@ class DistPool(PoolMaps):
             raise ValueError("Pool is still running")
         if self._state not in (CLOSE, TERMINATE):
             raise ValueError("In unknown state")
-        if not self._is_ours():
+        if not self._crew.is_here:
             return
         if self._inputs is not None and self._state == CLOSE:
             self._callbacks.give_way()
@@ -243,45 +301,7 @@ class DistPool(PoolMaps):
     @property
     def _pool(self) -> list[Any]:
         """One object per worker, with `pid`, `is_alive`, `terminate`, ...; workers that are not up yet have no pid."""
-        if self._state == INIT:
-            return []
-        crew = self._crew
-        found: list[Any] = [ShownProcess(member) for member in list(crew.members.values())][: crew.size]
-        if not crew.finished.is_set():
-            found.extend(Starting() for _ in range(crew.size - len(found)))
-        return found
-
-
-def _terminated() -> BaseException:
-    return PoolTerminated("the pool was terminated")
-
-
-def _kill(crew: Any) -> None:
-    """On the leader: pending results get their error first, so that none is told of a dead worker."""
-    crew.scheduler.fail_all(_terminated)
-    crew.kill(_SIGKILL)
-
-
-def _end_at_exit(node: nodes.Node) -> None:
-    """Have this node's pools terminated at the end of the program, as the standard library does (once per node).
-
-    Not with the executors' hook (`exits`), which runs before the program's own threads have ended and before its
-    `atexit` hooks: a pool is of use to them until then.
-    """
-    if not node.ends_pools:
-        node.ends_pools = True
-        atexit.register(_end_pools, node)
-
-
-def _end_pools(node: nodes.Node) -> None:
-    if nodes.existing() is node:
-        node.pools_ended = True
-        crews = [crew for crew in list(node.crews) if not crew.ends_at_exit]
-        for crew in crews:
-            node.loop.call_soon(lambda crew=crew: _kill(crew))  # type: ignore[misc]
-        for crew in crews:
-            with node.loop.following():
-                crew.finished.wait(1.0)
+        return self._ways.shown(self) if self._state != INIT else []
 
 
 __all__ = ["DistPool"]

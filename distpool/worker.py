@@ -78,7 +78,7 @@ class Worker:
     def run_beside(self) -> None:
         """Serve on a thread beside the main one, which is the user's; returns at once. The process ends itself."""
         # Now: the main thread may end at once, and from then on Python refuses to import modules with an exit hook.
-        importlib.import_module("distpool.pool")
+        importlib.import_module("distpool.pooling")
         if (3, 12) <= sys.version_info < (3, 12, 2):  # ... and to start threads (python/cpython#113964)
             self.node.threads.reserve(_RESERVE)
         timeout = config.worker_timeout()

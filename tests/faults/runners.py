@@ -19,6 +19,11 @@ CLASSES = {"executor": "ClusterExecutor", "pool": "DistPool"}
 KINDS = tuple(CLASSES)
 
 
+#: For runners whose calls have a short time limit: their workers have loaded the tasks' module before the first of them,
+#: which on a busy machine takes longer than that.
+LOADED = {"initializer": helpers.square, "initargs": (1,)}
+
+
 class Call:
     """A call under way: a `Future` of the executor or an `AsyncResult` of the pool."""
 

@@ -20,7 +20,7 @@ import distpool
 from . import helpers
 from .helpers import DEATHS, NOISE, PATIENCE, Gate
 from .programs import Program, run
-from .runners import Runner, assert_all_work, assert_squares, full_text, is_timeout
+from .runners import LOADED, Runner, assert_all_work, assert_squares, full_text, is_timeout
 from .test_orphans import BOUND, BUSY
 
 pytestmark = pytest.mark.leaves_processes("what removes the sockets' directory lives as long as this program")
@@ -73,7 +73,7 @@ def test_death_among_many(runner: Runner, gate: Gate, tmp_path: Path) -> None:
 
 
 def test_timeouts(make_runner: Callable[..., Runner], gate: Gate) -> None:
-    runner = make_runner(2, timeout=0.5)
+    runner = make_runner(2, timeout=0.5, **LOADED)
     for how in ("c", "deaf"):
         bad = runner.submit(helpers.be_busy, gate.address, how)
         arrival = gate.arrival()

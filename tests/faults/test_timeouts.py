@@ -11,14 +11,14 @@ import pytest
 
 from . import helpers
 from .helpers import BUSY, NOISE, PATIENCE, Gate, at_most
-from .runners import Call, Runner, assert_all_work, assert_squares, is_timeout
+from .runners import LOADED, Call, Runner, assert_all_work, assert_squares, is_timeout
 
 LIMIT = 0.5
 
 
 @pytest.mark.parametrize("how", BUSY)
 def test_endless_task(make_runner: Callable[..., Runner], gate: Gate, how: str) -> None:
-    runner = make_runner(2, timeout=LIMIT)
+    runner = make_runner(2, timeout=LIMIT, **LOADED)
     calls = [runner.submit(helpers.square, number) for number in range(4)]
     bad = runner.submit(helpers.be_busy, gate.address, how)
     calls += [runner.submit(helpers.square, number) for number in range(4, 8)]
@@ -59,7 +59,7 @@ def test_waiting_in_the_queue_does_not_count(make_runner: Callable[..., Runner])
 
 
 def test_every_attempt_has_its_own_limit(make_runner: Callable[..., Runner], gate: Gate) -> None:
-    runner = make_runner(2, timeout=LIMIT, retries=2)
+    runner = make_runner(2, timeout=LIMIT, retries=2, **LOADED)
     call = runner.submit(helpers.be_busy, gate.address, "python")
     arrivals = gate.arrivals(3, 3 * 1.5 * NOISE)
     assert len({arrival.ospid for arrival in arrivals}) == 3

@@ -14,19 +14,21 @@ import pytest
 from fakes import FakeWorker, Office, fresh
 from wires import until
 
+from distpool import pooling
 from distpool.mapruns import LOOK_AHEAD, MapRun
+from distpool.pool import DistPool
 from distpool.pool_callbacks import Callbacks
 from distpool.pool_input import Inputs
-from distpool.pool_maps import PoolMaps
 from distpool.pool_runs import PolicyRun
 from distpool.work import Policy
 
 
-class Pool(PoolMaps):
+class Pool(DistPool):
     """A pool over fake workers."""
 
     def __init__(self, office: Office, policy: Policy | None = None, progress: Any = None) -> None:
         self.office = office
+        self._ways = pooling
         self._crew: Any = SimpleNamespace(node=office.node, scheduler=office.scheduler, size=2, broken=None)
         self._callbacks = Callbacks(office.scheduler)
         self._policy = policy
