@@ -26,11 +26,14 @@ from distpool.work import Call, Parts, plain_record
 
 if TYPE_CHECKING:
     from distpool.scheduling import Scheduler
+    from distpool.transport.ioloop import IoLoop
 
 _MAX_WINDOW = 1024
 _MAX_FUNCTIONS = 256  # functions by value that a worker keeps
 _MAX_FUNCTION_BYTES = 256 << 20
 _SHORT = 0.002  # seconds: longer calls never travel together in one record
+_UNBEGUN = 10.0  # seconds that a call with a time limit may take to begin before its worker is given up
+_LOOK = 0.01  # seconds between two looks whether it has, at least
 _LONG = 0.05  # seconds: for calls that take this long, sending ahead saves nothing
 
 
@@ -133,7 +136,7 @@ class Slot:
                     sequence += 1
                     continue
                 if entry.policy is not None and entry.policy.timeout is not None:
-                    self._start_clock(scheduler, entry.policy.timeout, function.name)
+                    self._start_clock(scheduler, sequence, entry.policy.timeout, function.name)
             if plain:
                 records.append(plain_record(plain))
                 plain = []
@@ -248,12 +251,21 @@ class Slot:
 
     # -- time limits -------------------------------------------------------------------------------------------
 
-    def _start_clock(self, scheduler: Scheduler, seconds: float, name: str) -> None:
+    def _start_clock(self, scheduler: Scheduler, sequence: int, seconds: float, name: str) -> None:
         self.timeout_text = f"{name} ran for more than {seconds} seconds"
-        self._clock = scheduler.loop.call_later(seconds, self._time_is_up)
+        self._wind_clock(scheduler.loop, sequence, seconds, 0.0)
 
-    def _time_is_up(self) -> None:
-        if self._clock is not None:
+    def _wind_clock(self, loop: IoLoop, sequence: int, seconds: float, waited: float) -> None:
+        self._clock = loop.call_later(seconds, lambda: self._time_is_up(loop, sequence, seconds, waited + seconds))
+
+    def _time_is_up(self, loop: IoLoop, sequence: int, seconds: float, waited: float) -> None:
+        """Leader: so many seconds after the call was sent. If it is known not to have begun, once more: the machine is
+        busy. (Killed each time, and sent to the next worker, it would go round for ever.)"""
+        if self._clock is None:
+            return
+        if waited < _UNBEGUN and not self.has_started(sequence):
+            self._wind_clock(loop, sequence, max(seconds, _LOOK), waited)
+        else:
             self._timed_out = True
             self.member.kill(self.timeout_text)
 

@@ -19,8 +19,8 @@ CLASSES = {"executor": "ClusterExecutor", "pool": "DistPool"}
 KINDS = tuple(CLASSES)
 
 
-#: For runners whose calls have a short time limit: their workers have loaded the tasks' module before the first of them,
-#: which on a busy machine takes longer than that.
+#: For runners whose calls have a short time limit: their workers load the tasks' module before the first of them. On a
+#: busy machine that takes longer than the limit.
 LOADED = {"initializer": helpers.square, "initargs": (1,)}
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+
+from distpool import slots
 
 from . import helpers
 from .helpers import BUSY, NOISE, PATIENCE, Gate, at_most
@@ -33,6 +39,28 @@ def test_endless_task(make_runner: Callable[..., Runner], gate: Gate, how: str) 
     assert not psutil.wait_procs([process], timeout=1.5 * NOISE)[1], "the process outlived its time limit"
     assert_squares(calls)
     assert_all_work(runner, 1)
+
+
+def test_a_call_that_has_not_begun_is_in_time(make_runner: Callable[..., Runner]) -> None:
+    """A busy machine may let a worker wait for longer than the limit: if it were killed for that, and the call sent to
+    the next one, that would go round for ever."""
+    runner = make_runner(1, timeout=0.3)
+    ospid = runner.submit(os.getpid).value()
+    os.kill(ospid, signal.SIGSTOP)
+    goes_on = threading.Timer(1.0, os.kill, (ospid, signal.SIGCONT))
+    goes_on.start()
+    try:
+        assert runner.submit(os.getpid).value() == ospid
+    finally:
+        goes_on.join()
+
+
+def test_a_worker_on_which_a_call_never_begins(make_runner: Callable[..., Runner], monkeypatch: Any) -> None:
+    monkeypatch.setattr(slots, "_UNBEGUN", 1.0)
+    runner = make_runner(1, timeout=0.3)
+    ospid = runner.submit(os.getpid).value()
+    os.kill(ospid, signal.SIGSTOP)
+    assert runner.submit(os.getpid).value() != ospid
 
 
 def test_message_names_the_limit(make_runner: Callable[..., Runner], gate: Gate) -> None:
