@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -37,28 +38,43 @@ def test_all_who_wait_go_on() -> None:
     assert found == [True] * 3
 
 
-@pytest.mark.parametrize("method", ["set", "wait"])
-def test_code_that_comes_half_way_may_use_it(method: str) -> None:
-    """At each line of the library's and of `threading`'s, as a signal handler or a `__del__` might."""
+class Stop:
+    """Runs `work()` once, before the n-th line of a call, as a signal handler or a `__del__` might come there."""
+
+    def __init__(self, number: int, work: Callable[[], object]) -> None:
+        self.number = number
+        self.work = work
+        self.came = False
+
+    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "line" and not self.came:
+            self.number -= 1
+            if self.number < 0:
+                self.came = True
+                sys.settrace(None)
+                self.work()
+        return self.trace
+
+    def during(self, call: Callable[[], object]) -> object:
+        sys.settrace(self.trace)
+        try:
+            return call()
+        finally:
+            sys.settrace(None)
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_who_comes_half_way_may_set_it(number: int) -> None:
     flag = Flag()
-    stops = 0
+    stop = Stop(number, flag.set)
+    assert stop.during(lambda: flag.wait(1)), "set, and nobody woke"
+    assert stop.came
 
-    def inside(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal stops
-        stops += 1
-        sys.settrace(None)
-        flag.set()
-        assert flag.wait(0)
-        sys.settrace(inside)
-        return inside
-
-    sys.settrace(inside)
-    try:
-        flag.set() if method == "set" else flag.wait(5)
-    finally:
-        sys.settrace(None)
-    assert stops > 3
-    assert flag.is_set()
+    other = Flag()
+    stop = Stop(number, lambda: (other.wait(0), other.set()))
+    stop.during(lambda: (other.set(), other.wait(0)))
+    assert stop.came
+    assert other.wait(0)
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers on this system")
