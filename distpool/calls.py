@@ -29,7 +29,7 @@ from distpool.refs.remote import RemoteFuture, _Waiting, stable
 from distpool.refs.serving import serving
 from distpool.transport.link import Link
 from distpool.wire import codec, structs
-from distpool.wire.failures import captured, encode_exception
+from distpool.wire.failures import captured, encode_exception, traceback_text
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.functions import decode_function
 from distpool.wire.messages import ERROR, UNSENDABLE
@@ -202,8 +202,7 @@ def _send(
 
 
 def _wrapped(node: Node, error: BaseException) -> RemoteException:
-    text = "".join(traceback.format_exception(error))
-    return RemoteException(node.pid, CapturedException(error, text))
+    return RemoteException(node.pid, CapturedException(error, traceback_text(error)))
 
 
 def _run_here(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
@@ -220,9 +219,20 @@ def _run_here(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 def _do(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
         f(*args, **kwargs)
-    except BaseException:
-        traceback.print_exc(file=sys.stderr)
-        sys.stderr.flush()
+    except BaseException as error:
+        print_error(error)
+
+
+def print_error(exc: BaseException) -> None:
+    """On stderr: an error that nobody else can get; never raises, whatever the user has made of stderr."""
+    stream = sys.stderr
+    if stream is None:
+        return
+    try:
+        stream.write(traceback_text(exc))
+        stream.flush()
+    except Exception:  # closed, or the user's own: there is nowhere left to say it
+        pass
 
 
 # -- pools and "any" ---------------------------------------------------------------------------------------------
@@ -381,8 +391,7 @@ class Callee:
         elif message.mode == "fetch":
             self._serving.reply_error(pid, message.request, error)
         else:
-            traceback.print_exception(error, file=sys.stderr)
-            sys.stderr.flush()
+            print_error(error)
         # An argument that is a future keeps its exception, and that the frames in which it was raised, and those the
         # future: without this the reference would stay registered at its owner until the cycle collector runs.
         traceback.clear_frames(error.__traceback__)

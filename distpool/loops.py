@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import functools
 import operator
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
-from distpool.calls import _node, note_started
+from distpool.calls import _node, note_started, print_error
 from distpool.errors import CompositeException
 from distpool.members import workers
 from distpool.refs import gc
@@ -156,11 +155,8 @@ class Loop(Future[None]):
 
     def __del__(self) -> None:
         error = self.__dict__.get("_exception")
-        if error is not None and not self._asked and sys.stderr is not None:
-            import traceback
-
-            traceback.print_exception(error, file=sys.stderr)
-            sys.stderr.flush()
+        if error is not None and not self._asked:
+            print_error(error)
 
 
 __all__ = ["Loop", "distributed", "splitrange"]

@@ -18,6 +18,7 @@ from distpool.refs.lent import received
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.refs.remote import _Waiting
+from distpool.wire.failures import traceback_text
 
 
 def request(
@@ -72,11 +73,9 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], p
 
 def note_traceback(error: BaseException) -> None:
     """Give an error of this process the text of its traceback as `__cause__`, as errors from elsewhere have it."""
-    import traceback
-
     if error.__cause__ is None:
-        text = "".join(traceback.format_exception(error))
-        BaseException.__setattr__(error, "__cause__", errors.remote_traceback(f'\n"""\n{text}"""'))
+        text = f'\n"""\n{traceback_text(error)}"""'
+        BaseException.__setattr__(error, "__cause__", errors.remote_traceback(text))
 
 
 __all__ = ["note_traceback", "request"]

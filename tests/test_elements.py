@@ -212,6 +212,20 @@ def test_whatever_a_call_raises_is_its_outcome_with_its_traceback(threads: Any) 
     assert "in leave" in str(error.__cause__)
 
 
+class Falsy(Exception):
+    def __bool__(self) -> bool:
+        raise ValueError("neither true nor false")
+
+
+def test_an_error_that_cannot_be_formatted_is_an_outcome_too(threads: Any) -> None:
+    def refuse(argument: int) -> None:
+        raise Falsy
+
+    carrier = threads(refuse)
+    carrier.feed([1])
+    assert type(ended(carrier, 1)[0]) is Falsy
+
+
 def test_after_the_end_nothing_starts(threads: Any) -> None:
     running, release = threading.Event(), threading.Event()
     ran: list[int] = []

@@ -251,6 +251,16 @@ def test_an_exception_that_was_never_raised():
     assert "ValueError: x" in roundtrip(ValueError("x")).__cause__.tb
 
 
+class Falsy(Exception):
+    def __bool__(self):
+        raise ValueError("neither true nor false")
+
+
+def test_an_error_that_cannot_be_formatted():
+    # `traceback` of 3.11 asks for the truth of what it formats.
+    assert "Falsy" in failures.traceback_text(Falsy("why"))
+
+
 def test_endless_recursion():
     def deeper():
         deeper()

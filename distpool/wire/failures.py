@@ -19,7 +19,9 @@ from distpool import errors
 from distpool.errors import CapturedException, DistpoolError, RemoteException
 from distpool.wire import codec
 
-__all__ = ["FailureInfo", "captured", "decode_exception", "encode_exception", "failure_info", "pass_on"]
+__all__ = [
+    "FailureInfo", "captured", "decode_exception", "encode_exception", "failure_info", "pass_on", "traceback_text",
+]  # fmt: skip
 
 
 class FailureInfo:
@@ -43,7 +45,7 @@ def encode_exception(
 
     Example: `except BaseException as error: reply = encode_exception(error, peer, skip_frames=1)`
     """
-    text = _format(exc, skip_frames)
+    text = traceback_text(exc, skip_frames)
     payload: bytes | None = None
     reason = ""
     start = len(seen) if seen is not None else 0
@@ -124,8 +126,8 @@ def _not_rebuilt(info: FailureInfo, reason: str) -> CapturedException:
     )
 
 
-def _format(exc: BaseException, skip_frames: int) -> str:
-    """The traceback with all chained causes, as the interpreter prints it."""
+def traceback_text(exc: BaseException, skip_frames: int = 0) -> str:
+    """The traceback with all chained causes, as the interpreter prints it; never raises."""
     try:
         # Imported here: it costs milliseconds, and programs without errors never need it.
         import traceback

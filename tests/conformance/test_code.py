@@ -58,6 +58,29 @@ def test_C080_remote_do_that_fails_says_so(team: list[int]) -> None:
     assert remotecall_fetch(myid, team[0]) == team[0]
 
 
+class Falsy(Exception):
+    def __bool__(self) -> bool:
+        raise ValueError("neither true nor false")
+
+
+def refuse() -> None:
+    raise Falsy("why")
+
+
+def test_an_error_that_cannot_be_formatted_ends_neither_a_worker_nor_a_wait(team: list[int]) -> None:
+    lines: list[str] = []
+    distpool.set_output_hook(lambda pid, line: lines.append(line))
+    try:
+        remote_do(refuse, team[0])
+        wait_until(lambda: any("Falsy" in line for line in lines))
+    finally:
+        distpool.set_output_hook(None)
+    assert remotecall_fetch(myid, team[0]) == team[0]
+    with pytest.raises(RemoteException) as caught:
+        remotecall(refuse, myid()).result(20)
+    assert type(caught.value.captured.ex) is Falsy
+
+
 def test_C081_remote_do_to_oneself_that_fails_says_so(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text("import distpool, time\ndistpool.remote_do(lambda: 1 // 0, 1)\ntime.sleep(1)\n")
