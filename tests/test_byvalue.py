@@ -285,6 +285,84 @@ def test_names_that_only_the_other_process_has_are_found_there(program):
     )
 
 
+INITIALIZE = """
+import functools
+def initialize(data):
+    function, arguments, ran = codec.decode_initializer(data)
+    function(*arguments)
+    ran()
+def begin(function, *arguments):
+    call(initialize, codec.encode((function, arguments))[0])
+"""
+
+
+def test_globals_that_an_initializer_assigned_last(program):
+    program(
+        INITIALIZE
+        + """
+model = None
+limit = 3
+def load(value):
+    global limit
+    limit = value
+def init(value):
+    global model, unknown_here
+    model, unknown_here = [value], value + 1
+    load(value + 2)
+def use(): return model[0], unknown_here, limit
+begin(functools.partial(init, 5))
+assert call(use) == call(lambda: use()) == (5, 6, 7)
+def renew():
+    import __main__
+    return __main__.model, model
+assert call(renew) == ([5], [5])
+assert model is None and limit == 3
+begin(lambda: globals().update(limit=9))
+assert call(use) == (5, 6, 9)
+"""
+    )
+
+
+def test_globals_that_an_initializer_changed_last_and_others_stay_the_callers(program):
+    program(
+        INITIALIZE
+        + """
+found = {}
+class Settings:
+    level = 0
+settings = Settings()
+size, name, other = 1, "first", ["callers"]
+def helper(): return "old"
+def init(value):
+    found["value"] = value, size, name, helper()
+    settings.deep = [value]
+    Settings.level = value
+init_arguments = ("data",)
+def use(): return found, settings.deep, Settings.level, size, name, other, helper()
+begin(init, *init_arguments)
+size, name, other[0] = 2, "second", "still the callers"
+def helper(): return "new"
+expected = {"value": ("data", 1, "first", "old")}, ["data"], "data", 2, "second", ["still the callers"], "new"
+for _ in range(2):
+    assert call(use) == expected
+assert found == {} and Settings.level == 0
+"""
+    )
+
+
+def test_an_initializer_of_an_importable_module(program):
+    program(
+        INITIALIZE
+        + """
+limit = 1
+begin(len, "abc")
+assert call(lambda: limit) == 1
+limit = 2
+assert call(lambda: limit) == 2
+"""
+    )
+
+
 def test_everything_of_a_message_is_consistent(program):
     program(
         """

@@ -372,6 +372,35 @@ def test_initializer_runs_in_replacements(make: Callable[..., ClusterExecutor]) 
     assert executor.submit(_get_level).result(PATIENCE) == 7
 
 
+def test_globals_of_a_script_that_the_initializer_set_are_there_in_every_call(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os
+            from distpool import ClusterExecutor, DistPool
+            data, extra = None, {}
+            def init(value):
+                global data
+                data = value
+                extra["double"] = 2 * value
+            def work(x): return data + x, extra["double"], os.getpid()
+            with ClusterExecutor(2, initializer=init, initargs=(10,), max_tasks_per_child=2) as executor:
+                results = list(executor.map(work, range(6)))
+                assert [found[:2] for found in results] == [(10 + x, 20) for x in range(6)]
+                assert len({found[2] for found in results}) >= 3
+                assert executor.submit(work, 5).result(30)[:2] == (15, 20)
+                assert executor.pmap(lambda x: work(x)[0], [1, 2], batch_size=2) == [11, 12]
+            with DistPool(1, init, (1,)) as pool:
+                assert pool.map(work, [1])[0][:2] == pool.apply(work, (1,))[:2] == (2, 2)
+            assert data is None and extra == {}
+            """
+        )
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_break_also_by_a_death_before_the_worker_has_come_up(make: Callable[..., ClusterExecutor]) -> None:
     for _ in range(5):
         executor = make(3, on_worker_exit="break")

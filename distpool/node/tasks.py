@@ -378,8 +378,9 @@ class TaskRunner:
         waiting, self._initializer = self._initializer, None
         assert waiting is not None
         try:
-            function, arguments = codec.decode(waiting.data, waiting.buffers)
+            function, arguments, ran = codec.decode_initializer(waiting.data, waiting.buffers)
             function(*arguments)
+            ran()
         except BaseException as error:
             self.link.send(Kind.INITIALIZED, messages.Initialized(False).pack(), encode_exception(error))
         else:

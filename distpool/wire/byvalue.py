@@ -1,4 +1,4 @@
-"""The pickler for what other processes cannot import: cloudpickle, corrected in four ways (layer 1).
+"""The pickler for what other processes cannot import: cloudpickle, corrected in five ways (layer 1).
 
 Imported on first need only (`codec.dump_by_value`, and the other side's unpickler by name): cloudpickle is dear.
 Runs where `codec` runs.
@@ -11,13 +11,16 @@ Runs where `codec` runs.
    `everywhere("def foo(): ...", [2])`, then `remotecall_fetch(lambda: foo(), 2)`. Names that the sender has travel.
 3. The main module of a child of `multiprocessing` (`__mp_main__`) is as unknown elsewhere as `__main__`, and so are
    its functions under `functools.lru_cache`, which would go by name: they travel with an empty cache.
-4. Code keeps the name of its file (cloudpickle from 3.1.3 on leaves it out): a remote traceback shows the user's lines.
+4. What an initializer does to globals lasts, as in the process pools of the standard library: each message has globals
+   of its own, so `def init(): global model; model = load()` would reach no other function (`decode_initializer`).
+5. Code keeps the name of its file (cloudpickle from 3.1.3 on leaves it out): a remote traceback shows the user's lines.
 """
 
 from __future__ import annotations
 
 import builtins
 import functools
+import pickle
 import sys
 import types
 import weakref
@@ -28,7 +31,7 @@ from typing import Any
 import cloudpickle
 from cloudpickle import cloudpickle as internals
 
-__all__ = ["ByValuePickler", "share_class"]
+__all__ = ["ByValuePickler", "decode_initializer", "share_class"]
 
 #: Classes which this process did not define but built from a message. Process-wide like cloudpickle's own numbering.
 _foreign: weakref.WeakSet[type] = weakref.WeakSet()
@@ -41,6 +44,20 @@ _ids_by_class: Any = getattr(internals, "_DYNAMIC_CLASS_TRACKER_BY_CLASS", {})
 
 
 _Cached = functools._lru_cache_wrapper
+
+#: While an initializer is decoded: the globals and the classes that are built for it.
+_built: list[Any] | None = None
+
+#: What initializers left here: name of a module (of their globals) -> name -> value; classes that they changed.
+_left: dict[str, dict[str, Any]] = {}
+_left_classes: list[type] = []
+
+#: A global of such a kind that an initializer did not assign is as the caller has it: it cannot have changed, or (code)
+#: the caller's is what has to run.
+_FIXED = frozenset(
+    (int, float, complex, bool, str, bytes, type(None), tuple, frozenset, range, _Cached)
+    + (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
+)  # fmt: skip
 
 
 class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -123,6 +140,8 @@ def build_function(
     Functions of one message share their globals, and a function takes its builtins from there when it is made: also
     those that it defines when it runs. Hence such builtins stay once a function of the message has asked for them.
     """
+    if _built is not None and not any(made is namespace for made in _built):
+        _built.append(namespace)
     found = namespace.get("__builtins__")
     shared = found if type(found) is _NamesOfMain else None
     if unknown and shared is None:
@@ -135,12 +154,18 @@ def build_function(
 
 
 def set_function_state(function: types.FunctionType, packed: tuple[Callable[[Any, Any], Any], Any]) -> None:
-    """Receiving side: fill the function in; cloudpickle also resets the builtins, which `build_function` has set."""
+    """Receiving side: fill the function in; cloudpickle also resets the builtins, which `build_function` has set.
+
+    Globals that belong to this process since an initializer ran are this process's.
+    """
     set_state, state = packed
     namespace = function.__globals__
     kept = namespace["__builtins__"]
     set_state(function, state)
     namespace["__builtins__"] = kept
+    left = _left.get(namespace.get("__name__", "")) if _left else None
+    if left:
+        namespace.update((name, left[name]) for name in left.keys() & namespace.keys())
 
 
 def build_cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Callable[..., Any]:
@@ -166,6 +191,8 @@ def build_class(build: Callable[..., type], args: tuple[Any, ...]) -> type:
         return found
     made = build(*args)
     _foreign.add(made)
+    if _built is not None:
+        _built.append(made)
     if made.__module__ not in sys.modules:
         strangers = True
     return made
@@ -176,6 +203,47 @@ def set_class_state(cls: type, packed: tuple[Callable[[type, Any], Any], Any]) -
     set_state, state = packed
     if cls in _foreign:
         set_state(cls, state)
+
+
+def decode_initializer(data: Any, buffers: Any, references: Any) -> tuple[Any, Any, Callable[[], None]]:
+    """Receiving side: an initializer, its arguments, and what to call when it has returned. Before any other call.
+
+    The globals that it has then assigned, and those that it used and may have changed, are what functions of the same
+    module find that come later. `references`: types of values that are the same everywhere.
+    """
+    global _built
+    _built = built = []
+    try:
+        function, arguments = pickle.loads(data, buffers=buffers)
+    finally:
+        _built = None
+    before = [(made, dict(vars(made) if isinstance(made, type) else made)) for made in built]
+    return function, arguments, lambda: _leave(before, references)
+
+
+def _leave(before: list[tuple[Any, dict[str, Any]]], references: Any) -> None:
+    for made, was in before:
+        now = dict(vars(made) if isinstance(made, type) else made)
+        assigned = {name for name, value in now.items() if was.get(name, was) is not value}
+        if isinstance(made, type):
+            if assigned:  # the definition that comes with the next message must not set it back
+                _left_classes.append(made)
+                _foreign.discard(made)
+            continue
+        left = {
+            name: value
+            for name, value in now.items()
+            if not name.startswith("__") and (name in assigned or _may_have_changed(value, references))
+        }
+        module = now.get("__name__", "")
+        _left.setdefault(module, {}).update(left)
+        if module in ("__main__", "__mp_main__"):  # where names are looked up that the sender does not have
+            vars(sys.modules["__main__"]).update(left)
+
+
+def _may_have_changed(value: Any, references: Any) -> bool:
+    kind = type(value)
+    return not (kind in _FIXED or issubclass(kind, type) or kind in references)
 
 
 def share_class(cls: type, key: str) -> None:

@@ -137,6 +137,15 @@ def decode(data: Any, buffers: Buffers = ()) -> Any:
     return _loads(data, buffers=buffers)
 
 
+def decode_initializer(data: bytes, buffers: Buffers = ()) -> tuple[Any, Any, Callable[[], None]]:
+    """An initializer, its arguments, and what to call when it has returned (see `byvalue.decode_initializer`)."""
+    if b"distpool.wire.byvalue" not in data:  # by reference: the globals of its module last by themselves
+        return (*_loads(data, buffers=buffers), lambda: None)
+    from distpool.wire import byvalue
+
+    return byvalue.decode_initializer(data, buffers, _reducers)
+
+
 def decode_args(data: Any, buffers: Buffers = ()) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`(args, kwargs)` of `encode_args`; raises like `decode`."""
     loaded = _loads(data, buffers=buffers)
