@@ -387,6 +387,102 @@ def test_everything_of_a_message_is_consistent(program):
     )
 
 
+def test_classes_with_slots(program):
+    program(
+        """
+        import dataclasses, typing
+        T = typing.TypeVar("T")
+        class Plain:
+            __slots__ = ("a", "__weakref__")
+        class Derived(Plain):
+            __slots__ = "b"
+        class Same(Derived):
+            __slots__ = ()
+        class Open(Plain): pass
+        class Private:
+            __slots__ = ("__a", "__dict__")
+            def put(self, a): self.__a = self.c = a; return self
+            def get(self): return self.__a, self.c
+        class Explained:
+            __slots__ = {"a": "A value."}
+        class Generic(typing.Generic[T]):
+            __slots__ = ("a",)
+        @dataclasses.dataclass(slots=True)
+        class Data:
+            a: int = 1
+        @dataclasses.dataclass(slots=True, frozen=True, weakref_slot=True)
+        class Frozen:
+            a: int = 1
+        class Pair(typing.NamedTuple):
+            a: int = 7
+        class Whole(int):
+            __slots__ = ()
+        def same(x): return x
+        def build(cls): return cls()
+        for cls in (Plain, Derived, Same, Open, Private, Explained, Generic, Data, Frozen, Pair, Whole):
+            for back in call(same, cls()), call(build, cls):
+                assert type(back) is cls
+            assert call(hasattr, cls(), "__dict__") == hasattr(cls(), "__dict__"), cls
+        sent = Same()
+        sent.a, sent.b = 1, [2]
+        back = call(same, sent)
+        assert (back.a, back.b) == (1, [2])
+        assert call(lambda: Private().put(3).get()) == call(same, Private().put(3)).get() == (3, 3)
+        assert call(same, Data(5)) == Data(5) and call(same, Pair(5)) == Pair(5)
+        """
+    )
+
+
+def test_functions_that_dispatch_on_a_type(program):
+    program(
+        """
+        import functools
+        class Own: pass
+        @functools.singledispatch
+        def size(x, *more):
+            "How big."
+            return "object"
+        @size.register
+        def _(x: int): return "int"
+        @size.register
+        def _(x: list): return [size(y) for y in x]
+        @size.register(Own)
+        def _(x): return "own"
+        class Holder:
+            @functools.singledispatchmethod
+            def size(self, x): return "object"
+            @size.register
+            def _(self, x: int): return "int"
+        assert call(size, [1, Own(), None]) == ["int", "own", "object"]
+        assert call(lambda: (size.__name__, size.__doc__, sorted(map(str, size.registry)))) == (
+            "size", "How big.", sorted(map(str, size.registry)))
+        assert call(lambda: [Holder().size(x) for x in (1, "")]) == ["int", "object"]
+        @size.register
+        def _(x: str): return "str"
+        assert call(size, ["a"]) == ["str"]
+        """
+    )
+
+
+def test_classes_with_cached_properties(program):
+    program(
+        """
+        import functools
+        class Table:
+            def __init__(self, rows): self.rows = rows
+            @functools.cached_property
+            def total(self):
+                "The sum."
+                return sum(self.rows)
+            alone = functools.cached_property(len)
+        def total(table): return table.total, table.__dict__["total"], type(table).total.__doc__, table.total
+        assert call(total, Table([1, 2])) == (3, 3, "The sum.", 3)
+        back = call(Table, [4])
+        assert type(back) is Table and back.total == 4
+        """
+    )
+
+
 def test_shared_classes_are_each_processes_own(program):
     program(
         """

@@ -1,4 +1,4 @@
-"""The pickler for what other processes cannot import: cloudpickle, corrected in five ways (layer 1).
+"""The pickler for what other processes cannot import: cloudpickle, corrected in seven ways (layer 1).
 
 Imported on first need only (`codec.dump_by_value`, and the other side's unpickler by name): cloudpickle is dear.
 Runs where `codec` runs.
@@ -13,7 +13,11 @@ Runs where `codec` runs.
    its functions under `functools.lru_cache`, which would go by name: they travel with an empty cache.
 4. What an initializer does to globals lasts, as in the process pools of the standard library: each message has globals
    of its own, so `def init(): global model; model = load()` would reach no other function (`decode_initializer`).
-5. Code keeps the name of its file (cloudpickle from 3.1.3 on leaves it out): a remote traceback shows the user's lines.
+5. `functools.cached_property` has a lock (up to Python 3.11) and `functools.singledispatch` a table of weak references,
+   which cannot be sent: both are made anew on the other side.
+6. A class keeps its `__slots__`. cloudpickle's copy has a `__dict__` in their place, so that instances of it do not
+   load where the class has none: at home.
+7. Code keeps the name of its file (cloudpickle from 3.1.3 on leaves it out): a remote traceback shows the user's lines.
 """
 
 from __future__ import annotations
@@ -44,6 +48,8 @@ _ids_by_class: Any = getattr(internals, "_DYNAMIC_CLASS_TRACKER_BY_CLASS", {})
 
 
 _Cached = functools._lru_cache_wrapper
+#: What every function of `singledispatch` runs.
+_DISPATCHED = functools.singledispatch(print).__code__  # type: ignore[attr-defined]
 
 #: While an initializer is decoded: the globals and the classes that are built for it.
 _built: list[Any] | None = None
@@ -87,17 +93,25 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
             return reduced
         if kind is types.FunctionType:
             if obj.__module__ == "__mp_main__":
-                return _by_value_function(obj, self._dynamic_function_reduce(obj))
-            return _by_value_function(obj, super().reducer_override(obj))
+                reduced = self._dynamic_function_reduce(obj)
+            else:
+                reduced = super().reducer_override(obj)
+            if obj.__code__ is _DISPATCHED and reduced is not NotImplemented:
+                return build_dispatched, (), dict(vars(obj)["registry"]), None, None, set_dispatched
+            return _by_value_function(obj, reduced)
         if kind is types.CodeType:
             return _by_value_code(obj, internals._code_reduce(obj))
         if kind is _Cached and obj.__module__ in ("__main__", "__mp_main__"):
             return build_cached, (obj.__wrapped__, obj.cache_parameters())
+        if kind is functools.cached_property:
+            return build_cached_property, (obj.func, obj.attrname)
+        if kind is functools.singledispatchmethod:
+            return build_dispatched_method, (obj.func, obj.dispatcher)
         if issubclass(kind, type):
             reduced = super().reducer_override(obj)
             if reduced is NotImplemented and obj.__module__ == "__mp_main__":
                 reduced = internals._dynamic_class_reduce(obj)
-            return _by_value_class(reduced)
+            return _by_value_class(obj, reduced)
         return NotImplemented
 
 
@@ -174,11 +188,45 @@ def build_cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Ca
     return cached
 
 
-def _by_value_class(reduced: Any) -> Any:
+def build_dispatched() -> Callable[..., Any]:
+    """Receiving side: a function of `functools.singledispatch`, still without implementations, which may refer to it."""
+    return functools.singledispatch(print)
+
+
+def set_dispatched(function: Any, registry: dict[type, Callable[..., Any]]) -> None:
+    """Receiving side: its implementations; that for `object` is what was decorated."""
+    for kind, implementation in registry.items():
+        function.register(kind, implementation)
+    functools.update_wrapper(function, registry[object])
+
+
+def build_dispatched_method(function: Callable[..., Any], dispatcher: Any) -> Any:
+    """Receiving side: a method of `functools.singledispatchmethod`."""
+    made = functools.singledispatchmethod(function)
+    made.dispatcher = dispatcher
+    return made
+
+
+def build_cached_property(function: Callable[[Any], Any], name: str | None) -> functools.cached_property[Any]:
+    """Receiving side: the property, as if its class had been made here."""
+    made: functools.cached_property[Any] = functools.cached_property(function)
+    if name is not None:
+        made.__set_name__(type, name)
+    return made
+
+
+def _by_value_class(cls: type, reduced: Any) -> Any:
     """cloudpickle's way of rebuilding a class, with our builder and setter in front."""
     if type(reduced) is not tuple or len(reduced) != 6:
         return reduced
     build, args, state, _, _, set_state = reduced
+    slots = vars(cls).get("__slots__")
+    # A named tuple has empty ones by itself, and its metaclass wants no others.
+    if slots is not None and build is internals._make_skeleton_class and not (issubclass(cls, tuple) and not slots):
+        metaclass, name, bases, names, *rest = args
+        args = metaclass, name, bases, {**names, "__slots__": slots}, *rest
+        own = types.MemberDescriptorType  # private names, which cloudpickle overlooks
+        state = {key: value for key, value in state[0].items() if type(value) is not own}, *state[1:]
     return build_class, (build, args), (set_state, state), None, None, set_class_state
 
 
@@ -212,7 +260,8 @@ def decode_initializer(data: Any, buffers: Any, references: Any) -> tuple[Any, A
     module find that come later. `references`: types of values that are the same everywhere.
     """
     global _built
-    _built = built = []
+    built: list[Any] = []
+    _built = built
     try:
         function, arguments = pickle.loads(data, buffers=buffers)
     finally:
