@@ -36,7 +36,8 @@ class LazyMap(Iterator[Any]):
     seconds after which `TimeoutError` is raised. `refilled`: the look-ahead is filled at once, and one more element is
     taken before each result is waited for, as for the standard library's `buffersize`. `in_halves`: take half a
     look-ahead at a time, so that elements can travel together. An element's exception is raised by `next` and does not
-    end the iteration, unless `stop_at_error`.
+    end the iteration, unless `stop_at_error`. `owner`: the executor, which lives as long as more may be fed; one that
+    nobody has any more is shut down.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class LazyMap(Iterator[Any]):
         refilled: bool = False,
         in_halves: bool = False,
         opener: Opener | None = None,
+        owner: Any = None,
     ) -> None:
         self.run = MapRun(scheduler, function, single=single, ordered=ordered, chunked=chunk is not None)
         self._source: Iterator[Any] | None = source
@@ -63,6 +65,7 @@ class LazyMap(Iterator[Any]):
         self._in_halves = in_halves
         self._stop_at_error = stop_at_error
         self._opener = opener or open_entry
+        self._owner = owner
         self._delivered = 0
         self._input_error: BaseException | None = None
         self._ended = False
@@ -179,6 +182,7 @@ class LazyMap(Iterator[Any]):
             self.run.close()
         finally:
             self._turn.release()
+        self._owner = None
 
     def __del__(self) -> None:
         run = self.__dict__.get("run")

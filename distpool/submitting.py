@@ -142,6 +142,7 @@ def _map_buffered(
         chunk=chunk,
         deadline=deadline,
         refilled=True,
+        owner=owner,
     )
     return results if chunk is None else flattened(results)
 
@@ -180,6 +181,7 @@ def map_unordered(
             ordered=False,
             deadline=deadline,
             in_halves=buffersize is None,
+            owner=owner,
         ),
     )
 

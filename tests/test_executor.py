@@ -18,6 +18,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
@@ -689,6 +690,24 @@ def test_map_of_a_dead_worker_fails_one_element(make: Callable[..., ClusterExecu
     with pytest.raises(ProcessExitedException):
         next(results)
     assert executor.submit(square, 3).result(PATIENCE) == 9
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda executor: executor.imap_unordered(square, range(50)),
+        lambda executor: executor.options(label="view").imap_unordered(square, iter(range(50))),
+        lambda executor: executor.map(square, range(50), buffersize=3),
+        lambda executor: executor.map(square, range(50), buffersize=2, chunksize=5),
+    ],
+)
+def test_a_lazy_map_keeps_its_executor_until_its_end(ask: Callable[[ClusterExecutor], Iterator[int]]) -> None:
+    executor = ClusterExecutor(1)
+    gone = weakref.ref(executor)
+    results = ask(executor)
+    del executor
+    assert sorted(results) == [square(n) for n in range(50)]
+    assert gone() is None
 
 
 def test_a_dropped_map_stops(make: Callable[..., ClusterExecutor], tmp_path: Path) -> None:

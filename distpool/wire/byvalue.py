@@ -189,7 +189,7 @@ def build_cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Ca
 
 
 def build_dispatched() -> Callable[..., Any]:
-    """Receiving side: a function of `functools.singledispatch`, still without implementations, which may refer to it."""
+    """Receiving side: a function of `functools.singledispatch`, without implementations yet: they may refer to it."""
     return functools.singledispatch(print)
 
 
