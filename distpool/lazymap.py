@@ -92,6 +92,9 @@ class LazyMap(Iterator[Any]):
             self._turn.release()
         try:
             return self._opener(raw)
+        except StopIteration as error:  # of an element: it must not look like the end
+            self.close()
+            raise RuntimeError("generator raised StopIteration") from error
         except BaseException:
             if self._stop_at_error:
                 self.close()

@@ -99,14 +99,15 @@ def pgenerate(f: Callable[..., Any], *iterables: Iterable[Any], pool: Any = None
 
     Example: `for value in itertools.islice(pgenerate(f, itertools.count(), pool=executor), 10): print(value)`
     """
-    return _Generated(_ordered(f, iterables, pool, True, 1, Recovery(), eager_errors=False))
+    return _Generated(_ordered(f, iterables, pool, True, 1, Recovery(), eager_errors=False), pool)
 
 
 class _Generated(Iterator[Any]):
-    """The iterator of `pgenerate`."""
+    """The iterator of `pgenerate`. It keeps the pool until its end: an executor that nobody has any more is shut down."""
 
-    def __init__(self, ordered: OrderedMap) -> None:
+    def __init__(self, ordered: OrderedMap, pool: Any) -> None:
         self._ordered = ordered
+        self._pool = pool
         self._turn = threading.RLock()  # several threads may share it: one at a time waits and takes
 
     def __next__(self) -> Any:
@@ -117,9 +118,13 @@ class _Generated(Iterator[Any]):
                     values = ordered.take_one()
                     if values:
                         return values[0]
+            except StopIteration as error:  # of an element: it must not look like the end
+                self.close()
+                raise RuntimeError("generator raised StopIteration") from error
             except BaseException:
-                ordered.close()
+                self.close()
                 raise
+            self._pool = None
         raise StopIteration
 
     def close(self) -> None:
@@ -131,6 +136,7 @@ class _Generated(Iterator[Any]):
             self._ordered.close()
         finally:
             self._turn.release()
+        self._pool = None
 
 
 # -- who runs it -------------------------------------------------------------------------------------------------------

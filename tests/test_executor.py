@@ -699,6 +699,7 @@ def test_map_of_a_dead_worker_fails_one_element(make: Callable[..., ClusterExecu
         lambda executor: executor.options(label="view").imap_unordered(square, iter(range(50))),
         lambda executor: executor.map(square, range(50), buffersize=3),
         lambda executor: executor.map(square, range(50), buffersize=2, chunksize=5),
+        lambda executor: distpool.pgenerate(square, range(50), pool=executor),
     ],
 )
 def test_a_lazy_map_keeps_its_executor_until_its_end(ask: Callable[[ClusterExecutor], Iterator[int]]) -> None:
@@ -708,6 +709,27 @@ def test_a_lazy_map_keeps_its_executor_until_its_end(ask: Callable[[ClusterExecu
     del executor
     assert sorted(results) == [square(n) for n in range(50)]
     assert gone() is None
+
+
+LAZY: dict[str, Callable[..., Any]] = {
+    "imap_unordered": lambda executor, fn, items: executor.imap_unordered(fn, items),
+    "buffered": lambda executor, fn, items: executor.map(fn, items, buffersize=5),
+    "pgenerate": lambda executor, fn, items: distpool.pgenerate(fn, items, pool=executor),
+}
+
+
+@pytest.mark.parametrize("kind", [*LAZY, "map", "chunks", "view"])
+def test_a_stop_iteration_of_an_element_is_no_end(shared: ClusterExecutor, kind: str) -> None:
+    ways = LAZY | {
+        "map": lambda executor, fn, items: executor.map(fn, items),
+        "chunks": lambda executor, fn, items: executor.map(fn, items, chunksize=3),
+        "view": lambda executor, fn, items: executor.options(timeout=PATIENCE).imap_unordered(fn, items),
+    }
+    results = ways[kind](shared, lambda items: next(iter(items)), [[1], [], [3], [4]])
+    with pytest.raises(RuntimeError, match="generator raised StopIteration") as caught:
+        list(results)
+    assert type(caught.value.__cause__) is StopIteration
+    assert list(results) == []
 
 
 def test_a_dropped_map_stops(make: Callable[..., ClusterExecutor], tmp_path: Path) -> None:
@@ -726,13 +748,6 @@ def test_imap_unordered(shared: ClusterExecutor) -> None:
     for bad in (0, -1, 1.5):
         with pytest.raises((ValueError, TypeError)):
             shared.imap_unordered(square, [1], buffersize=bad)  # type: ignore[arg-type]
-
-
-LAZY: dict[str, Callable[..., Any]] = {
-    "imap_unordered": lambda executor, fn, items: executor.imap_unordered(fn, items),
-    "buffered": lambda executor, fn, items: executor.map(fn, items, buffersize=5),
-    "pgenerate": lambda executor, fn, items: distpool.pgenerate(fn, items, pool=executor),
-}
 
 
 @pytest.mark.parametrize("kind", LAZY)

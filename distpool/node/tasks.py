@@ -462,6 +462,8 @@ class TaskRunner:
             each = itertools.starmap if item.flags == CHUNK else map
             # In C: chunks are there for tiny calls.
             value = self.interrupts.call(list, (each(function, arguments),), {})
+            if len(value) < len(arguments):  # an element raised it, and it looked like the end
+                raise StopIteration
             del arguments
             self.results.succeed(item.sequence, value)
             return begin
