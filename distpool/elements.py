@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import os
 import queue
@@ -23,6 +24,7 @@ from typing import Any, Protocol
 
 from distpool import config
 from distpool.mapruns import LOOK_AHEAD, SCALARS, MapRun
+from distpool.node.node import Node
 from distpool.refs.refs import RAISED_HERE, Outcome, open_outcome
 from distpool.replies import note_traceback
 from distpool.scheduling import Scheduler
@@ -147,8 +149,16 @@ class SpanCarrier:
 class FutureCarrier:
     """One call of `submit(*arguments)` per element; `submit` may also raise."""
 
-    def __init__(self, submit: Callable[..., Any], single: bool, size: Callable[[], int], per_worker: int) -> None:
+    def __init__(
+        self,
+        submit: Callable[..., Any],
+        single: bool,
+        size: Callable[[], int],
+        per_worker: int,
+        node: Node | None = None,
+    ) -> None:
         self.fed = 0
+        self._node = node  # of a pool in other processes: a task that waits for those gives its slot away
         self.results: dict[int, Any] = {}
         self.failed: collections.deque[tuple[int, Any]] = collections.deque()
         self._submit = submit
@@ -193,15 +203,18 @@ class FutureCarrier:
         return self._per_worker * self._size()
 
     def wait_until(self, until: Callable[[], bool], deadline: float | None) -> object:
-        changed = self._changed
-        while True:
-            changed.clear()  # before looking: what ends from here on is noticed
-            if until():
-                return None
-            timeout = None if deadline is None else deadline - time.monotonic()
-            if timeout is not None and timeout <= 0:
-                return None
-            changed.wait(timeout)
+        changed, node = self._changed, self._node
+        away = contextlib.nullcontext() if node is None else node.given_away()
+        following = contextlib.nullcontext() if node is None else node.loop.following(changed.set)
+        with away, following as inside:
+            while True:
+                changed.clear()  # before looking: what ends from here on is noticed
+                if until() or (inside is not None and inside.struck):
+                    return None
+                timeout = None if deadline is None else deadline - time.monotonic()
+                if timeout is not None and timeout <= 0:
+                    return None
+                changed.wait(timeout)
 
     def close(self) -> None:
         for future in list(self._pending.values()):

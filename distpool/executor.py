@@ -93,7 +93,7 @@ class ClusterExecutor(Submitter):
             start = initializer, tuple(initargs)
             self._crew = opening.make_crew(hosts, max_workers, addprocs_options, start, max_tasks_per_child, replace)
             self._future_class = submitting.future_class(self._crew, replace)
-            opening.register(self._crew.node, ClusterExecutor, ExecutorView)
+            opening.register(self._crew.node, type(self), ExecutorView)
             if started is not None:
                 opening.adopt(self._crew.node, started)
         except BaseException:

@@ -103,7 +103,7 @@ def pgenerate(f: Callable[..., Any], *iterables: Iterable[Any], pool: Any = None
 
 
 class _Generated(Iterator[Any]):
-    """The iterator of `pgenerate`. It keeps the pool until its end: an executor that nobody has any more is shut down."""
+    """The iterator of `pgenerate`. It keeps the pool until its end: an executor that nobody has is shut down."""
 
     def __init__(self, ordered: OrderedMap, pool: Any) -> None:
         self._ordered = ordered
@@ -194,7 +194,8 @@ def _carrier_for(f: Callable[..., Any], single: bool, pool: Any, batch_size: int
             return SpanCarrier(crew.scheduler, function, single, batch, lambda: max(1, crew.size)), batch or 1
     size = getattr(pool, "_max_workers", 1)
     submit = pool.submit
-    return FutureCarrier(lambda *args: submit(f, *args), single, lambda: size, LOOK_AHEAD * (batch or 1)), batch or 1
+    ahead = LOOK_AHEAD * (batch or 1)
+    return FutureCarrier(lambda *args: submit(f, *args), single, lambda: size, ahead, nodes.existing()), batch or 1
 
 
 def _default_pool() -> Any:

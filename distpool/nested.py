@@ -26,6 +26,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from distpool.errors import SerializationError
+from distpool.mapping import pmap
 from distpool.mapresults import check_map, map_by_futures, unordered_futures
 from distpool.mapruns import LOOK_AHEAD
 from distpool.node import node as nodes
@@ -266,7 +267,8 @@ class _Request:
 class ExecutorHandle(concurrent.futures.Executor):
     """An executor as a task sees it: submits to the same workers, through their owner.
 
-    It has `submit`, `map`, `imap_unordered` and `options`; `shutdown` does nothing, the executor belongs to its owner.
+    It has `submit`, `map`, `imap_unordered`, `pmap` and `options`; `shutdown` does nothing, the executor belongs to its
+    owner.
 
     Example: `def fib(ex, n): return n if n < 2 else ex.submit(fib, ex, n - 1).result() + fib(ex, n - 2)`
     """
@@ -339,6 +341,10 @@ class ExecutorHandle(concurrent.futures.Executor):
         ahead = buffersize or LOOK_AHEAD * self._max_workers
         arguments = zip(*iterables, strict=False)
         return unordered_futures(self.submit, fn, arguments, ahead, deadline, self._node.given_away)
+
+    def pmap(self, f: Callable[..., Any], *iterables: Iterable[Any], **options: Any) -> list[Any]:
+        """As `ClusterExecutor.pmap`; each element travels alone."""
+        return pmap(f, *iterables, pool=self, **options)
 
     def options(self, **options: Any) -> ExecutorHandle:
         """A handle with another policy; see `ClusterExecutor.options`."""

@@ -49,6 +49,34 @@ def test_recursion_on_one_worker(make_runner: Callable[..., Runner]) -> None:
         assert runner.submit(fib, runner.executor, 9).value(10 * NOISE) == 34
 
 
+def fib_by_pmap(executor: Any, number: int) -> int:
+    return number if number < 2 else sum(executor.pmap(fib_by_pmap, [executor] * 2, [number - 1, number - 2]))
+
+
+def fib_by_pgenerate(executor: Any, number: int) -> int:
+    if number < 2:
+        return number
+    return sum(distpool.pgenerate(fib_by_pgenerate, [executor] * 2, [number - 1, number - 2], pool=executor))
+
+
+@pytest.mark.parametrize("function", [fib_by_pmap, fib_by_pgenerate])
+def test_recursion_by_maps_on_one_worker(make_runner: Callable[..., Runner], function: Any) -> None:
+    runner = make_runner(1)
+    with at_most(10, "fib(7)"):
+        assert runner.submit(function, runner.executor, 7).value(10 * NOISE) == 13
+
+
+class Own(distpool.ClusterExecutor):
+    """A user's class."""
+
+
+def test_an_executor_of_a_users_class_is_sent_as_well() -> None:
+    with Own(1) as executor:
+        view = executor.options(label="view")
+        for handle in executor, view:
+            assert executor.submit(lambda handle=handle: handle.submit(pow, 2, 3).result()).result(PATIENCE) == 8
+
+
 def fib_by_wait(executor: Any, number: int) -> int:
     if number < 2:
         return number
