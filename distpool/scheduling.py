@@ -7,7 +7,7 @@
 
 Window: a slot that is half empty is filled up to calls worth `config.WINDOW_SECONDS` of measured running time (more of
 a map that has run for long), at least 2 and at most 1024; the last calls of a queue are shared out in smaller portions.
-A call with a time limit travels alone.
+A call with a time limit travels alone, and nothing is sent to its worker, unless all that it has waits for other calls.
 
 Who runs what: `_dispatch` runs under `lock`, on the leader or in a submitting thread. A submitter never waits for the
 lock (`_pump`): it leaves a note and the holder looks again. So user code in a finalizer, run by the collector inside
@@ -215,7 +215,7 @@ class Scheduler:
         if room <= 0 or (slot.load > slot.blocked and 2 * room < slot.limit - slot.blocked):
             return 0  # it has enough for now: half a window at a time costs half of the frames
         if head.policy is not None if type(head) is Call else False:
-            return 1 if slot.load == 0 else 0
+            return 1 if slot.idles else 0
         waiting = head.remaining if type(head) is MapRun else len(self._queue)
         least = _FEW if 0.0 <= head.timing.mean < _TINY else 1
         return min(room, max(least, math.ceil(waiting / (2 * len(self.slots)))))
@@ -238,7 +238,7 @@ class Scheduler:
                 count -= sum(entry.elements for entry in taken)
                 continue
             if head.policy is not None:
-                if not entries and slot.load == 0:
+                if not entries and slot.idles:
                     entries.append(queue.popleft())
                 break
         if entries:
@@ -401,7 +401,7 @@ class Scheduler:
         stranded: list[Call] = []
         with self.lock:
             self.slots.pop(slot.pid, None)
-            ended = slot.stop_clock()
+            timed_out = slot.stop_clocks()
             for entry, index, count, ran in reversed(slot.unfinished()):
                 if ran:
                     failed.extend((entry, number) for number in range(index, index + count))
@@ -415,6 +415,7 @@ class Scheduler:
         for call in stranded:
             self.settle(call, 0, Outcome(RAISED_HERE, make_error(False), (), slot.pid))
         for entry, index in failed:
+            ended = timed_out and type(entry) is Call and entry.sequence == timed_out
             error: BaseException = TimeoutError(slot.timeout_text) if ended else make_error(True)
             outcome = Outcome(RAISED_HERE, error, (), slot.pid)
             if type(entry) is Call and entry.policy is not None and entry.attempt < entry.policy.retries:

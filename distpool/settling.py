@@ -84,7 +84,7 @@ def settle_records(scheduler: Scheduler, slot: Slot, body: Any, raw_buffers: lis
                 outcome = Outcome(RAISED_HERE, scheduler.on_unloadable(outcome.data), (), pid)
             policy = entry.policy
             if policy is not None:
-                slot.stop_clock()
+                slot.stop_clock(sequence)
                 if status != records.VALUE and entry.attempt < policy.retries:
                     scheduler.retries.consider(entry, outcome)
                     continue
@@ -160,7 +160,7 @@ def _settle_calls(slot: Slot, calls: list[Call], values: list[Any], deliver: Cal
     for call in calls:
         futures.append(call.future)
         if call.policy is not None:
-            slot.stop_clock()
+            slot.stop_clock(call.sequence)
         if call.buffers:
             call.release()
     for index in set_values(futures, values):

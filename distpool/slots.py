@@ -68,15 +68,22 @@ class Slot:
         self._next = 1
         self._functions: collections.OrderedDict[int, int] = collections.OrderedDict()  # number -> bytes
         self._function_bytes = 0
-        self._clock: Any = None  # timer of the call with a time limit
-        self._timed_out = False
+        self._clocks: dict[int, Any] = {}  # sequence number -> timer, of calls with a time limit
+        self._timed_out = 0  # number of the call for whose limit it was ended
 
     # -- how much more -----------------------------------------------------------------------------------------
 
     @property
     def usable(self) -> bool:
-        """Whether it may be sent calls at all now."""
-        return not (self.retiring or self.gone or self.deaf or self._clock is not None or self._remaining == 0)
+        """Whether it may be sent calls at all now. Not beside one with a time limit, but a task that waits for other
+        calls must not keep them from running."""
+        limited = bool(self._clocks) and not self.idles
+        return not (self.retiring or self.gone or self.deaf or limited or self._remaining == 0)
+
+    @property
+    def idles(self) -> bool:
+        """Whether nothing runs there: all calls that it has wait for others."""
+        return self.load <= self.blocked
 
     @property
     def exhausted(self) -> bool:
@@ -87,7 +94,7 @@ class Slot:
         """How many more calls of `mean` seconds (negative: unknown) it should have now, `worth` seconds in all."""
         if not self.usable:
             return 0
-        if mean > _LONG or mean < 0:
+        if mean > _LONG or mean < 0 or self._clocks:
             # Unknown: the first calls of a function go one to each worker. What is sent ahead to a worker that then
             # sits in one long C call cannot be recalled from it.
             limit = 1
@@ -177,7 +184,7 @@ class Slot:
             if call.cancelled:
                 self.pinned.popleft()
                 continue
-            if self.room(call.timing.mean) <= 0 or (call.policy.timeout is not None and self.load):
+            if self.room(call.timing.mean) <= 0 or (call.policy.timeout is not None and not self.idles):
                 return
             self.send(scheduler, [self.pinned.popleft()])
 
@@ -252,28 +259,36 @@ class Slot:
     # -- time limits -------------------------------------------------------------------------------------------
 
     def _start_clock(self, scheduler: Scheduler, sequence: int, seconds: float, name: str) -> None:
-        self.timeout_text = f"{name} ran for more than {seconds} seconds"
-        self._wind_clock(scheduler.loop, sequence, seconds, 0.0)
+        text = f"{name} ran for more than {seconds} seconds"
+        self._wind_clock(scheduler.loop, sequence, seconds, text, time.monotonic())
 
-    def _wind_clock(self, loop: IoLoop, sequence: int, seconds: float, waited: float) -> None:
-        self._clock = loop.call_later(seconds, lambda: self._time_is_up(loop, sequence, seconds, waited + seconds))
+    def _wind_clock(self, loop: IoLoop, sequence: int, seconds: float, text: str, sent: float) -> None:
+        """If the call is known not to have begun when this has run down, once more: it stands behind a task that waited
+        when it was sent, or the machine is busy. (Tried: killing the worker also then. The call went to the next one,
+        and round for ever.)"""
 
-    def _time_is_up(self, loop: IoLoop, sequence: int, seconds: float, waited: float) -> None:
-        """Leader: so many seconds after the call was sent. If it is known not to have begun, once more: the machine is
-        busy. (Killed each time, and sent to the next worker, it would go round for ever.)"""
-        if self._clock is None:
-            return
-        if waited < _UNBEGUN and not self.has_started(sequence):
-            self._wind_clock(loop, sequence, max(seconds, _LOOK), waited)
-        else:
-            self._timed_out = True
-            self.member.kill(self.timeout_text)
+        def time_is_up() -> None:
+            if sequence not in self._clocks:
+                return
+            if not self.has_started(sequence) and (self.load > 1 or time.monotonic() - sent < _UNBEGUN):
+                self._wind_clock(loop, sequence, max(seconds, _LOOK), text, sent)
+                return
+            self._timed_out = sequence
+            self.timeout_text = text
+            self.member.kill(text)
 
-    def stop_clock(self) -> bool:
-        """The call with a time limit has ended; True if it was ended by the limit."""
-        if self._clock is not None:
-            self._clock.cancel()
-            self._clock = None
+        self._clocks[sequence] = loop.call_later(seconds, time_is_up)
+
+    def stop_clock(self, sequence: int) -> None:
+        """The call, which may have a time limit, has ended."""
+        clock = self._clocks.pop(sequence, None)
+        if clock is not None:
+            clock.cancel()
+
+    def stop_clocks(self) -> int:
+        """The worker is gone; the number of the call for whose limit it was ended, or 0."""
+        for sequence in list(self._clocks):
+            self.stop_clock(sequence)
         return self._timed_out
 
     # -- answers (leader) --------------------------------------------------------------------------------------
@@ -323,7 +338,7 @@ class Slot:
             if type(entry.buffers) is Parts:
                 self.lend(entry.buffers.references, -1)
             if entry.policy is not None and entry.policy.timeout is not None:
-                self.stop_clock()  # it has not begun, so nothing may be killed for it
+                self.stop_clock(number)  # it has not begun, so nothing may be killed for it
             taken.append((entry, 0, 1))
         if not taken and (found := self._span_of(sequence)) is not None:
             start, span = found

@@ -439,6 +439,37 @@ def test_a_call_with_a_time_limit_travels_alone(office: Office) -> None:
     assert wait(others, PATIENCE).not_done == set()
 
 
+def test_a_call_with_a_time_limit_runs_beside_one_that_waits_and_takes_the_blame_alone(office: Office) -> None:
+    worker = office.worker(2)
+    patient = office.submit(1, policy=Policy(timeout=PATIENCE))
+    worker.start()
+    limited = office.submit(2, policy=Policy(timeout=0.05))
+    assert len(worker.frames) == 1, "it travels alone"
+    office.frame(worker, Kind.BLOCKED, messages.Blocked(1).pack())
+    assert worker.start()[1] == 2
+    assert not office.slots[2].usable
+    worker.wait(lambda: worker.killed, "its time is up")
+    office.lost(worker)
+    assert type(limited.exception(0)) is TimeoutError
+    assert type(patient.exception(0)) is not TimeoutError
+
+
+def test_time_that_a_call_stands_behind_another_one_does_not_count(office: Office) -> None:
+    worker = office.worker(2)
+    first = office.submit(1)
+    worker.start()
+    office.frame(worker, Kind.BLOCKED, messages.Blocked(1).pack())
+    limited = office.submit(2, policy=Policy(timeout=0.1))
+    office.frame(worker, Kind.BLOCKED, messages.Blocked(-1).pack())
+    threading.Event().wait(0.25)
+    assert not worker.killed
+    worker.start()
+    worker.wait(lambda: worker.killed, "its time is up")
+    assert not first.done()
+    office.lost(worker)
+    assert type(limited.exception(0)) is TimeoutError and type(first.exception(0)) is not TimeoutError
+
+
 def test_a_call_within_its_time_limit(office: Office) -> None:
     worker = office.worker(2)
     future = office.submit(1, policy=Policy(timeout=0.2))

@@ -66,6 +66,42 @@ def test_recursion_by_maps_on_one_worker(make_runner: Callable[..., Runner], fun
         assert runner.submit(function, runner.executor, 7).value(10 * NOISE) == 13
 
 
+POLICIES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "label": lambda executor: {"label": "view"},
+    "retries": lambda executor: {"retries": 1},
+    "limit": lambda executor: {"timeout": PATIENCE},
+    "pinned": lambda executor: {"pids": executor.workers[:1]},
+    "pinned with limit": lambda executor: {"pids": executor.workers[:1], "timeout": PATIENCE, "retries": 1},
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_recursion_through_a_view(policy: str, workers: int) -> None:
+    with distpool.ClusterExecutor(workers) as executor:
+        assert executor.submit(pow, 2, 3).result(PATIENCE) == 8
+        view = executor.options(**POLICIES[policy](executor))
+        for outer, inner in (view, view), (executor, view), (view, executor):
+            assert outer.submit(fib, inner, 6).result(PATIENCE) == 8
+
+
+def test_recursion_under_the_time_limit_of_the_executor() -> None:
+    with distpool.ClusterExecutor(1, timeout=PATIENCE) as executor:
+        assert executor.submit(fib, executor, 6).result(PATIENCE) == 8
+
+
+def test_the_limit_of_a_task_that_waits_is_its_own(gate: Gate) -> None:
+    """Its worker goes, and with it what that had been sent meanwhile; only the task itself has taken too long."""
+    with distpool.ClusterExecutor(1) as executor:
+        address = gate.address
+        outer = executor.options(timeout=1).submit(lambda: executor.submit(helpers.hold, address, "inner").result())
+        gate.arrival(NOISE * 2)
+        other = executor.submit(pow, 2, 3)
+        with pytest.raises(TimeoutError, match="ran for more than 1 seconds"):
+            outer.result(PATIENCE)
+        assert other.result(PATIENCE) == 8
+
+
 class Own(distpool.ClusterExecutor):
     """A user's class."""
 
