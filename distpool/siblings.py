@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from distpool import config
 from distpool.managers.base import parse_header
-from distpool.managers.process import PACKAGE
+from distpool.managers.process import PACKAGE, no_forks
 from distpool.node.node import Node
 from distpool.transport.link import Link
 from distpool.wire import messages
@@ -39,9 +39,10 @@ class _Child:
         self.address: tuple[str, int] | None = None
         self.said: list[str] = []
         self.settled = threading.Event()  # the header line has come, or never will
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env
-        )
+        with no_forks:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env
+            )
         assert self.process.stdin is not None
         with contextlib.suppress(OSError), self.process.stdin as stdin:  # it died at once: its output says why
             stdin.write(cookie.encode() + b"\n")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from fakes import PATIENCE
 
+from distpool.managers import executed, zygotes
 from distpool.managers.process import PACKAGE, SIGKILL, LaunchedProcess, LaunchSpec, boot_code, last_lines, unlink
 
 
@@ -152,3 +153,40 @@ def test_boot_code_finds_modules_as_they_are_found_here() -> None:
     assert path[: len(own)] == own and PACKAGE in path
     path, _ = booted([PACKAGE])
     assert path.count(PACKAGE) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.parametrize("method", ["fork", "exec"])
+def test_nobody_forks_while_a_process_is_started(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child would keep the pipe whose end tells that the new program runs, and the start would wait for its end:
+    a program that makes a pool and then a `multiprocessing.Manager` had a pool whose workers never came."""
+    inside, forks, forked = threading.Event(), threading.Event(), threading.Event()
+    early: list[bool] = []
+
+    def popen(*args: object, **kwargs: object) -> None:
+        inside.set()
+        assert forks.wait(PATIENCE)
+        early.append(forked.wait(0.2))
+        raise OSError("no such program")
+
+    def start() -> None:
+        with pytest.raises(OSError, match="no such program"):
+            zygotes.ZygoteProcess(spec()) if method == "fork" else executed.start(spec())
+
+    def fork() -> None:
+        assert inside.wait(PATIENCE)
+        forks.set()
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        forked.set()
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    threads = [threading.Thread(target=each, daemon=True) for each in (start, fork)]
+    for thread in threads:
+        thread.start()
+    assert forked.wait(PATIENCE)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert early == [False]

@@ -25,7 +25,7 @@ from typing import Any
 from distpool import config
 from distpool.errors import LaunchWorkerError
 from distpool.managers.base import parse_header
-from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, boot_code, last_lines
+from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, boot_code, last_lines, no_forks
 
 MAX_NOISE = 1 << 20
 """Bytes that may come before the header line."""
@@ -115,9 +115,8 @@ class Executed:
             self.launched.forget()
 
 
-def start(spec: LaunchSpec) -> _Starting:
-    """Start one process and give it its settings. OSError: the interpreter does not exist, fork refused, ..."""
-    line = memoryview(json.dumps(spec.settings()).encode() + b"\n")
+def _open(spec: LaunchSpec) -> tuple[subprocess.Popen[bytes], int, int]:
+    """The process, the read end of its output, and the write end of its stdin."""
     opened: list[int] = []
     try:
         for _ in range(2):
@@ -136,6 +135,14 @@ def start(spec: LaunchSpec) -> _Starting:
         raise
     os.close(their_output)
     os.close(stdin)
+    return process, output, lifeline
+
+
+def start(spec: LaunchSpec) -> _Starting:
+    """Start one process and give it its settings. OSError: the interpreter does not exist, fork refused, ..."""
+    line = memoryview(json.dumps(spec.settings()).encode() + b"\n")
+    with no_forks:
+        process, output, lifeline = _open(spec)
     starting = _Starting(process, output, lifeline)
     try:
         while line:  # short, and the worker reads it first of all

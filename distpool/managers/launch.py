@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from distpool import directories
 from distpool.errors import LaunchWorkerError
 from distpool.managers.forked import ForkServer, Gone
-from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, unlink
+from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, no_forks, unlink
 from distpool.managers.zygotes import ZygoteProcess, key_of
 
 if TYPE_CHECKING:
@@ -150,6 +150,10 @@ class Launcher:
         """A shell that removes the directory when our end of its pipe closes. Without a shell it may stay behind."""
         if self._janitor is not None or not self._directory or sys.platform == "win32":
             return
+        with no_forks:
+            self._open_janitor()
+
+    def _open_janitor(self) -> None:
         try:
             their_end, self._janitor_pipe = os.pipe()
         except OSError:

@@ -30,6 +30,15 @@ HOST = "localhost"
 PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 """The directory that `distpool` is imported from; workers need not have it installed."""
 
+no_forks = threading.RLock()
+"""Held from the making of pipes for a new process until its start, and by whoever forks this one (`os.fork`,
+`multiprocessing`), on whatever threads. A child forked in between would keep the pipe whose end tells `Popen` that the
+program runs: the start would wait until that child ends, which may itself wait for our workers."""
+
+if hasattr(os, "register_at_fork"):
+    # In the child the thread that forked is still its owner. Reentrant: a signal handler may fork in the midst of it.
+    os.register_at_fork(before=no_forks.acquire, after_in_parent=no_forks.release, after_in_child=no_forks.release)
+
 SIGKILL: int = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 

@@ -26,6 +26,7 @@ import weakref
 from typing import Any
 
 from distpool import config
+from distpool.managers.process import no_forks
 from distpool.managers.specs import Spec
 from distpool.managers.ssh_client import LoginError
 
@@ -114,14 +115,15 @@ class BinaryConnection:
                 # The shell removes the directory behind the program, also when this process has been killed.
                 argv = ["/bin/sh", "-c", _JANITOR, self._directory, *argv]
             try:
-                process = subprocess.Popen(
-                    argv,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    bufsize=0,
-                    start_new_session=True,  # Ctrl-C is for the program, not for its logins
-                )
+                with no_forks:
+                    process = subprocess.Popen(
+                        argv,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE,
+                        bufsize=0,
+                        start_new_session=True,  # Ctrl-C is for the program, not for its logins
+                    )
             except OSError as error:
                 raise LoginError(f"{self._program[0]}: {error}") from error
             session = BinarySession(process)

@@ -24,6 +24,7 @@ import paramiko
 
 from distpool import config
 from distpool.logs import Log, be_quiet
+from distpool.managers.process import no_forks
 from distpool.managers.specs import split_spec
 from distpool.managers.ssh_client import LoginError
 from distpool.managers.ssh_config import Config, Target
@@ -132,15 +133,16 @@ class _Command:
 
 def _proxy(target: Target, opened: list[Any]) -> socket.socket:
     """A socket pair with the program at its other end: pollable, and with time-outs, which its pipes would not have."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", f"exec {target.proxy_command}"],
-            stdin=theirs.fileno(),
-            stdout=theirs.fileno(),
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+    with no_forks:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", f"exec {target.proxy_command}"],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
     opened.append(_Command(process))
     return ours
 

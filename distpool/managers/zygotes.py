@@ -16,7 +16,7 @@ import sys
 
 from distpool import config
 from distpool.managers.command import command, environment, import_path
-from distpool.managers.process import LaunchSpec, boot_code
+from distpool.managers.process import LaunchSpec, boot_code, no_forks
 from distpool.managers.surroundings import here
 
 TYPE_CHECKING = False  # not from `typing`: see `fields`
@@ -62,6 +62,12 @@ class ZygoteProcess:
     def __init__(self, spec: LaunchSpec) -> None:
         self.key = key_of(spec)
         self.given = spec.env if spec.own_path else None
+        with no_forks:
+            self._open(spec)
+        self.control.setblocking(False)
+        os.set_blocking(self.startup, False)
+
+    def _open(self, spec: LaunchSpec) -> None:
         self.control, theirs = map(_moved, socket.socketpair())
         try:
             self.startup, output = map(_above_standard, os.pipe())
@@ -77,8 +83,6 @@ class ZygoteProcess:
             raise
         finally:
             theirs.close()
-        self.control.setblocking(False)
-        os.set_blocking(self.startup, False)
 
     @staticmethod
     def _start(spec: LaunchSpec, control: socket.socket, output: int) -> subprocess.Popen[bytes]:
