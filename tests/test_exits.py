@@ -208,3 +208,26 @@ def alive(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+@pytest.mark.parametrize("make, use, end", [
+    ("ClusterExecutor(1)", "submit(abs, -1).result()", "shutdown()"),
+    ("ClusterExecutor(1)", "submit(abs, -1).result()", "__exit__(None, None, None)"),
+    ("DistPool(1)", "apply(abs, (-1,))", "terminate()"),
+    ("DistPool(1)", "apply(abs, (-1,))", "close()"),
+])  # fmt: skip
+def test_an_owner_that_closes_it_when_the_interpreter_goes_does_not_wait(make: str, use: str, end: str) -> None:
+    """Seen: five seconds, for a thread of the library that could not run any more."""
+    done = run(f"""
+        import time, distpool
+        class Owner:
+            def __init__(self): self.mine = distpool.{make}
+            def __del__(self, clock=time.monotonic, say=print):
+                begin = clock()
+                self.mine.{end}
+                say(clock() - begin)
+        owner = kept = Owner()
+        assert owner.mine.{use} == 1
+    """)
+    assert done.returncode == 0 and done.stderr == ""
+    assert float(done.stdout) < 2.0, done.stdout

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import queue
+import sys
 import threading
 from collections.abc import Callable
 
@@ -150,7 +151,9 @@ class SerialQueue:
         self._start()
 
     def join(self, timeout: float) -> bool:
-        """Wait until everything put so far has run; False after `timeout` seconds."""
+        """Wait until everything put so far has run; False after `timeout` seconds, or if it never will."""
+        if sys.is_finalizing():  # a `__del__` at the very end: no thread but this one runs any more
+            return False
         done = threading.Event()
         self.put(done.set)
         return done.wait(timeout)
