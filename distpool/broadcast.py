@@ -222,11 +222,11 @@ def clear(names_or_pool: Any, pids: Pids = None, mod: str | types.ModuleType = _
 
 def _source(text: str, frame: types.FrameType, bindings: dict[str, Any]) -> _Source:
     text = textwrap.dedent(text)
-    file = frame.f_code.co_filename
-    # The folder of the calling file stays visible to `include` inside the text; the number tells texts apart.
-    known = not file.startswith("<")
+    file = _file(frame)
+    # The calling file stays visible to `include` inside the text; the number tells texts apart. What stands in angle
+    # brackets is no file for coverage.py and `trace`, which otherwise end with an error because they cannot read it.
     number = f"{zlib.crc32(text.encode('utf-8', 'replace')):08x}"
-    filename = f"{os.path.abspath(file)} (everywhere {number})" if known else f"<everywhere {number}>"
+    filename = f"<everywhere {number} of {os.path.abspath(file)}>" if file else f"<everywhere {number}>"
     ast.parse(text, filename)
     return _Source(text, filename, _MAIN, bindings)
 
@@ -253,8 +253,17 @@ def _targets(pids: Pids) -> list[int]:
 
 
 def _folder(frame: types.FrameType) -> str:
-    file = frame.f_code.co_filename
-    return os.getcwd() if file.startswith("<") else os.path.dirname(os.path.abspath(file))
+    file = _file(frame)
+    return os.path.dirname(os.path.abspath(file)) if file else os.getcwd()
+
+
+def _file(frame: types.FrameType) -> str:
+    """The file of the code that runs there, or "" if it comes from none."""
+    name = frame.f_code.co_filename
+    if not name.startswith("<"):
+        return name
+    begin, of, file = name[:-1].partition(" of ")
+    return file if of and begin.startswith("<everywhere ") else ""
 
 
 def _decoded(data: bytes) -> str:

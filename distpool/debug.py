@@ -1,4 +1,7 @@
-"""Looking into the library: for tests and for those who look for a leak (layer 6)."""
+"""Looking into the library: for tests and for those who look for a leak (layer 6).
+
+Example: `print(distpool.debug.refs(2))`
+"""
 
 from __future__ import annotations
 

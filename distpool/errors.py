@@ -50,6 +50,8 @@ class CapturedException:
 
     `ex` is the original exception (or, where it could not be rebuilt here, a `DistpoolError` that names its class);
     `traceback` is the formatted remote traceback, a `str`.
+
+    Example: `except RemoteException as error: print(repr(error.captured.ex), error.captured.traceback)`
     """
 
     __slots__ = ("ex", "traceback")
@@ -103,15 +105,24 @@ class SerializationError(DistpoolError, pickle.PicklingError):
 
 
 class ChannelClosedError(DistpoolError, RuntimeError):
-    """The channel is closed (and, for `take` and `fetch`, drained)."""
+    """The channel is closed (and, for `take` and `fetch`, drained).
+
+    Example: `except ChannelClosedError: break`
+    """
 
 
 class TopologyError(DistpoolError, RuntimeError):
-    """The topology of the cluster does not connect these two processes (CONFORMANCE C233)."""
+    """The topology of the cluster does not connect these two processes.
+
+    Example: `except TopologyError: value = remotecall_fetch(remotecall_fetch, 1, f, 3)` goes through the master.
+    """
 
 
 class LaunchWorkerError(DistpoolError, RuntimeError):
-    """Workers of one machine did not start: `host`, and the last `output` lines that came from there (`str`)."""
+    """Workers of one machine did not start: `host`, and the last `output` lines that came from there (`str`).
+
+    Example: `except CompositeException as group: print([(error.host, error.output) for error in group.exceptions])`
+    """
 
     def __init__(self, host: str, output: str = "", reason: str = "") -> None:
         super().__init__(host, output, reason)
@@ -133,11 +144,17 @@ class ProtocolError(DistpoolError, ConnectionError):
 
 
 class AuthenticationError(DistpoolError, ConnectionError):
-    """The peer could not prove that it knows the cluster cookie."""
+    """The peer could not prove that it knows the cluster cookie.
+
+    Example: `except AuthenticationError: log.error("a worker that was started with another cookie")`
+    """
 
 
 class VersionMismatchError(DistpoolError, ConnectionError):
-    """The two processes run versions that do not fit together; the text names both sides."""
+    """The two processes run versions that do not fit together; the text names both sides.
+
+    Example: `except VersionMismatchError as error: log.error("install the same on both: %s", error)`
+    """
 
 
 class CompositeException(DistpoolError, ExceptionGroup):

@@ -228,3 +228,17 @@ def test_errors_on_workers_that_join_go_to_stderr(capsys: pytest.CaptureFixture[
 
     broadcast._run_prologue(Unsendable(lambda: None, {}), 5)
     assert capsys.readouterr().err == "everywhere(later=True) failed on worker 5: no way\n"
+
+
+def test_texts_have_names_that_no_tool_takes_for_files(names: dict[str, Any], tmp_path: Path) -> None:
+    """Seen: `coverage report` and `trace --count` ended with an error, as they could not read what had run."""
+    names["seen"] = []
+    inner = "seen.append(sys._getframe().f_code.co_filename); include('part.py')"
+    (tmp_path / "part.py").write_text("seen.append('part')\n")
+    outer = tmp_path / "outer.py"
+    outer.write_text(
+        f"import sys\nfrom distpool import everywhere, include\neverywhere({f'everywhere({inner!r})'!r})\n"
+    )
+    include(outer)
+    name, part = names["seen"]
+    assert name.startswith("<everywhere ") and name.endswith(f" of {outer}>") and part == "part"

@@ -84,6 +84,7 @@ def test_every_public_name_exists_and_says_what_it_is(name: str) -> None:
     assert doc and len(doc) > 20, f"distpool.{name} has no docstring"
     own = getattr(value, "__doc__", None)
     assert own, f"distpool.{name} only inherits its docstring"
+    assert "Example:" in own, f"distpool.{name} has no example"
 
 
 @pytest.mark.parametrize("name", sorted(EXECUTORS))

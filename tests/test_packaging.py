@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -71,6 +72,20 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     text = wheel.read(name).decode()
     assert "License-Expression: MIT" in text and "Requires-Python: >=3.11" in text
     assert "Requires-Dist: cloudpickle" in text
+
+
+def test_sdist_holds_what_the_readme_names_and_what_the_tests_read(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install '.[test]'")
+    code = f"import hatchling.build as backend; print(backend.build_sdist({str(tmp_path)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / done.stdout.split()[-1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    named = set(re.findall(r"`((?:docs|examples|compat|tests)/[\w./]+\.(?:md|py))`", README))
+    assert named and named <= names, named - names
+    assert {".ci/run", "LICENSE", "SECURITY.md", "docs/julia.md", "distpool/py.typed", "pyproject.toml"} <= names
 
 
 def commands() -> list[str]:

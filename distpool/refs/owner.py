@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 class RRID(NamedTuple):
-    """Identity of a reference: the process that made it and its number there."""
+    """Identity of a reference: the process that made it and its number there.
+
+    Example: `remoteref_id(RemoteChannel(2)) == RRID(myid(), n)`, where n grows with each reference.
+    """
 
     whence: int
     id: int
