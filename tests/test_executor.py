@@ -1348,3 +1348,26 @@ def test_the_data_of_a_function_is_copied_once_for_all_workers(make: Callable[..
     assert [before for before, _ in values] == [0, 0] and values[0][1] != values[1][1]
     links = [slot.member.link for slot in executor._crew.scheduler.slots.values()]
     assert len(links) == 2 and all(link is not None and link.bytes_out < 100_000 for link in links)
+
+
+def use_connection(connection: Any) -> Any:
+    connection.send(os.getpid())
+    return connection
+
+
+def test_connections_of_multiprocessing_travel_as_themselves(shared: ClusterExecutor) -> None:
+    """Seen: they came as the numbers of descriptors, of which each process closed one of its own: of a link, say."""
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        back = shared.submit(use_connection, theirs).result(PATIENCE)
+        assert ours.poll(PATIENCE) and ours.recv() != os.getpid()
+        with back:
+            back.send("here")
+            assert ours.poll(PATIENCE) and ours.recv() == "here"
+        shared.submit(lambda: theirs.send("captured")).result(PATIENCE)
+        assert ours.poll(PATIENCE) and ours.recv() == "captured"
+        theirs.send("still open")
+        assert ours.poll(PATIENCE) and ours.recv() == "still open"
+        with pytest.raises(ValueError, match="can be received once"):
+            list(shared.map(lambda n: theirs.fileno(), range(20)))
+    assert shared.submit(abs, -1).result(PATIENCE) == 1

@@ -160,6 +160,8 @@ def dump(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] 
 
     Raises what the pickler or the user's code raises.
     """
+    if not _pipes_go:
+        _send_pipes()
     if not (_strangers() or by_value_modules()):
         start = len(seen) if seen is not None else 0
         try:
@@ -182,9 +184,35 @@ def dump_by_value(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[mem
     """The pickle of `obj` by cloudpickle: what other processes cannot import travels by value."""
     from distpool.wire.byvalue import ByValuePickler
 
+    if not _pipes_go:
+        _send_pipes()
     file = BytesIO()
     ByValuePickler(file, _callback(buffers), _reducers, peer, seen).dump(obj)
     return file.getvalue()
+
+
+#: Whether connections of `multiprocessing` can be sent. Nobody can have one before its module is loaded.
+_pipes_go = False
+
+
+def _send_pipes() -> None:
+    """Have the end of a `multiprocessing.Pipe` sent as its own messages send it: its resource sharer passes the
+    descriptor on, between processes of one machine. Plain pickle writes down the descriptor's number; the receiver
+    would read, write and close whatever of its own has that number, such as the link to its master."""
+    global _pipes_go
+    module: Any = sys.modules.get("multiprocessing.connection")
+    reduce_fn = getattr(module, "reduce_connection", None)  # None also while the module is being loaded
+    if reduce_fn is not None:
+        copyreg.pickle(module.Connection, lambda connection: (receive_pipe, reduce_fn(connection)))
+        _pipes_go = True
+
+
+def receive_pipe(build: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Receiving side: the connection. ValueError: somebody else has taken it, or its sender is on another machine."""
+    try:
+        return build(*args)
+    except (EOFError, OSError) as error:
+        raise ValueError("a multiprocessing Connection can be received once, and on its own machine") from error
 
 
 #: Modules that travel by value until their import has ended.
