@@ -54,7 +54,7 @@ def make_crew(
 
 
 def _initializer_code(initializer: tuple[Callable[..., object] | None, tuple[Any, ...]]) -> bytes:
-    data, buffers = codec.encode(initializer)
+    data, buffers = codec.encode(initializer, what="the initializer with its arguments")
     return codec.dump(initializer, None, None, None) if buffers else data
 
 

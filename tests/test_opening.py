@@ -65,7 +65,7 @@ def test_bad_arguments_claim_nothing(claims: list[Any]) -> None:
     for hosts, options, error in ((0, {}, ValueError), (1, {"nonsense": 1}, ValueError), (object(), {}, TypeError)):
         with pytest.raises(error):
             opening.make_crew(hosts, None, {"lazy": False, **options}, NOTHING, None, True)
-    with pytest.raises(SerializationError):
+    with pytest.raises(SerializationError, match="^the initializer with its arguments, a tuple of 2, cannot"):
         opening.make_crew(1, None, {"lazy": False}, (abs, (threading.Lock(),)), None, True)
     assert claims == []
 
