@@ -226,7 +226,7 @@ def _source(text: str, frame: types.FrameType, bindings: dict[str, Any]) -> _Sou
     # The calling file stays visible to `include` inside the text; the number tells texts apart. What stands in angle
     # brackets is no file for coverage.py and `trace`, which otherwise end with an error because they cannot read it.
     number = f"{zlib.crc32(text.encode('utf-8', 'replace')):08x}"
-    filename = f"<everywhere {number} of {os.path.abspath(file)}>" if file else f"<everywhere {number}>"
+    filename = f"<{os.path.abspath(file)} (everywhere {number})>" if file else f"<everywhere {number}>"
     ast.parse(text, filename)
     return _Source(text, filename, _MAIN, bindings)
 
@@ -262,8 +262,7 @@ def _file(frame: types.FrameType) -> str:
     name = frame.f_code.co_filename
     if not name.startswith("<"):
         return name
-    begin, of, file = name[:-1].partition(" of ")
-    return file if of and begin.startswith("<everywhere ") else ""
+    return name[1:].rpartition(" (everywhere ")[0]
 
 
 def _decoded(data: bytes) -> str:

@@ -76,4 +76,7 @@ def make_progress(wanted: Any, total: int | None) -> Progress:
         except ImportError:
             return Progress(_Line(total))
         return Progress(tqdm(total=total))
-    return Progress(wanted(total=total))
+    bar = wanted(total=total)
+    if not hasattr(bar, "update"):
+        raise TypeError(f"progress={wanted!r} must give a bar with update(), not {type(bar).__name__}")
+    return Progress(bar)

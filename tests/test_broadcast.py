@@ -241,4 +241,4 @@ def test_texts_have_names_that_no_tool_takes_for_files(names: dict[str, Any], tm
     )
     include(outer)
     name, part = names["seen"]
-    assert name.startswith("<everywhere ") and name.endswith(f" of {outer}>") and part == "part"
+    assert name.startswith(f"<{outer} (everywhere ") and name.endswith(")>") and part == "part"

@@ -280,7 +280,7 @@ def test_describing_runs_no_code_of_the_user():
     assert "Shy" in codec.describe(Shy())
     assert codec.describe([1, 2]) == "a list of 2"
     assert len(codec.describe("x" * 10**6)) < 100
-    assert len(codec.describe(10**10000)) < 100
+    assert codec.describe(10**10000) == "an int"
     assert "len" in codec.describe(len)
 
 

@@ -94,3 +94,8 @@ def test_without_tqdm_a_line(
 def test_anything_else_is_an_error(wanted: Any) -> None:
     with pytest.raises(TypeError, match="progress"):
         make_progress(wanted, 1)
+
+
+def test_what_gives_no_bar_is_said_at_once() -> None:
+    with pytest.raises(TypeError, match="must give a bar with update"):
+        make_progress(lambda total: None, 3)

@@ -327,8 +327,10 @@ def describe(obj: Any) -> str:
     name = kind.__qualname__ if plain else f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(obj, (tuple, list, dict, set, frozenset)):
         return f"a {name} of {len(obj)}" if kind.__len__ in _BUILTIN_LENGTHS else f"a {name}"
+    if kind is int:
+        return f"an {name}"  # its digits may be millions
     if kind in SCALARS:
-        shown = repr(obj[:60]) if isinstance(obj, (str, bytes)) else f"{obj!r:.60}" if kind is not int else name
+        shown = repr(obj[:60]) if isinstance(obj, (str, bytes)) else f"{obj!r:.60}"
         return f"{name} {shown}"
     qualname = getattr(obj, "__qualname__", None) if callable(obj) and kind.__module__ == "builtins" else None
     return f"{name} {qualname}" if isinstance(qualname, str) else f"an object of type {name}"
