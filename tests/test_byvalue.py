@@ -350,6 +350,22 @@ assert found == {} and Settings.level == 0
     )
 
 
+def test_attributes_that_an_initializer_gave_to_a_function_last(program):
+    """The old way to hand a queue or a lock to the tasks of a pool."""
+    program(
+        INITIALIZE
+        + """
+def f(x): return x, f.state, getattr(f, "other", None)
+def init(state): f.state = state
+begin(init, 5)
+assert call(f, 1) == (1, 5, None)
+f.other = 2
+assert call(f, 2) == (2, 5, 2) and call(lambda: f(3)) == (3, 5, 2)
+assert not hasattr(f, "state")
+"""
+    )
+
+
 def test_an_initializer_of_an_importable_module(program):
     program(
         INITIALIZE

@@ -54,8 +54,10 @@ _DISPATCHED = functools.singledispatch(print).__code__  # type: ignore[attr-defi
 #: While an initializer is decoded: the globals and the classes that are built for it.
 _built: list[Any] | None = None
 
-#: What initializers left here: name of a module (of their globals) -> name -> value; classes that they changed.
+#: What initializers left here: name of a module (of their globals) -> name -> value; attributes that they gave to
+#: functions, by the name of the module and that of the function; classes that they changed.
 _left: dict[str, dict[str, Any]] = {}
+_left_attributes: dict[tuple[str | None, str], dict[str, Any]] = {}
 _left_classes: list[type] = []
 
 #: A global of such a kind that an initializer did not assign is as the caller has it: it cannot have changed, or (code)
@@ -162,6 +164,8 @@ def build_function(
         shared = _NamesOfMain(vars(builtins))
     namespace["__builtins__"] = shared if unknown else vars(builtins)
     function = types.FunctionType(code, namespace, name, defaults, closure)
+    if _built is not None:
+        _built.append(function)
     if shared is not None:
         namespace["__builtins__"] = shared
     return function
@@ -180,6 +184,8 @@ def set_function_state(function: types.FunctionType, packed: tuple[Callable[[Any
     left = _left.get(namespace.get("__name__", "")) if _left else None
     if left:
         namespace.update((name, left[name]) for name in left.keys() & namespace.keys())
+    if _left_attributes:
+        function.__dict__.update(_left_attributes.get((function.__module__, function.__qualname__), {}))
 
 
 def build_cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Callable[..., Any]:
@@ -266,18 +272,27 @@ def decode_initializer(data: Any, buffers: Any, references: Any) -> tuple[Any, A
         function, arguments = pickle.loads(data, buffers=buffers)
     finally:
         _built = None
-    before = [(made, dict(vars(made) if isinstance(made, type) else made)) for made in built]
+    before = [(made, _names_of(made)) for made in built]
     return function, arguments, lambda: _leave(before, references)
+
+
+def _names_of(made: Any) -> dict[str, Any]:
+    """Of a function or class: its attributes. Else it is a namespace."""
+    return dict(made if type(made) is dict else vars(made))
 
 
 def _leave(before: list[tuple[Any, dict[str, Any]]], references: Any) -> None:
     for made, was in before:
-        now = dict(vars(made) if isinstance(made, type) else made)
+        now = _names_of(made)
         assigned = {name for name, value in now.items() if was.get(name, was) is not value}
         if isinstance(made, type):
             if assigned:  # the definition that comes with the next message must not set it back
                 _left_classes.append(made)
                 _foreign.discard(made)
+            continue
+        if isinstance(made, types.FunctionType):  # `def init(q): f.q = q`, and f finds it there
+            if assigned:
+                _left_attributes[made.__module__, made.__qualname__] = {name: now[name] for name in assigned}
             continue
         left = {
             name: value
