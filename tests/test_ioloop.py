@@ -459,6 +459,39 @@ def test_one_interrupt_is_raised_once() -> None:
     assert (done.stdout, done.stderr) == ("100\n", "")
 
 
+def test_what_other_handlers_raise_does_not_tear_ours() -> None:
+    """A `SIGALRM` that limits what the program does, a `SIGTERM` that calls `sys.exit`."""
+    done = run_program("""
+        import os, signal, threading, time
+        from distpool.transport.ioloop import IoLoop
+        class Alarm(Exception): pass
+        def handler(*_): raise Alarm
+        signal.signal(signal.SIGALRM, handler)
+        loop = IoLoop(); loop.start()
+        crashed = []; loop.on_crash = crashed.append
+        seen = whole = 0
+        for number in range(50):
+            def work():
+                global whole
+                os.kill(os.getpid(), signal.SIGALRM)
+                for _ in range(100): pass
+                whole += 1
+            try:
+                loop.call_later(0.001, work)
+                loop.lead(lambda: False, time.monotonic() + 20)
+            except Alarm:
+                seen += 1
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.001)  # in the poll
+                loop.lead(lambda: False, time.monotonic() + 20)
+            except Alarm:
+                seen += 1
+        assert signal.getsignal(signal.SIGALRM) is handler
+        print(seen, whole, crashed)
+    """)
+    assert (done.stdout, done.stderr) == ("100 50 []\n", "")
+
+
 def test_a_handler_of_the_users_own_keeps_the_main_thread_from_leading() -> None:
     done = run_program("""
         import os, signal, threading, time

@@ -30,7 +30,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     2: (
         *("transport.stream", "transport.ioloop", "transport.link", "transport.pump", "transport.segments"),
         *("transport.shm", "transport.views", "transport.memfile", "transport.liveness", "transport.journal"),
-        *("transport.silence", "transport.tls", "transport.door", "transport.polling"),
+        *("transport.silence", "transport.tls", "transport.door", "transport.polling", "transport.deferral"),
     ),
     3: (
         *(
@@ -116,6 +116,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("wire.functions", "wire.codec"),
         ("wire.functions", "wire.fingerprint"),
         ("transport.ioloop", "transport.polling"),
+        ("transport.ioloop", "transport.deferral"),
         ("transport.stream", "transport.ioloop"),
         ("transport.stream", "transport.pump"),
         ("transport.stream", "transport.tls"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import signal
 import socket
 import struct
 import threading
@@ -84,6 +85,68 @@ def test_many_threads_send_and_nothing_is_torn() -> None:
             thread.join(PATIENCE)
             assert not thread.is_alive()
         assert seen == {number: list(range(each)) for number in range(threads_)}, "in each thread's order"
+
+
+class Struck:
+    """A lock which is found free, and then a signal comes."""
+
+    def __init__(self, lock: Any, number: int) -> None:
+        self._lock = lock
+        self._number = number
+
+    def acquire(self, blocking: bool = True) -> bool:
+        got = self._lock.acquire(blocking=blocking)
+        if threading.current_thread() is threading.main_thread():
+            signal.raise_signal(self._number)
+        return bool(got)
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def locked(self) -> bool:
+        return bool(self._lock.locked())
+
+
+class Alarm(Exception):
+    pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs SIGALRM")
+@pytest.mark.parametrize("number", ["SIGINT", "SIGALRM"])
+def test_signals_that_raise_in_the_sending_main_thread_tear_nothing(number: str) -> None:
+    """The lock stayed taken: later frames were kept for ever."""
+
+    def alarm(signum: int, frame: Any) -> None:
+        raise Alarm
+
+    before = signal.signal(signal.SIGALRM, alarm)
+    try:
+        with ends() as (left, right):
+            lock = left.link._write_lock
+            left.link._write_lock = Struck(lock, getattr(signal, number))  # type: ignore[assignment]
+            for index in range(3):
+                with pytest.raises((KeyboardInterrupt, Alarm)):
+                    left.link.send(Kind.RESULTS, b"", bytes([index]) * 100_000, [b"more"])
+            left.link._write_lock = lock
+            assert left.link.send(Kind.RESULTS, b"", b"last")
+            bodies = [body_of(right.next_frame()) for _ in range(4)]
+            assert bodies == [*(bytes([index]) * 100_000 for index in range(3)), b"last"]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_main_thread_whose_ctrl_c_is_the_users_leaves_the_writing_to_the_leader() -> None:
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        with ends() as (left, right):
+            writers: list[int] = []
+            write = left.link._write_parts
+            left.link._write_parts = lambda parts: (writers.append(threading.get_ident()), write(parts))  # type: ignore
+            assert left.link.send(Kind.RESULTS, b"", b"x" * 100_000)
+            assert body_of(right.next_frame()) == b"x" * 100_000
+            assert threading.get_ident() not in writers
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Raw:

@@ -243,7 +243,7 @@ def _after_fork_in_child() -> None:
         with contextlib.suppress(OSError):
             link.close_descriptor()
     with contextlib.suppress(OSError):
-        node.loop.close_descriptors()
+        node.loop.forked()
 
 
 if hasattr(os, "register_at_fork"):

@@ -9,17 +9,12 @@ Handlers run on the leader, whichever thread that is; so handlers never run conc
 or block. When a claimant leaves, the I/O thread does not take over at once (that would cost the hand-over which was
 to be saved) but after `config.GRACE` seconds without a leader, or immediately if other threads wait for handlers.
 
-Ctrl-C: handlers must not be torn by a KeyboardInterrupt in the main thread. The main thread therefore leads only while
-our own SIGINT handler is installed, which raises inside the poll and otherwise defers (`_Interrupts`). It is installed
-only over Python's default handler; if the user has one of his own, the main thread does not lead. Tried and rejected:
-`pthread_sigmask` (the Python-level handler still runs in the main thread), a handler installed for good (asyncio and
-IPython look at `signal.getsignal`).
+Ctrl-C, and whatever the user's signal handlers raise, must not tear our handlers in the main thread: it leads only
+while signals are deferred (`transport.deferral`). If SIGINT has a handler of the user's own, it does not lead.
 """
 
 from __future__ import annotations
 
-# The C functions: `signal.signal` costs 7 us for its enum conversions, this 1 us.
-import _signal  # type: ignore[import-not-found]
 import collections
 import contextlib
 import heapq
@@ -34,9 +29,9 @@ from typing import Any, Protocol
 from distpool import config
 from distpool.logs import Log
 from distpool.transport import polling
+from distpool.transport.deferral import Deferral
 
 log = Log("ioloop")
-_SIGINT = 2
 _MAX_CRASHES = 10  # of the I/O thread itself: a poller that is broken for good must not spin
 #: RuntimeError of whoever would wait for ever; see `IoLoop.check_wait`.
 ON_LEADER = (
@@ -64,43 +59,6 @@ class Timer:
 
 def _nothing() -> None:
     pass
-
-
-class _Interrupts:
-    """Defers Ctrl-C while the main thread is inside our bookkeeping. Used by the main thread only."""
-
-    def __init__(self) -> None:
-        self.depth = 0
-        self.pending = False
-        self.may_raise = False
-        self._previous: Any = None
-
-    def handler(self, signum: int, frame: Any) -> None:
-        if self.may_raise:
-            self.may_raise = False
-            raise KeyboardInterrupt
-        self.pending = True
-
-    def enter(self) -> bool:
-        """Install the deferring handler; False if a handler of the user's own is there."""
-        if self.depth:
-            self.depth += 1
-            return True
-        if _signal.getsignal(_SIGINT) is not _signal.default_int_handler:
-            return False
-        self._previous = _signal.signal(_SIGINT, self.handler)
-        self.depth = 1
-        return True
-
-    def leave(self) -> None:
-        """Undo `enter`; raises the KeyboardInterrupt that came meanwhile."""
-        self.depth -= 1
-        if self.depth:
-            return
-        _signal.signal(_SIGINT, self._previous)
-        if self.pending:
-            self.pending = False
-            raise KeyboardInterrupt
 
 
 class Guard(Protocol):
@@ -136,7 +94,7 @@ class IoLoop:
         self._thread: threading.Thread | None = None
         self._leader_id = 0
         self._stopped = False
-        self._interrupts = _Interrupts()
+        self._deferral = Deferral()
         #: Whether the calling thread has this lock, of those that the leader may have to wait for.
         self.held: list[Callable[[], bool]] = [self._timer_lock._is_owned]  # type: ignore[attr-defined]
         self.guard: Guard | None = None  # workers: keeps interrupts of calls out of the library
@@ -255,8 +213,13 @@ class IoLoop:
             thread.join(5.0)
         self.close_descriptors()
 
+    def forked(self) -> None:
+        """In a forked child: of what was the parent's, nothing stays in its way."""
+        self._deferral.forked()
+        self.close_descriptors()
+
     def close_descriptors(self) -> None:
-        """Only close, never unregister: right also in a forked child, where the selector is shared with the parent."""
+        """Only close, never unregister: in a forked child the selector is shared with the parent."""
         self._poller.close()
         self._wake_reader.close()
         self._wake_writer.close()
@@ -280,10 +243,10 @@ class IoLoop:
             guard.leave(inside)
 
     def _lead_if_free(self, until: Callable[[], bool], deadline: float | None, brisk: bool) -> bool:
-        main = threading.current_thread() is threading.main_thread()
-        interrupts = self._interrupts if main and not self.owns_interrupts else None
-        # From here on Ctrl-C may only strike inside the poll: between `acquire` and `try` it would leave the lock held.
-        if interrupts is not None and not interrupts.enter():
+        deferral = self._deferral if threading.current_thread() is threading.main_thread() else None
+        # From here on signals may only strike inside the poll: between `acquire` and `try` one would leave the lock
+        # held.
+        if deferral is not None and not deferral.enter(not self.owns_interrupts):
             return False
         try:
             if not self._leading.acquire(blocking=False) and not self._claim(deadline):
@@ -291,15 +254,15 @@ class IoLoop:
             try:
                 self._leader_id = threading.get_ident()
                 self._turns += 1
-                self._lead(until, deadline, brisk, interrupts)
+                self._lead(until, deadline, brisk, deferral)
             finally:
                 self._leader_id = 0
                 self._leading.release()
                 if self._followers:
                     self.hurry()
         finally:
-            if interrupts is not None:
-                interrupts.leave()
+            if deferral is not None:
+                deferral.leave()
         return True
 
     def _claim(self, deadline: float | None) -> bool:
@@ -314,9 +277,7 @@ class IoLoop:
         finally:
             self._claims -= 1
 
-    def _lead(
-        self, until: Callable[[], bool], deadline: float | None, brisk: bool, interrupts: _Interrupts | None
-    ) -> None:
+    def _lead(self, until: Callable[[], bool], deadline: float | None, brisk: bool, deferral: Deferral | None) -> None:
         self._claimed = True
         poll = self._glances.poll if brisk else self._poller.poll
         try:
@@ -326,7 +287,7 @@ class IoLoop:
                     timeout = deadline - time.monotonic()
                     if timeout <= 0:
                         break
-                self._run_once(timeout, poll, interrupts)
+                self._run_once(timeout, poll, deferral)
         finally:
             self._claimed = False
 
@@ -334,18 +295,17 @@ class IoLoop:
         self,
         timeout: float | None,
         poll: Callable[[float | None], list[tuple[int, int]]],
-        interrupts: _Interrupts | None = None,
+        deferral: Deferral | None = None,
     ) -> None:
         timeout = self._next_timeout(timeout)
         if timeout is not None and timeout > _LONGEST:
             timeout = _LONGEST
-        if interrupts is not None:
-            if interrupts.pending:
-                interrupts.pending = False
-                raise KeyboardInterrupt
-            interrupts.may_raise = True
+        if deferral is not None:
+            if deferral.late:
+                deferral.deliver()
+            deferral.may_raise = True
             ready = poll(timeout)
-            interrupts.may_raise = False
+            deferral.may_raise = False
         else:
             ready = poll(timeout)
         handlers = self._handlers
@@ -453,12 +413,12 @@ class IoLoop:
                 guard.leave(inside)
 
     def enter_critical(self) -> bool:
-        """Defer Ctrl-C in the main thread until `leave_critical`. False: impossible here, let the leader do it."""
-        if self.owns_interrupts or threading.current_thread() is not threading.main_thread():
+        """Defer signals in the main thread until `leave_critical`. False: impossible here, let the leader do it."""
+        if threading.current_thread() is not threading.main_thread():
             return True
-        return self._interrupts.enter()
+        return self._deferral.enter(not self.owns_interrupts)
 
     def leave_critical(self) -> None:
         """End of what `enter_critical` began; raises a KeyboardInterrupt that came meanwhile."""
-        if not self.owns_interrupts and threading.current_thread() is threading.main_thread():
-            self._interrupts.leave()
+        if threading.current_thread() is threading.main_thread():
+            self._deferral.leave()

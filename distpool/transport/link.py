@@ -106,18 +106,26 @@ class Link:
         """
         if self._closed:
             return False
-        guard = self.loop.guard
+        loop = self.loop
+        guard = loop.guard
         inside = guard.enter(None) if guard is not None else None
-        if guard is None or inside is None:
-            self._queue.append(parts)
-            self._pump()
-            return not self._closed
         try:
-            self._queue.append(parts)
-            self._pump()
+            if guard is not None and inside is None:  # of a worker, and no call of the user's: no signal raises here
+                self._queue.append(parts)
+                self._pump()
+            elif loop.enter_critical():  # Ctrl-C would tear the frame and leave the lock held
+                try:
+                    self._queue.append(parts)
+                    self._pump()
+                finally:
+                    loop.leave_critical()
+            else:
+                self._queue.append(parts)
+                loop.call_soon(self._pump)
             return not self._closed
         finally:
-            guard.leave(inside)
+            if guard is not None and inside is not None:
+                guard.leave(inside)
 
     def _pump(self) -> None:
         queue, lock = self._queue, self._write_lock
