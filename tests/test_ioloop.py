@@ -524,3 +524,34 @@ def test_workers_own_their_interrupts() -> None:
         print("well")
     """)
     assert (done.stdout, done.stderr) == ("well\n", "")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no signals to be sent")
+def test_a_signal_in_the_middle_of_a_handler_is_raised_behind_it() -> None:
+    """What the user's handler raises was taken for a defect of the I/O handler, which it had torn."""
+
+    class Alarm(Exception):
+        pass
+
+    def raising(signum: int, frame: Any) -> None:
+        raise Alarm
+
+    done: list[str] = []
+
+    def handler() -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        done.append("to its end")
+
+    loop, crashes = IoLoop(), list[Exception]()
+    loop.on_crash = crashes.append
+    before = signal.signal(signal.SIGUSR1, raising)
+    try:
+        loop.call_soon(handler)
+        with pytest.raises(Alarm):
+            loop.lead(lambda: False, time.monotonic() + PATIENCE)
+        assert (done, crashes) == (["to its end"], [])
+        loop.call_soon(lambda: done.append("and on"))
+        assert loop.lead(lambda: len(done) == 2, time.monotonic() + PATIENCE) and len(done) == 2
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        loop.close_descriptors()

@@ -149,6 +149,42 @@ def test_a_main_thread_whose_ctrl_c_is_the_users_leaves_the_writing_to_the_leade
         signal.signal(signal.SIGINT, before)
 
 
+class StruckSocket:
+    """A socket: Ctrl-C comes whenever something was sent."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._sock, name)
+        if name not in ("send", "sendmsg"):
+            return method
+
+        def struck(*arguments: Any) -> int:
+            sent = int(method(*arguments))
+            signal.raise_signal(signal.SIGINT)
+            return sent
+
+        return struck
+
+
+@pytest.mark.parametrize("buffers", [[], [b"z" * 100_000, b"end"]])
+def test_ctrl_c_in_the_main_thread_tears_no_frame(buffers: list[bytes]) -> None:
+    with ends() as (left, right):
+        sock: Any = left.link._sock
+        for _ in range(2):
+            left.link._sock = StruckSocket(sock)  # type: ignore[assignment]
+            with pytest.raises(KeyboardInterrupt):
+                left.link.send(Kind.CALLS, b"control", b"body", buffers)
+            left.link._sock = sock
+        left.link.send(Kind.RESULTS)
+        for _ in range(2):
+            frame = right.next_frame()
+            assert (frame.kind, [bytes(part) for part in frame.buffers]) == (Kind.CALLS, buffers)
+        assert right.next_frame().kind == Kind.RESULTS
+        assert left.link.bytes_out == right.link.bytes_in
+
+
 class Raw:
     """An acceptor whose peer is a bare socket."""
 
