@@ -494,6 +494,16 @@ def test_other_frames_go_to_who_registered_them(worker: World) -> None:
     assert len(worker.dispatched) == 1
 
 
+def test_a_request_fails_where_it_is_known_that_no_link_will_come(worker: World) -> None:
+    """Whoever uses a reference does not ask `check` before, and waited for ever the second time."""
+    worker.told(address(problem="topology", detail="by design"))
+    failed: list[BaseException] = []
+    worker.peers.requests.new(3, lambda *answer: None, failed.append)
+    worker.peers.send(3, Kind.REFERENCE, b"")
+    worker.loop.run()
+    assert [type(error) for error in failed] == [TopologyError] and not len(worker.peers.requests)
+
+
 def test_small_frames_go_round_where_no_link_is_allowed(worker: World, master: World) -> None:
     worker.peers.send(3, Kind.CLIENTS, b"waits")
     worker.loop.run()

@@ -197,7 +197,9 @@ class Peers:
         elif pid in self._problems and parts[0] is Kind.CLIENTS:
             relay = messages.Relay(pid, int(parts[0]))
             self.send(1, Kind.RELAY, relay.pack(), parts[1])
-        elif pid not in self.dead and pid not in self._problems:
+        elif pid in self._problems:  # whoever uses a reference has not asked `check`
+            self.requests.fail(pid, self._problems[pid])
+        elif pid not in self.dead:
             self._waiting.setdefault(pid, []).append(parts)
             self._open(pid)
 

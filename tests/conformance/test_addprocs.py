@@ -285,6 +285,22 @@ def test_C233_master_worker() -> None:
     assert remotecall_fetch(lambda: remotecall_fetch(distpool.myid, 1), one) == 1
 
 
+def test_C233_references_between_unconnected_workers() -> None:
+    """Each use is an error, not only the first; the reference may be held, and sent back to who is connected."""
+    one, two = addprocs(2, topology="master_worker")
+    rc = distpool.RemoteChannel(lambda: distpool.Channel(2), one).put(5)
+    unset = distpool.Future(one)
+    uses = (rc.take, rc.isready, unset.fetch, unset.isready, unset.wait, unset.result)
+    for name, ref in [(use.__name__, use.__self__) for use in uses] * 2:  # type: ignore[attr-defined]
+        future = distpool.remotecall(lambda ref, name: getattr(ref, name)(), two, ref, name)
+        with pytest.raises(distpool.RemoteException) as info:
+            future.result(30)
+        assert isinstance(info.value.captured.ex, distpool.TopologyError), name
+    assert remotecall_fetch(lambda *refs: refs, two, rc, unset) == (rc, unset)
+    assert rc.take() == 5 and unset.put(7).fetch() == 7
+    assert remotecall_fetch(lambda ref: ref.fetch(), two, unset) == 7, "with its value"
+
+
 def links() -> list[int]:
     return [pid for pid in distpool.node.node.current().peers.known() if pid != distpool.myid()]
 
