@@ -109,6 +109,7 @@ class Launch:
 
                 if not isinstance(worker, WorkerConfig):
                     raise TypeError(f"launch must give WorkerConfig objects, not {type(worker).__name__}")
+                _check(worker)
                 call_soon(partial(self.begin, worker))
                 if self._given_up:
                     break
@@ -141,8 +142,6 @@ class Launch:
         if not self._over:
             self._stalled.cancel()
             self._stalled = self.node.loop.call_later(self._patience, self._give_up)
-        if worker.connect_idents is not None:
-            worker.connect_idents = list(worker.connect_idents)
         self._count += 1
         member = groups.of(self.node).add(self._handle(worker), worker, self.manager)
         self._describe(member, worker)
@@ -330,6 +329,16 @@ class Launch:
         timer = self.node.loop.call_later(self.seconds + _SLACK, lambda: over(None))
         member.link.send(Kind.LAUNCH, messages.Launch(wanted, command, self.seconds).pack())
         return True
+
+
+def _check(worker: WorkerConfig) -> None:
+    """What `launch` gave, on its thread: on the leader an error would be nobody's, and who waits would wait on."""
+    count = worker.count
+    if count is not None and count != "auto" and (isinstance(count, bool) or not isinstance(count, int)):
+        raise TypeError(f"WorkerConfig.count must be a number of workers or 'auto', not {count!r}")
+    _words(worker.exename), _words(worker.exeflags)
+    if worker.connect_idents is not None:
+        worker.connect_idents = list(worker.connect_idents)
 
 
 class _HeaderLine:

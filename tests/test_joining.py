@@ -154,6 +154,18 @@ def test_what_is_no_config_is_refused() -> None:
     assert count == 0 and type(error) is TypeError and "WorkerConfig" in str(error)
 
 
+@pytest.mark.parametrize(
+    "more", [{"count": "many"}, {"count": 1.5}, {"count": True}, {"exename": 5}, {"exeflags": 7}, {"connect_idents": 3}]
+)
+def test_what_cannot_be_meant_is_the_end_of_the_launch(dialled: list[Any], more: dict[str, Any]) -> None:
+    """On the leader it was an error of nobody's, and `addprocs` waited for ever."""
+    world = World(Manager(at(1), at(2, **more)))
+    world.launch.start()
+    world.run()
+    [(count, error)] = world.ends
+    assert count == 1 and type(error) is TypeError and dialled == [("tcp", "host", 1)]
+
+
 def test_a_launch_that_brings_nothing_is_given_up(dialled: list[Any]) -> None:
     world = World(Manager(), timeout=7)
     world.launch.start()  # on a library thread, which hangs in it
