@@ -286,6 +286,10 @@ def _make_bound_channel_closed() -> type:
     class BoundChannelClosed(ChannelClosedError, ProcessExitedException):
         """A channel is closed because the process that it is bound to has exited: either name catches it."""
 
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.__cause__ = ProcessExitedException(*args)  # here: so it is there in every process that gets this
+
         def __str__(self) -> str:
             return f"this channel is closed, because it is bound to a process that is gone: {super().__str__()}"
 

@@ -277,8 +277,9 @@ def test_C063_bind_seen_from_another_process(w: list[int]) -> None:
     rc.bind(pid)
     executor.submit(os._exit, 3)
     for kind in (ChannelClosedError, ProcessExitedException):
-        with pytest.raises(kind, match="exit code 3"):
+        with pytest.raises(kind, match="exit code 3") as info:
             rc.take(timeout=30)
+        assert type(info.value.__cause__) is ProcessExitedException and info.value.__cause__.worker_id == pid
     executor.shutdown()
 
 
