@@ -77,7 +77,10 @@ def distributed(
     if not work and initial is _UNSET:
         raise TypeError("reduce() of an empty sequence with no initial value")
     futures = [request(_fold, pid, (body, reducer, part), remote=True) for pid, part in work]
-    values = [future.result() for future in futures]
+    futures.reverse()
+    values = []
+    while futures:
+        values.append(futures.pop().result())  # in no variable: its error would have this frame, and so itself
     return functools.reduce(reducer, values) if initial is _UNSET else functools.reduce(reducer, values, initial)
 
 
@@ -146,7 +149,10 @@ class Loop(Future[None]):
     def result(self, timeout: float | None = None) -> None:
         """Wait for all parts; `CompositeException` if some failed."""
         self._asked = True
-        return super().result(timeout)
+        try:
+            return super().result(timeout)
+        finally:
+            del self  # see `Future.result`
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait for all parts; the `CompositeException`, or None."""
