@@ -8,6 +8,7 @@ callee's leader: REQUEST -> main thread if it is idle, else a cached thread -> d
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import traceback
@@ -37,6 +38,7 @@ from distpool.wire.messages import ERROR, UNSENDABLE
 #: Where a call runs: a pid, "any" (round robin over the workers), or a pool that gives out workers.
 Where = int | Literal["any"] | Any
 _CACHED_FUNCTIONS = 1024
+_NOTHING_LENT = contextlib.nullcontext()
 
 
 class _Reply(Future[Any]):
@@ -96,12 +98,8 @@ def start(f: Callable[..., Any], where: Where, args: tuple[Any, ...], kwargs: di
         node.deliver(lambda: refs.owner.settle(entry, _run_here(f, args, kwargs)))
         return future
     node.peers.ensure(where)
-    future = RemoteFuture.make(refs, rrid, where, 1, watched=True)
-    try:
-        _send(node, where, "future", rrid, f, args, kwargs, 0)
-    except BaseException:
-        future._handle.held = 0  # type: ignore[union-attr]  # the owner never heard of it
-        raise
+    future = RemoteFuture.make(refs, rrid, where, 0, watched=True)
+    _send(node, where, "future", rrid, f, args, kwargs, 0, handle=future._handle)
     dead = node.peers.dead.get(where)
     if dead is not None:
         future._owner_lost(dead)
@@ -140,6 +138,7 @@ def remotecall_fetch(f: Callable[..., Any], where: Where, /, *args: Any, **kwarg
             node.peers.requests.fail(where, node.peers.dead[where])
         return reply.result()
     finally:
+        reply._exception = None  # its traceback has this frame: a cycle would keep what the callers hold
         if node.peers.requests.forget(number):  # interrupted: the answer is not wanted any more
             node.peers.send(where, Kind.CANCEL_REQUEST, structs.CancelRequest(number).pack())
 
@@ -150,10 +149,12 @@ def remotecall_wait(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs
     Example: `future = remotecall_wait(load, 2, path)`
     """
     future = start(f, where, args, kwargs)
-    wait = getattr(future, "wait", None)
-    if wait is not None:
-        wait()
-    return future
+    try:
+        if hasattr(future, "wait"):
+            future.wait()
+        return future
+    finally:
+        del future  # no cycle exception -> traceback -> frame -> future
 
 
 def remote_do(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any) -> None:
@@ -185,20 +186,24 @@ def _send(
     kwargs: dict[str, Any],
     number: int,
     waits: bool = False,
+    handle: gc.Handle | None = None,
 ) -> None:
-    """`waits`: the caller does not go on before the answer has come, so that its arrays stay as they are."""
+    """`waits`: the caller does not go on before the answer has come, so that its arrays stay as they are. `handle`: of
+    the reference that the request makes; it counts from the moment on at which the request goes out."""
     function = node.encoder.encode(f, pid)
     seen: list[Any] = []
     data, buffers = codec.encode_args(args, kwargs, pid, seen)
-    if seen or function.references:
-        gc.of(node).lend((*function.references, *seen), pid)
     control = structs.pack_request(
         number, mode, *rrid, function.name, len(function.data), len(function.buffers), function.reusable
     )
     settle_puts(pid)
     if not waits:  # fresh memory for copies is dear
         buffers = stable(buffers)
-    node.peers.send(pid, Kind.REQUEST, control, function.data + data, [*function.buffers, *buffers])
+    lent = seen or function.references
+    with gc.of(node).lending((*function.references, *seen), pid) if lent else _NOTHING_LENT:
+        if handle is not None:
+            handle.held = 1  # whoever is interrupted from here on has sent it, but for a moment
+        node.peers.send(pid, Kind.REQUEST, control, function.data + data, [*function.buffers, *buffers])
 
 
 def _wrapped(node: Node, error: BaseException) -> RemoteException:

@@ -99,6 +99,8 @@ class LazyMap(Iterator[Any]):
             if self._stop_at_error:
                 self.close()
             raise
+        finally:
+            raw = None  # no cycle of exception and frame, which would keep what the callers hold
 
     def next_index(self, deadline: float | None) -> int:
         """Wait for the next result and return its index in the input; it is still in `run.results`."""
@@ -198,6 +200,9 @@ def open_entry(raw: Any) -> Any:
     if type(raw) is bytes:
         return codec.decode(raw)
     value, error = open_outcome(raw)
-    if error is not None:
-        raise error
-    return value
+    try:
+        if error is not None:
+            raise error
+        return value
+    finally:
+        del error, raw  # see `LazyMap.next`

@@ -112,8 +112,11 @@ class _Input(Iterator[Any]):
     def finish(self) -> None:
         """Raise what it raised."""
         error, self._error = self._error, None
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # no cycle of exception and frame
 
 
 def future_results(

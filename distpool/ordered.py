@@ -73,8 +73,7 @@ class OrderedMap:
         """Wait until the next result is there; False at the end. Raises what ended the map."""
         while not self._closed:
             if self._failed:
-                index, raw = self._failed.popleft()
-                self._recover(index, self._carrier.open(raw)[1])
+                self._recover(*self._next_failure())
             elif self._due and self._due[0][0] <= time.monotonic():
                 self._run_again(heapq.heappop(self._due)[1])
             elif self._head in self._results:
@@ -154,6 +153,10 @@ class OrderedMap:
             return True
         self._recover(index, error)
         return False
+
+    def _next_failure(self) -> tuple[int, BaseException | None]:
+        index, raw = self._failed.popleft()
+        return index, self._carrier.open(raw)[1]
 
     def _recover(self, index: int, error: BaseException | None) -> None:
         assert error is not None

@@ -28,11 +28,14 @@ def fetch(x: Any, *arguments: Any, timeout: float | None = None) -> Any:
 
     Waits; `TimeoutError` after `timeout` seconds. Example: `fetch(remotecall(pow, 2, 3, 4))` is 81.
     """
-    if isinstance(x, concurrent.futures.Future):
-        return x.result(timeout)
-    if hasattr(x, "fetch"):
-        return x.fetch(*arguments, timeout=timeout) if timeout is not None else x.fetch(*arguments)
-    return x
+    try:
+        if isinstance(x, concurrent.futures.Future):
+            return x.result(timeout)
+        if hasattr(x, "fetch"):
+            return x.fetch(*arguments, timeout=timeout) if timeout is not None else x.fetch(*arguments)
+        return x
+    finally:
+        del x  # no cycle exception -> traceback -> frame -> future
 
 
 def put(ref: Any, *values: Any, timeout: float | None = None) -> Any:
@@ -62,14 +65,16 @@ def wait(x: Any, *arguments: Any, timeout: float | None = None) -> Any:
 
     Raises what a failed Future raises; `TimeoutError` after `timeout` seconds. Example: `wait(remotecall(load, 2))`
     """
-    if isinstance(x, concurrent.futures.Future) and not isinstance(x, Future):
-        x.result(timeout)
+    try:
+        if isinstance(x, concurrent.futures.Future) and not isinstance(x, Future):
+            x.result(timeout)
+        elif timeout is not None:
+            _method(x, "wait")(*arguments, timeout=timeout)
+        else:
+            _method(x, "wait")(*arguments)
         return x
-    if timeout is not None:
-        _method(x, "wait")(*arguments, timeout=timeout)
-    else:
-        _method(x, "wait")(*arguments)
-    return x
+    finally:
+        del x  # see `fetch`
 
 
 def isready(x: Any, *arguments: Any) -> bool:

@@ -187,6 +187,7 @@ class Channel(ChannelCore):
             self.withdraw(waiter)
             if not reply._finish(CANCELLED_AND_NOTIFIED) and reply._raw is not None:
                 self._undo(waiter, reply._raw)  # it was served while we gave up
+            reply._exception = None  # its traceback has this frame: a cycle would keep what the callers hold
             raise
 
     def _undo(self, waiter: Waiter, outcome: Outcome) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -75,9 +75,8 @@ class RemoteChannel(Reference):
         handle = self._live()
         seen: list[Any] = []
         data, buffers = codec.encode(make, handle.where, seen)
-        self._refs.lend(seen, handle.where)
         try:
-            self._perform("make", data, stable(buffers), None, 0)
+            self._perform("make", data, stable(buffers), None, 0, seen)
         except BaseException:
             handle.held = 0  # the owner has no entry of it, or will not have it for long (`_unmake`)
             raise
@@ -105,8 +104,7 @@ class RemoteChannel(Reference):
             if ahead.put(data, self):
                 return self
             ahead.check()
-        self._refs.lend(seen, handle.where)
-        self._perform("put", data, stable(buffers), timeout, 1)
+        self._perform("put", data, stable(buffers), timeout, 1, seen)
         return self
 
     def take(self, *arguments: Any, timeout: float | None = None) -> Any:
@@ -161,22 +159,26 @@ class RemoteChannel(Reference):
             return self._perform(op, b"", [], timeout, 0)
         seen: list[Any] = []
         data, buffers = codec.encode(arguments, handle.where, seen)
-        self._refs.lend(seen, handle.where)
-        return self._perform(op, data, stable(buffers), timeout, len(arguments))
+        return self._perform(op, data, stable(buffers), timeout, len(arguments), seen)
 
-    def _perform(self, op: str, data: bytes, buffers: list[Any], timeout: float | None, count: int) -> Any:
-        """Ask the owner and wait for the answer. Whatever ends that early, an interrupt too, loses no item."""
+    def _perform(
+        self, op: str, data: bytes, buffers: list[Any], timeout: float | None, count: int, lent: Sequence[Any] = ()
+    ) -> Any:
+        """Ask the owner and wait for the answer. Whatever ends that early, an interrupt too, loses no item. `lent`: the
+        references in `data`."""
         reply = _RemoteReply(self, op)
         try:
             if timeout is not None:
                 timeout = timeout + 0.0  # a bad argument is a TypeError here, and none of `struct`
-            self._request(reply, data, buffers, timeout, count)
+            self._request(reply, data, buffers, timeout, count, lent)
             if op in ("put", "close") and self._refs.node.loop.leads:
                 return None  # of a finalizer on the thread that would receive the answer: done, and not waited for
             return reply.result(None if timeout is None else timeout + _OWNER_GRACE)
         except BaseException:
             reply.abandon()
             raise
+        finally:
+            del reply  # it has the error, whose traceback has this frame: a cycle would keep what the callers hold
 
     def _ask(self, op: str) -> Future[Any]:
         """As `_perform`, without waiting: the future of the answer."""
@@ -184,7 +186,15 @@ class RemoteChannel(Reference):
         self._request(reply, b"", [], None, 0)
         return reply
 
-    def _request(self, reply: _RemoteReply, data: bytes, buffers: list[Any], timeout: float | None, count: int) -> None:
+    def _request(
+        self,
+        reply: _RemoteReply,
+        data: bytes,
+        buffers: list[Any],
+        timeout: float | None,
+        count: int,
+        lent: Sequence[Any] = (),
+    ) -> None:
         handle, node = self._live(), self._refs.node
         where = handle.where
         dead = node.peers.dead.get(where)
@@ -202,7 +212,8 @@ class RemoteChannel(Reference):
 
         reply.number = node.peers.requests.new(where, answer, lambda error: answer(RAISED_HERE, error, ()))
         message = structs.ChannelOp(reply.number, reply.op, *handle.rrid, timeout, count)
-        node.peers.send(where, Kind.CHANNEL, message.pack(), data, buffers)
+        with self._refs.lending(lent, where) if lent else contextlib.nullcontext():
+            node.peers.send(where, Kind.CHANNEL, message.pack(), data, buffers)
         if where in node.peers.dead:
             node.peers.requests.fail(where, node.peers.dead[where])
 
@@ -272,8 +283,9 @@ def _give_back(channel: RemoteChannel, late: Future[Any]) -> None:
     if carries_references(data):  # they were lent to us
         seen: list[Any] = []
         data, views = codec.encode(codec.decode(data, buffers), channel.where, seen)
-        channel._refs.lend(seen, channel.where)
         buffers = stable(views)
+        channel._request(_RemoteReply(channel, "restore"), data, buffers, None, 1, seen)
+        return
     channel._request(_RemoteReply(channel, "restore"), data, buffers, None, 1)
 
 
@@ -316,9 +328,7 @@ def _bind(node: Node, channel: Any, pid: int) -> None:
         """Leader, or the caller."""
         found = bound()
         if gone == pid and found is not None:
-            died: Any = peers.dead[pid]()
-            error = errors.BoundChannelClosed(*died.args)
-            error.__cause__ = died
+            error = errors.BoundChannelClosed(*peers.dead[pid]().args)
             if type(found) is Channel:
                 found.close(error)
             else:

@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from distpool.logs import Log
@@ -253,6 +253,22 @@ class Refs:
                 changes.setdefault(where, []).append([rrid.whence, rrid.id, peer, change])
         for where, rows in changes.items():
             self.node.peers.send(where, Kind.CLIENTS, structs.Clients(rows).pack())
+
+    @contextlib.contextmanager
+    def lending(self, references: Iterable[Any], peer: int) -> Iterator[None]:
+        """As `lend`; the message goes out inside. An interrupt comes before both or behind them: counted for a message
+        that never came, they would be held for ever."""
+        loop = self.node.loop
+        deferred = loop.enter_critical()
+        inside = loop.guard.enter(None) if loop.guard is not None else None
+        try:
+            self.lend(references, peer)
+            yield
+        finally:
+            if loop.guard is not None and inside is not None:
+                loop.guard.leave(inside)
+            if deferred:
+                loop.leave_critical()
 
     def entrust(self, references: Iterable[Any]) -> list[tuple[int, int, int]]:
         """Worker: these go to the master in a result. Returns those that third processes own: `(owner, *identity)`.

@@ -119,7 +119,7 @@ class Future(concurrent.futures.Future[T]):
     _cause: Callable[[str], BaseException] | None = None
 
     #: Whether somebody has asked for more than the plain future (`__getattr__`) or wants to hear of its end. Set before
-    #: anything is registered, and read again after the state was written (see the head of this module).
+    #: anything is registered, and read again after the state was written (see above).
     _watched = False
     _handle: Any = None  # what makes it a remote reference: on first need (`where`, `id`, sending it)
     _finalized = False
@@ -131,8 +131,7 @@ class Future(concurrent.futures.Future[T]):
         return object.__new__(cls)
 
     def __init__(self, pid: int | None = None) -> None:
-        # Deliberately not calling the base: everything it makes is made on first use.
-        pass
+        """Without the base's, deliberately: everything that it makes is made on first use."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "_condition":
@@ -175,8 +174,8 @@ class Future(concurrent.futures.Future[T]):
             self._announce(told=condition is not None)
         if call is not None:
             loop = call.loop
-            if loop is not None and not loop.leads:
-                loop.wake()  # a waiter may be leading: only what comes through a socket would bring it out of its poll
+            if loop is not None and not loop.leads:  # a waiter may lead: only a socket would bring it out of its poll
+                loop.wake()
         return True
 
     def _announce(self, told: bool) -> None:
@@ -246,10 +245,7 @@ class Future(concurrent.futures.Future[T]):
         if self._state in _DONE:
             return self.cancelled()
         call = self._call
-        if call is not None:
-            if not call.cancel():
-                return False
-        elif self._state == RUNNING:
+        if (not call.cancel()) if call is not None else self._state == RUNNING:
             return False
         if not self._finish(CANCELLED_AND_NOTIFIED):
             return self.cancelled()
@@ -356,7 +352,10 @@ class Future(concurrent.futures.Future[T]):
 
     def fetch(self, timeout: float | None = None) -> T:
         """As `result`."""
-        return self.result(timeout)
+        try:
+            return self.result(timeout)
+        finally:
+            del self  # see `result`
 
     def isready(self) -> bool:
         """Whether it has ended."""
@@ -364,10 +363,12 @@ class Future(concurrent.futures.Future[T]):
 
     def wait(self, timeout: float | None = None) -> Future[T]:
         """Wait until it has ended and return it; raises its exception if it failed, TimeoutError after `timeout`."""
-        error = self.exception(timeout)
-        if error is not None:
-            raise error
-        return self
+        try:
+            if self.exception(timeout) is not None:
+                self.result()
+            return self
+        finally:
+            del self  # see `result`
 
     def put(self, value: T) -> Future[T]:
         """Set the value, once; RuntimeError the second time, or if a call will set it."""
@@ -426,8 +427,7 @@ class Future(concurrent.futures.Future[T]):
     def _sleep(self, deadline: float | None, loop: IoLoop | None) -> bool:
         sleeper = threading.Lock()
         sleeper.acquire()
-        sleepers = self._sleepers
-        sleepers.append(sleeper)
+        (sleepers := self._sleepers).append(sleeper)
         try:
             with contextlib.nullcontext() if loop is None else loop.following(lambda: _release(sleeper)):
                 if self._state not in _DONE:

@@ -84,12 +84,18 @@ class RemoteFuture(Reference, Future[Any]):
 
     def fetch(self, timeout: float | None = None) -> Any:
         """Wait for the value, move it here and return it; `RemoteException` if the call failed."""
-        return self.result(timeout)
+        try:
+            return self.result(timeout)
+        finally:
+            del self  # as in `Future.result`: no cycle exception -> traceback -> frame -> future
 
     def result(self, timeout: float | None = None) -> Any:
         """As `fetch`."""
-        self._have(timeout)
-        return super().result(timeout)
+        try:
+            self._have(timeout)
+            return super().result(timeout)
+        finally:
+            del self
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The exception of the call, or `None`; moves the value as `result` does."""
@@ -98,14 +104,18 @@ class RemoteFuture(Reference, Future[Any]):
 
     def wait(self, timeout: float | None = None) -> RemoteFuture:
         """Wait until the call has ended, without moving its value; `RemoteException` if it failed."""
-        self._live()
-        self._watch()
-        if not self.done() and not self._await(timeout):
-            raise TimeoutError
-        raw = self._raw
-        if (raw is not None and raw.status not in (VALUE, LOCAL_VALUE, REMOTE_VALUE)) or self._exception is not None:
-            self.result(timeout)
-        return self
+        try:
+            self._live()
+            self._watch()
+            if not self.done() and not self._await(timeout):
+                raise TimeoutError
+            raw = self._raw
+            failed = raw is not None and raw.status not in (VALUE, LOCAL_VALUE, REMOTE_VALUE)
+            if failed or self._exception is not None:
+                self.result(timeout)
+            return self
+        finally:
+            del self
 
     def isready(self) -> bool:
         """Whether the value is there; asks the owner if this process does not know."""
@@ -188,7 +198,12 @@ class RemoteFuture(Reference, Future[Any]):
             refs.owner.watch(self._entry(), self._arrived)
             return
         self.hold(handle)
-        self._send("watch", lambda status, data, buffers: None, b"", [])
+        self._send("watch", self._watch_answered, b"", [])
+
+    def _watch_answered(self, status: int, data: Any, buffers: Any) -> None:
+        """The owner will tell; or it cannot be reached, and nothing else would say so to who only waits."""
+        if status == RAISED_HERE:
+            self._arrived(Outcome(RAISED_HERE, data, (), self.where))
 
     def _arrived(self, outcome: Outcome) -> None:
         """The outcome is here (any thread that may not run user code)."""

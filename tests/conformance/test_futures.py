@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import pickle
 import signal
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from concurrent.futures import wait as wait_all
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 import distpool
+import distpool.node.node
 from distpool import (
     Future,
     RemoteChannel,
@@ -29,6 +32,7 @@ from distpool import (
     remoteref_id,
     wait,
 )
+from distpool.wire.frames import Kind
 
 from .conftest import wait_until
 from .helpers import boom, dropped, holders, ident, make_noticed, myid, own_nothing
@@ -478,3 +482,96 @@ def test_the_first_exception_is_not_the_first_value(w: list[int]) -> None:
         second.put(2)
         done, left = waiting.result(30)
     assert done == {quick, slow} and not left
+
+
+def keeps(what: str, pid: int) -> bool:
+    """Whether a function that meets this error leaves its locals to the collector when it returns."""
+
+    class Local:
+        pass
+
+    gone = threading.Event()
+
+    def meet() -> weakref.ref[Any]:
+        local = Local()
+        try:
+            FAILURES[what](pid)
+        except (RemoteException, distpool.ChannelClosedError, TimeoutError, ValueError):
+            return weakref.ref(local, lambda _: gone.set())
+        raise AssertionError("there was no error")
+
+    gc.collect()
+    gc.disable()  # and `wait_until` collects
+    try:
+        there = meet()
+        return not gone.wait(5) and there() is not None
+    finally:
+        gc.enable()
+
+
+def closed_channel(pid: int) -> RemoteChannel:
+    made = RemoteChannel(pid)
+    made.close()
+    return made
+
+
+FAILURES: dict[str, Any] = {
+    "remotecall_fetch": lambda pid: remotecall_fetch(boom, pid),
+    "remotecall_wait": lambda pid: remotecall_wait(boom, pid),
+    "fetch": lambda pid: fetch(remotecall(boom, pid)),
+    "wait": lambda pid: wait(remotecall(boom, pid)),
+    "Future.fetch": lambda pid: remotecall(boom, pid).fetch(),
+    "Future.wait": lambda pid: remotecall(boom, pid).wait(),
+    "take closed": lambda pid: closed_channel(pid).take(),
+    "put closed": lambda pid: closed_channel(pid).put(1),
+    "take late": lambda pid: RemoteChannel(pid).take(timeout=0.01),
+    "fold": lambda pid: distpool.distributed(lambda i: boom(), [1], max),
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_an_error_does_not_keep_what_its_callers_hold(w: list[int], what: str) -> None:
+    """Neither big arrays nor references, which would stay counted at their owners until the collector comes by."""
+    for pid in both(w):
+        assert not keeps(what, pid)
+
+
+def test_an_interrupted_remotecall_leaves_no_value(w: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C behind the sending of the request: the owner has heard of the reference."""
+    peers = distpool.node.node.current().peers
+    send = peers.send
+
+    def struck(pid: int, kind: Any, *rest: Any) -> None:
+        send(pid, kind, *rest)
+        if kind is Kind.REQUEST:
+            raise KeyboardInterrupt
+
+    before = set(distpool.debug.refs(w[0]))
+    monkeypatch.setattr(peers, "send", struck)
+    with pytest.raises(KeyboardInterrupt):
+        remotecall(ident, w[0], "value")
+    monkeypatch.undo()
+    assert remotecall_fetch(ident, w[0], 1) == 1
+    wait_until(lambda: set(distpool.debug.refs(w[0])) <= before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "raise_signal"), reason="no signals")
+def test_references_are_lent_with_the_message_or_not_at_all(w: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between the two would leave them counted for a process that never hears of them."""
+    peers = distpool.node.node.current().peers
+    send = peers.send
+
+    def struck(pid: int, kind: Any, *rest: Any) -> None:
+        send(pid, kind, *rest)
+        if kind is Kind.CLIENTS and threading.current_thread() is threading.main_thread():
+            monkeypatch.undo()
+            signal.raise_signal(signal.SIGINT)
+
+    for use in (lambda rc: remote_do(ident, w[0], rc), lambda rc: put(RemoteChannel(w[0]), rc)):
+        rc = RemoteChannel(w[1])
+        key = remoteref_id(rc)
+        monkeypatch.setattr(peers, "send", struck)
+        with pytest.raises(KeyboardInterrupt):
+            use(rc)
+        del rc
+        wait_until(lambda key=key: key not in distpool.debug.refs(w[1]))
