@@ -279,6 +279,20 @@ def test_ensure_raises_what_pid_1_knows(worker: World, problem: str, kind: type[
     assert ("no process with id 3" if problem == "unknown" else "as it is") in str(found[0])
 
 
+@pytest.mark.parametrize("problem, kind", [("topology", TopologyError), ("unreachable", ConnectionError)])
+def test_later_requests_fail_as_the_first_did(worker: World, problem: str, kind: type[Exception]) -> None:
+    """Those of channels and futures come without `ensure`; a frame that is dropped would never be answered."""
+    failed: list[BaseException] = []
+    for told in (False, True, True):
+        worker.peers.requests.new(3, lambda *answer: None, failed.append)
+        worker.peers.send(3, Kind.CHANNEL, b"take")
+        worker.loop.run()
+        if not told:
+            worker.told(address(problem=problem))
+        assert type(failed.pop()) is kind and not failed
+    assert worker.master_link is not None and worker.master_link.kinds() == [Kind.WHERE]
+
+
 def test_for_how_long_a_problem_is_believed(worker: World) -> None:
     worker.told(address(4, "topology", "by design"))
     worker.told(address(5, "unreachable", "firewall"))

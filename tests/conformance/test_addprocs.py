@@ -301,6 +301,23 @@ def test_C233_references_between_unconnected_workers() -> None:
     assert remotecall_fetch(lambda ref: ref.fetch(), two, unset) == 7, "with its value"
 
 
+@pytest.mark.parametrize("operation", ["put", "take", "fetch", "wait", "isready", "isopen", "close", "future"])
+def test_C233_references_of_processes_that_cannot_be_reached(operation: str) -> None:
+    """Each time, not only the first one: a second `take` waited for ever."""
+    one, two = addprocs(2, topology="master_worker")
+    channel = distpool.RemoteChannel(lambda: distpool.Channel(5), two)
+    future = distpool.remotecall(abs, two, -1)
+
+    def use() -> None:
+        if operation == "future":
+            future.result()
+        getattr(channel, operation)(*([1] if operation == "put" else []))
+
+    for _ in range(3):
+        error = distpool.remotecall(use, one).exception(30)
+        assert isinstance(error, distpool.RemoteException) and isinstance(error.captured.ex, distpool.TopologyError)
+
+
 def links() -> list[int]:
     return [pid for pid in distpool.node.node.current().peers.known() if pid != distpool.myid()]
 
