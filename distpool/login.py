@@ -52,6 +52,7 @@ def main(cookie: str | None, line: bytes = b"", front: Sequence[str] = (), cache
     read already; `front`: directories that come first in the workers' sys.path; `cache`: where they keep modules that
     they fetch.
     """
+    _open_standard()
     # Duplicates, so that nothing else can get between our events: whatever prints here prints into stderr.
     orders, events, complaints = os.dup(0), os.dup(1), os.dup(2)
     try:
@@ -76,6 +77,15 @@ def main(cookie: str | None, line: bytes = b"", front: Sequence[str] = (), cache
     if agent.limit is not None:
         resource.setrlimit(resource.RLIMIT_NOFILE, agent.limit)
     startup.become_worker(birth.listener, birth.settings, birth.output, birth.lifeline, [])
+
+
+def _open_standard() -> None:
+    """A start-up file may have closed stderr: a duplicate would get its number, and `_quiet` would end that."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest one that is free is this one
 
 
 def _quiet() -> None:
@@ -160,8 +170,7 @@ class Agent:
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler of Python's makes the C one write to the pipe
         version = ".".join(map(str, sys.version_info[:3]))
-        self._outbox += b"\n" + MARK  # what the shell printed last may have had no end of line
-        self._say(address=self.address, python=version, ospid=os.getpid(), cpus=cpus)
+        self._say(address=self.address, python=version, ospid=os.getpid(), cpus=cpus, mark=MARK)
         self._worker_settings = worker_settings(self.settings, self._front, self._cache)
         return self._start(count) or self._serve()
 
@@ -297,8 +306,9 @@ class Agent:
         if self._outputs.pop(worker.output, None) is not None:
             os.close(worker.output)
 
-    def _say(self, payload: bytes = b"", **event: Any) -> None:
-        self._outbox += pack_event(payload, **event)
+    def _say(self, payload: bytes = b"", mark: bytes = b"", **event: Any) -> None:
+        # What the shell printed last, or prints in the background, may have no end of line.
+        self._outbox += b"\n" + mark + pack_event(payload, **event)
         self._flush()
 
     def _flush(self) -> None:

@@ -27,9 +27,10 @@ def settings(**more: Any) -> LoginSettings:
 class Login:
     """One such process; `next()` is the next event and its payload, None at the end."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None, shell: str = "") -> None:
+        words = [sys.executable, *LOGIN_ARGUMENTS, *arguments]
         self.process = subprocess.Popen(
-            [sys.executable, *LOGIN_ARGUMENTS, *arguments],
+            ["/bin/sh", "-c", f'{shell}\nexec "$@"', "sh", *words] if shell else words,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -126,6 +127,23 @@ def test_signals_and_exit_statuses(start: Callable[..., Login]) -> None:
     one.write(b'{"kill": 2, "signal": 9}\n')
     assert one.until("exited")["exited"] == 2
     assert one.next() is None and one.process.wait(10) == 0, "after the last one it ends"
+
+
+def test_a_shell_that_has_closed_stderr(start: Callable[..., Login]) -> None:
+    one = start(settings(count=2), shell="exec 2>&-")
+    workers = [one.until("worker") for _ in range(2)]
+    one.write(b'{"kill": 0, "signal": 9}\n')
+    assert one.until("exited") == {"exited": 0, "status": -signal.SIGKILL}
+    assert alive(workers[1]["ospid"])
+
+
+def test_a_shell_that_prints_in_the_background(start: Callable[..., Login]) -> None:
+    """Whole lines and unfinished ones, before and between the events."""
+    one = start(settings(count=2), shell="while echo noise && printf more; do :; done 2>&- &")
+    workers = [one.until("worker") for _ in range(2)]
+    for number in (1, 0):
+        os.kill(workers[number]["ospid"], signal.SIGKILL)
+        assert one.until("exited") == {"exited": number, "status": -signal.SIGKILL}
 
 
 def test_a_worker_that_nobody_comes_for(start: Callable[..., Login]) -> None:

@@ -69,6 +69,24 @@ def test_garbage_behind_the_mark(data: bytes) -> None:
         list(reader.feed(MARK + data))
 
 
+@pytest.mark.parametrize("noise", [b"hello\n", b"5\n", b"[1]\n", b"{\n", b"\xff\xfe\n", b"no end"])
+def test_noise_between_events(noise: bytes) -> None:
+    """What a start-up file left running in the background prints: Agent._say begins a line for each event."""
+    reader = EventReader()
+    pieces = [MARK + pack_event(address="a"), pack_event(b"two\nlines\n", output=0), pack_event(exited=0)]
+    found = list(reader.feed(b"".join(b"\n" + piece + noise for piece in pieces)))
+    assert [event for event, _ in found] == [{"address": "a"}, {"output": 0, "size": 10}, {"exited": 0}]
+    assert noise.strip() in reader.said()
+
+
+def test_secrets_of_an_order() -> None:
+    key = "-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMGByqGSM49\nAgEGCCqGSM49AwEH\n-----END PRIVATE KEY-----\n"
+    order = LoginSettings(cookie="0123456789abcdef", tls={"certificate": "x", "key": key})
+    assert order.secrets() == ["0123456789abcdef", "MIGHAgEAMBMGByqGSM49", "AgEGCCqGSM49AwEH"]
+    assert all(piece.encode() in order.to_line() for piece in order.secrets())
+    assert LoginSettings().secrets() == LoginSettings(cookie="short").secrets() == []
+
+
 def test_events_are_json_lines() -> None:
     assert json.loads(pack_event(worker=1)) == {"worker": 1}
     assert pack_event(b"ab", output=1).endswith(b"}\nab")

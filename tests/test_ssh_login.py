@@ -96,7 +96,7 @@ class Bench:
         self.over = threading.Event()
         self.login = HostLogin(
             "node1",
-            LoginSettings(cookie="c", **settings),
+            LoginSettings(**{"cookie": "c", **settings}),
             connect or (lambda deadline: self.connection),
             lambda: Order("command", b"feed", lambda digest: f"<{digest}>".encode()),
             lambda login, process: WorkerConfig(process=process, userdata=login),
@@ -198,7 +198,7 @@ def test_the_login_ends_and_with_it_its_workers(bench: Any) -> None:
         (b"", b"sh: /x: Permission denied\n", 126, "may not be executed"),
         (b"bye\n", b"", 3, "exit code 3"),
         (b"", b"", None, "the connection was lost, or a signal ended it"),
-        (MARK + b"nonsense\n", b"", 0, "JSONDecodeError"),
+        (MARK + b"nonsense\n", b"", 0, "does a terminal or a program repeat its input?"),
         (b"x\n" * 1002, b"", 0, "more than 1000 lines"),
     ],
 )
@@ -212,6 +212,16 @@ def test_why_there_are_no_workers(bench: Any, output: bytes, errors: bytes, stat
     for line in (output + errors).decode().splitlines()[-2:]:
         assert line in error.output or line.startswith(MARK.decode())
     assert one.over.wait(10) and one.workers.empty()
+
+
+def test_a_login_that_repeats_its_input_shows_no_secrets(bench: Any) -> None:
+    key = "-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMGByqGSM49\n-----END PRIVATE KEY-----\n"
+    one = bench(cookie="0123456789abcdef", tls={"certificate": "x", "key": key})
+    one.session.say(one.login.settings.to_line())
+    one.session.end(b"sh: 0123456789abcdef: not found\n")
+    (error,) = one.settled.get(timeout=10)
+    assert "BEGIN PRIVATE KEY" in error.output and "sh: <secret>: not found" in error.output
+    assert not any(piece in str(error) + error.output for piece in one.login.settings.secrets())
 
 
 def test_the_client_may_know_better(bench: Any) -> None:

@@ -11,6 +11,9 @@
 
 stdin stays open as the lifeline: its end means that the login or the master is lost, and everything on that host goes.
 Keys that one side does not know are ignored, so that either side may be the newer one. Nothing is pickled.
+
+What a start-up file of the shell left in the background may print in between: lines that are no events are passed over,
+and each event begins a line of its own.
 """
 
 from __future__ import annotations
@@ -66,6 +69,12 @@ class LoginSettings(Fields):
         """The line, with its end."""
         return json.dumps({name: getattr(self, name) for name in self.FIELDS}).encode() + b"\n"
 
+    def secrets(self) -> list[str]:
+        """What of it nobody may see, as pieces that stand in the line as they are."""
+        key = str(self.tls.get("key", "")) if self.tls else ""
+        lines = [line for line in key.splitlines() if not line.startswith("-----")]
+        return [piece for piece in (self.cookie, *lines) if piece and len(piece) >= 8]  # others would blot out words
+
     @classmethod
     def from_line(cls, line: bytes) -> LoginSettings:
         """The settings in a line; ValueError: it is none. Unknown keys are dropped."""
@@ -83,9 +92,9 @@ def pack_event(payload: bytes = b"", **event: Any) -> bytes:
 
 
 class EventReader:
-    """Bytes in, events out. `before`: what the shell printed before the mark (the last of it); `begun`: the mark came.
+    """Bytes in, events out. `before`: what the shell printed (the last of it); `begun`: the mark came.
 
-    `feed` raises ValueError for what is no event.
+    `feed` raises ValueError if what stands behind the mark is no event: somebody repeats what we have sent there.
     """
 
     KEPT = 16384  # bytes of what the shell printed that are kept
@@ -94,6 +103,7 @@ class EventReader:
         self.begun = False
         self.before = b""
         self.seen = 0  # bytes before the mark
+        self._spoken = False  # there was an event
         self._lines = 0  # lines before the mark that are not in `_data` any more
         self._data = bytearray()
 
@@ -112,15 +122,30 @@ class EventReader:
             if not line.strip():  # whoever begins to speak ends a line that may have been left open
                 del self._data[: end + 1]
                 continue
-            event = json.loads(line)
-            if not isinstance(event, dict):
-                raise ValueError(f"not an event: {event!r}")
+            event = self._event(line)
+            if event is None:
+                self.before = (self.before + line + b"\n")[-self.KEPT :]
+                del self._data[: end + 1]
+                continue
             size = int(event.get("size", 0))
             if len(self._data) < end + 1 + size:
                 return
             payload = bytes(self._data[end + 1 : end + 1 + size])
             del self._data[: end + 1 + size]
+            self._spoken = True
             yield event, payload
+
+    def _event(self, line: bytes) -> dict[str, Any] | None:
+        """The event in a line; None: it is noise."""
+        try:
+            event = json.loads(line)
+            if isinstance(event, dict):
+                return event
+            raise ValueError(f"not an event: {event!r}")
+        except ValueError:
+            if not self._spoken:
+                raise
+            return None
 
     def _find_mark(self, fresh: int) -> bool:
         place = self._data.find(MARK)

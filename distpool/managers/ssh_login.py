@@ -149,7 +149,10 @@ class HostLogin:
         except LoginError as error:
             cause = error.__cause__ if isinstance(error.__cause__, DistpoolError) else None  # others hold on to frames
             self._settle(error.reason, error.output or self._said(), cause)
-        except Exception as error:  # the client's own, or bytes that are no events
+        except ValueError as error:  # bytes that are no events
+            reason = "something else than distpool answers there: does a terminal or a program repeat its input?"
+            self._settle(f"{reason} ({error})", self._said())
+        except Exception as error:  # the client's own
             self._settle(f"{type(error).__name__}: {error}", self._said())
         finally:
             self.close()
@@ -257,8 +260,11 @@ class HostLogin:
             self._settle()
 
     def _said(self) -> str:
-        """The last lines of what the login printed, of both streams."""
-        return last_lines(self._events.said() + self._errors, config.OUTPUT_LINES).strip()
+        """The last lines of what the login printed, of both streams; without our secrets, if it repeats its input."""
+        said = self._events.said() + self._errors
+        for secret in self.settings.secrets():
+            said = said.replace(secret.encode(), b"<secret>")
+        return last_lines(said, config.OUTPUT_LINES).strip()
 
     def last_error(self) -> str:
         """The last line on stderr, where an SSH program says why it could not connect something. Any thread."""
