@@ -180,6 +180,15 @@ def test_dialling(ssh: Connect, tmp_path: Path, host: str) -> None:
         os.fstat(descriptor)
 
 
+def test_ways_are_not_those_of_the_configuration(ssh: Connect, tmp_path: Path) -> None:
+    """The login would be asked for the forwards in it as well; a port that is taken there ends ours, too."""
+    connection = ssh('echo "$@" > "$(dirname "$0")/words"; exit 255', tunnels=True)
+    with pytest.raises(OSError):
+        connection.dial("h", 80, soon())
+    words = (tmp_path / "words").read_text().split()
+    assert words[words.index("-F") + 1] == os.devnull and "key" not in words
+
+
 def test_a_way_that_leads_nowhere(ssh: Connect, tmp_path: Path) -> None:
     connection = ssh(CONTROL.replace("{forward}", "true"), tunnels=True)
     with pytest.raises(OSError):
@@ -233,6 +242,7 @@ def test_a_forked_child_leaves_the_program_alone(ssh: Connect) -> None:
         ("connect to host host port 22: Connection refused", "no sshd listens there"),
         ("kex_exchange_identification: Connection closed by remote host", "MaxStartups"),
         ("Connection closed by 10.0.0.7 port 22", "MaxStartups"),
+        ("Cannot execute command-line and remote command.", "RemoteCommand=none"),
         ("something new", "ssh failed"),
         ("  \n", ""),
     ],

@@ -41,6 +41,8 @@ _TEXTS = (  # what ssh prints, and what it means; the first one found counts
      "host was set up anew, remove the old key as ssh says below"),
     ("host key verification failed", "the host key of {host} is not known. Log in once by hand, compare the "
      "fingerprint and accept it: {login}"),
+    ("cannot execute command-line and remote command", "the ssh configuration has a RemoteCommand for {host}: take it "
+     "back with sshflags=['-o', 'RemoteCommand=none']"),
     ("bad configuration option", "the ssh configuration is wrong"),
     ("bad owner or permissions", "the ssh configuration has the wrong owner or permissions"),
     ("could not resolve hostname", "no such host: {host}"),
@@ -164,7 +166,8 @@ class BinaryConnection:
         return sock
 
     def _control(self, order: str, forward: str, deadline: float) -> None:
-        argv = [*self._program, "-S", self._socket, *self._flags, "-O", order, "-L", forward, *self._address()]
+        # Without the user's flags and configuration: it would ask the login for the forwards in them as well.
+        argv = [*self._program, "-F", os.devnull, "-S", self._socket, "-O", order, "-L", forward, *self._address()]
         try:
             done = subprocess.run(
                 argv,
