@@ -65,6 +65,16 @@ def test_a_key_that_is_known_anywhere(tmp_path: Path) -> None:
     check(target(known_hosts=[known(tmp_path, ("[h]:5", HOST_KEY), name="port")], port=5), HOST_KEY)
 
 
+@pytest.mark.parametrize("hashed", [False, True])
+def test_names_of_hosts_have_no_case(tmp_path: Path, hashed: bool) -> None:
+    name = paramiko.HostKeys.hash_host("node") if hashed else "node"
+    file = known(tmp_path, (name, HOST_KEY))
+    check(target(host="Node", known_hosts=[file]), HOST_KEY)
+    with pytest.raises(LoginError, match="has CHANGED"):
+        check(target(host="NODE", known_hosts=[file], accept_unknown=True), OTHER_KEY)
+    check(target(host="Node", known_hosts=[known(tmp_path, ("Node", HOST_KEY))]), HOST_KEY)
+
+
 def test_an_unknown_key(tmp_path: Path) -> None:
     file = tmp_path / "known_hosts"
     with pytest.raises(LoginError) as caught:

@@ -196,15 +196,17 @@ def host_key_name(target: Target) -> str:
 def _known_keys(target: Target) -> list[tuple[str, Any]]:
     """The keys that the host is known by: (file, key)."""
     found: list[tuple[str, Any]] = []
+    name = host_key_name(target)
+    names = dict.fromkeys((name, name.lower()))  # OpenSSH writes names in lower case, and hashes do not show it
     for file in [*target.known_hosts, *target.system_known_hosts]:
         try:
-            keys = paramiko.HostKeys(file).lookup(host_key_name(target))
+            keys = paramiko.HostKeys(file)
         except OSError:
             continue  # there need be none
         except Exception as error:  # a line that paramiko cannot parse
             log.warning("%s cannot be used: %s", file, error)
             continue
-        found += [(file, key) for key in (keys or {}).values()]
+        found += [(file, key) for name in names for key in (keys.lookup(name) or {}).values()]
     return found
 
 
