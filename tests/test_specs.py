@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import distpool
-from distpool.managers.specs import Spec, split_spec
+from distpool.managers.specs import Spec, machine_of, split_spec
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,18 @@ def test_C217_machine_file(tmp_path: Path) -> None:
             ("other", 2),
         ]
     )
+
+
+def test_a_file_of_an_editor_on_windows(tmp_path: Path) -> None:
+    path = tmp_path / "machines"
+    path.write_bytes(b"\xef\xbb\xbfhost\r\n2*other\r\n")
+    assert distpool.load_machine_file(path) == ["host", ("other", 2)]
+
+
+@pytest.mark.parametrize("text", ["", " ", "4*", "4*  "])
+def test_no_machine_at_all(text: str) -> None:
+    with pytest.raises(ValueError, match="not a machine spec: "):
+        machine_of(text)
 
 
 def test_host_files_of_others(tmp_path: Path) -> None:

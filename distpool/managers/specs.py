@@ -86,7 +86,7 @@ def load_machine_file(path: str | os.PathLike[str], *, mpich: bool = False) -> l
     Example: a line `4*node7` becomes `("node7", 4)`.
     """
     machines: list[str | tuple[str, int | str]] = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a mark
         for number, line in enumerate(file, 1):
             text = line.partition("#")[0].strip()
             if not text:
@@ -102,7 +102,7 @@ def machine_of(text: str) -> str | tuple[str, int | str]:
     """One line of a machine file. ValueError: it is none."""
     count, star, spec = text.partition("*")
     if not star:
-        spec, *more = text.split()
+        spec, *more = text.split() or [""]
         if more and _SLOTS.fullmatch(more[0]):
             return _with_slots(spec, more)
         if more and more[0].isascii() and more[0].isdigit():  # not a bind address, which has dots or colons
