@@ -75,10 +75,11 @@ class Slot:
 
     @property
     def usable(self) -> bool:
-        """Whether it may be sent calls at all now. Not beside one with a time limit, but a task that waits for other
-        calls must not keep them from running."""
-        limited = bool(self._clocks) and not self.idles
-        return not (self.retiring or self.gone or self.deaf or limited or self._remaining == 0)
+        """Whether it may be sent calls at all now. Not beside one with a time limit, and no more than it may run, but
+        tasks that wait for other calls must not keep those from running."""
+        if self.retiring or self.gone or self.deaf:
+            return False
+        return not (self._clocks or self._remaining == 0) or (self.load > 0 and self.idles)
 
     @property
     def idles(self) -> bool:
@@ -104,7 +105,7 @@ class Slot:
             limit = max(2, min(_MAX_WINDOW, int(worth / max(mean, 1e-7))))
         self.limit = limit + self.blocked
         room = self.limit - self.load
-        return room if self._remaining is None else min(room, self._remaining)
+        return room if self._remaining is None else min(room, self._remaining or 1)
 
     def recall_answered(self) -> None:
         """RECALLED has come."""
@@ -158,7 +159,7 @@ class Slot:
         self._next = sequence
         self.load += sequence - first
         if self._remaining is not None:
-            self._remaining -= sequence - first
+            self._remaining = max(0, self._remaining - (sequence - first))
         link.send(Kind.CALLS, messages.CALLS.pack(first, len(records)), b"".join(records), buffers)
 
     def send_alone(self, scheduler: Scheduler, call: Call) -> None:

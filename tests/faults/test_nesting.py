@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -88,6 +89,15 @@ def test_recursion_through_a_view(policy: str, workers: int) -> None:
 def test_recursion_under_the_time_limit_of_the_executor() -> None:
     with distpool.ClusterExecutor(1, timeout=PATIENCE) as executor:
         assert executor.submit(fib, executor, 6).result(PATIENCE) == 8
+
+
+@pytest.mark.parametrize(("workers", "tasks"), [(1, 1), (1, 3), (2, 1)])
+def test_recursion_on_workers_that_run_few_tasks(workers: int, tasks: int) -> None:
+    """What a task waits for runs on its worker, even if that has had its tasks and will be replaced after this one."""
+    with distpool.ClusterExecutor(workers, max_tasks_per_child=tasks) as executor:
+        assert executor.submit(fib, executor, 4).result(PATIENCE) == 3
+        first, second = (executor.submit(os.getpid).result(PATIENCE) for _ in range(2))
+        assert tasks > 1 or first != second
 
 
 def test_the_limit_of_a_task_that_waits_is_its_own(gate: Gate) -> None:
