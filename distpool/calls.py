@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from distpool import config
 from distpool.errors import CapturedException, ProcessExitedException, RemoteException
@@ -40,6 +40,8 @@ Where = int | Literal["any"] | Any
 _CACHED_FUNCTIONS = 1024
 _NOTHING_LENT = contextlib.nullcontext()
 
+T = TypeVar("T")
+
 
 class _Reply(Future[Any]):
     """The answer to a `remotecall_fetch`."""
@@ -59,7 +61,7 @@ def check_callable(f: Any) -> None:
 # -- the caller's side -------------------------------------------------------------------------------------------
 
 
-def remotecall(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any) -> Future[Any]:
+def remotecall(f: Callable[..., T], where: Where, /, *args: Any, **kwargs: Any) -> Future[T]:
     """Run `f(*args, **kwargs)` on process `where` (pid, "any" or a WorkerPool) and return a Future at once.
 
     The value stays there until it is fetched. ValueError: no such process; ProcessExitedException: it is gone;
@@ -106,7 +108,7 @@ def start(f: Callable[..., Any], where: Where, args: tuple[Any, ...], kwargs: di
     return future
 
 
-def remotecall_fetch(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any) -> Any:
+def remotecall_fetch(f: Callable[..., T], where: Where, /, *args: Any, **kwargs: Any) -> T:
     """Run `f(*args, **kwargs)` on process `where` and return its value; `RemoteException` if it raises there.
 
     To oneself the call runs inline, and nothing is copied. Example: `remotecall_fetch(os.getpid, 2)`
@@ -115,7 +117,7 @@ def remotecall_fetch(f: Callable[..., Any], where: Where, /, *args: Any, **kwarg
     if type(where) is not int:
         where = config.as_int(where)
     if not isinstance(where, int):
-        return _fetch_somewhere(f, where, args, kwargs)
+        return _fetch_somewhere(f, where, args, kwargs)  # type: ignore[no-any-return]
     node = _node()
     if where == node.pid:
         try:
@@ -136,14 +138,14 @@ def remotecall_fetch(f: Callable[..., Any], where: Where, /, *args: Any, **kwarg
         _send(node, where, "fetch", RRID(0, 0), f, args, kwargs, number, waits=True)
         if where in node.peers.dead:
             node.peers.requests.fail(where, node.peers.dead[where])
-        return reply.result()
+        return reply.result()  # type: ignore[no-any-return]
     finally:
         reply._exception = None  # its traceback has this frame: a cycle would keep what the callers hold
         if node.peers.requests.forget(number):  # interrupted: the answer is not wanted any more
             node.peers.send(where, Kind.CANCEL_REQUEST, structs.CancelRequest(number).pack())
 
 
-def remotecall_wait(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any) -> Future[Any]:
+def remotecall_wait(f: Callable[..., T], where: Where, /, *args: Any, **kwargs: Any) -> Future[T]:
     """As `remotecall`, and wait until the call has ended there; the value is not moved. Raises if the call failed.
 
     Example: `future = remotecall_wait(load, 2, path)`

@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from distpool.elements import Carrier, FutureCarrier, SpanCarrier, ThreadCarrier
 from distpool.mapruns import LOOK_AHEAD
@@ -21,6 +21,8 @@ from distpool.node import node as nodes
 from distpool.ordered import OrderedMap
 from distpool.progress import make_progress
 from distpool.recovery import ExponentialBackOff, Recovery
+
+T = TypeVar("T")
 
 #: Exact types whose iteration runs no user code and changes nothing, so that nobody can tell how far it has gone.
 _AT_HAND = frozenset(
@@ -91,7 +93,7 @@ def pmap(
     return values
 
 
-def pgenerate(f: Callable[..., Any], *iterables: Iterable[Any], pool: Any = None) -> Iterator[Any]:
+def pgenerate(f: Callable[..., T], *iterables: Iterable[Any], pool: Any = None) -> Iterator[T]:
     """`pmap` as a lazy iterator in input order: takes at most 8 elements per worker ahead, so endless inputs work.
 
     An element's exception is raised at its turn and ends the iteration. Dropping the iterator (or `close()`) stops the

@@ -23,13 +23,15 @@ from distpool.executor import ClusterExecutor
 
 TYPE_CHECKING = False  # not from `typing`: see `fields`
 if TYPE_CHECKING:
-    from typing import Any, NoReturn, Self
+    from typing import Any, NoReturn, Self, TypeVar
 
     from distpool.crew import Crew
     from distpool.pool_callbacks import Callbacks
     from distpool.pool_input import Inputs
     from distpool.pool_results import AsyncResult, MapResult
     from distpool.work import Policy
+
+    T = TypeVar("T")
 
 
 class DistPool(stdlib.Pool):
@@ -158,12 +160,12 @@ class DistPool(stdlib.Pool):
 
     # -- single calls ------------------------------------------------------------------------------------------
 
-    def apply(self, func: Callable[..., Any], args: Iterable[Any] = (), kwds: Any = {}) -> Any:  # noqa: B006
+    def apply(self, func: Callable[..., T], args: Iterable[Any] = (), kwds: Any = {}) -> T:  # noqa: B006
         """`func(*args, **kwds)` on a worker.
 
         Example: `pool.apply(pow, (2, 10))` is 1024.
         """
-        return self.apply_async(func, args, kwds).get()
+        return self.apply_async(func, args, kwds).get()  # type: ignore[no-any-return]
 
     def apply_async(
         self,
@@ -183,7 +185,7 @@ class DistPool(stdlib.Pool):
 
     # -- maps --------------------------------------------------------------------------------------------------
 
-    def map(self, func: Callable[..., Any], iterable: Iterable[Any], chunksize: int | None = None) -> list[Any]:
+    def map(self, func: Callable[..., T], iterable: Iterable[Any], chunksize: int | None = None) -> list[T]:
         """The list of `func(x)` for each x, in order.
 
         The input is sent in chunks of `chunksize` (default: a quarter of each worker's share). An exception ends its
@@ -194,8 +196,8 @@ class DistPool(stdlib.Pool):
         return self.map_async(func, iterable, chunksize).get()  # type: ignore[no-any-return]
 
     def starmap(
-        self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None
-    ) -> list[Any]:
+        self, func: Callable[..., T], iterable: Iterable[Iterable[Any]], chunksize: int | None = None
+    ) -> list[T]:
         """As `map`, with `func(*x)` for each x.
 
         Example: `pool.starmap(pow, [(2, 3), (3, 2)])` is [8, 9].
@@ -237,8 +239,8 @@ class DistPool(stdlib.Pool):
     # -- lazy maps ---------------------------------------------------------------------------------------------
 
     def imap(  # type: ignore[override]
-        self, func: Callable[..., Any], iterable: Iterable[Any], chunksize: int = 1
-    ) -> Iterator[Any]:
+        self, func: Callable[..., T], iterable: Iterable[Any], chunksize: int = 1
+    ) -> Iterator[T]:
         """An iterator over `func(x)` for each x, in order; with `next(timeout)` if `chunksize` is 1.
 
         Lazy: at most 8 tasks per worker are taken ahead (of short tasks over a plain container: more), so endless
@@ -250,8 +252,8 @@ class DistPool(stdlib.Pool):
         return self._ways.imap(self, func, iterable, chunksize)  # type: ignore[no-any-return]
 
     def imap_unordered(  # type: ignore[override]
-        self, func: Callable[..., Any], iterable: Iterable[Any], chunksize: int = 1
-    ) -> Iterator[Any]:
+        self, func: Callable[..., T], iterable: Iterable[Any], chunksize: int = 1
+    ) -> Iterator[T]:
         """As `imap`, with the results in the order in which they come.
 
         Example: `for value in pool.imap_unordered(f, open("names.txt")): ...`

@@ -11,14 +11,16 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from distpool.calls import _node, remotecall, remotecall_fetch
 from distpool.errors import CompositeException
 from distpool.refs.refs import Future
 
+T = TypeVar("T")
 
-def spawn(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+
+def spawn(f: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
     """Run `f(*args, **kwargs)` on some worker (round robin) and return a Future at once; as `remotecall(f, "any")`.
 
     Example: `fetch(spawn(pow, 2, 10))` is 1024.
@@ -26,7 +28,7 @@ def spawn(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
     return remotecall(f, "any", *args, **kwargs)
 
 
-def spawnat(pid: int | Literal["any"], f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+def spawnat(pid: int | Literal["any"], f: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
     """Run `f(*args, **kwargs)` on process `pid` ("any": some worker) and return a Future at once.
 
     Errors as for `remotecall`. Example: `fetch(spawnat(2, os.getpid))`
@@ -34,7 +36,7 @@ def spawnat(pid: int | Literal["any"], f: Callable[..., Any], /, *args: Any, **k
     return remotecall(f, pid, *args, **kwargs)
 
 
-def fetchfrom(pid: int | Literal["any"], f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def fetchfrom(pid: int | Literal["any"], f: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
     """The value of `f(*args, **kwargs)`, computed on process `pid`; `RemoteException` if it raises there.
 
     Example: `fetchfrom(2, os.getpid)`
@@ -42,7 +44,7 @@ def fetchfrom(pid: int | Literal["any"], f: Callable[..., Any], /, *args: Any, *
     return remotecall_fetch(f, pid, *args, **kwargs)
 
 
-def fetch_any(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def fetch_any(f: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
     """The value of `f(*args, **kwargs)`, computed on some worker (round robin). Example: `fetch_any(os.getpid)`"""
     return remotecall_fetch(f, "any", *args, **kwargs)
 

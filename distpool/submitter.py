@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 TYPE_CHECKING = False  # not from `typing`: see `fields`
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, TypeVar
 
     from distpool.crew import Crew
     from distpool.refs.refs import Future
     from distpool.work import Policy
+
+    T = TypeVar("T")
 
 
 class Submitter(concurrent.futures.Executor):
@@ -30,7 +32,7 @@ class Submitter(concurrent.futures.Executor):
     def _check_usable(self) -> None:
         raise NotImplementedError
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Run `fn(*args, **kwargs)` on a worker; returns a `distpool.Future`.
 
         Arguments are serialised before this returns. What cannot be serialised is the error of that future alone
@@ -42,12 +44,12 @@ class Submitter(concurrent.futures.Executor):
 
     def map(
         self,
-        fn: Callable[..., Any],
+        fn: Callable[..., T],
         *iterables: Iterable[Any],
         timeout: float | None = None,
         chunksize: int = 1,
         buffersize: int | None = None,
-    ) -> Iterator[Any]:
+    ) -> Iterator[T]:
         """Results of `fn` over the iterables, in input order, as the standard library's `Executor.map` (3.14).
 
         `timeout`: seconds from this call until a result must be there (`TimeoutError`). `chunksize`: elements that are
@@ -60,11 +62,11 @@ class Submitter(concurrent.futures.Executor):
 
     def imap_unordered(
         self,
-        fn: Callable[..., Any],
+        fn: Callable[..., T],
         *iterables: Iterable[Any],
         buffersize: int | None = None,
         timeout: float | None = None,
-    ) -> Iterator[Any]:
+    ) -> Iterator[T]:
         """Results in the order in which they come. Lazy: takes at most `buffersize` elements ahead (default 8 per
         worker; of short tasks over a list or range more), so endless generators work. `timeout`: seconds until all must
         be there.
