@@ -220,8 +220,11 @@ _unfinished: list[ModuleType] = []
 
 
 def is_unfinished(module: Any) -> bool:
-    """Whether the import of `module` is under way."""
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+    """Whether the import of `module` is under way, or it is none that can be imported (`runpy.run_path`)."""
+    spec = getattr(module, "__spec__", None)
+    if spec is None:
+        return sys.modules.get(module.__name__) is module
+    return bool(getattr(spec, "_initializing", False))
 
 
 def by_value_until_imported(module: ModuleType) -> None:

@@ -251,8 +251,9 @@ def _look_for_imports() -> None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "<module>":
-            module = sys.modules.get(frame.f_globals.get("__name__", ""))
-            if module is not None and codec.is_unfinished(module):
+            name = frame.f_globals.get("__name__", "")
+            module = sys.modules.get(name)
+            if module is not None and name not in MAIN_MODULES and codec.is_unfinished(module):
                 codec.by_value_until_imported(module)
         frame = frame.f_back
 

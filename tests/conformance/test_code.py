@@ -58,6 +58,29 @@ def test_C080_remote_do_that_fails_says_so(team: list[int]) -> None:
     assert remotecall_fetch(myid, team[0]) == team[0]
 
 
+def test_functions_of_a_file_that_is_run_by_runpy(tmp_path: Path) -> None:
+    program = """
+    class Own: pass
+    def f(x): return Own() if x else g()
+    def g(): return [limit]
+    limit = 3
+    with ClusterExecutor(1) as executor:
+        assert executor.submit(f, 0).result(30) == list(executor.map(f, [0]))[0] == [3]
+        assert type(executor.submit(f, 1).result(30)) is Own
+    (pid,) = addprocs(1)
+    assert pmap(f, [0]) == [[3]] and remotecall_fetch(f, pid, 0) == [3]
+    """
+    files = {"other.py": "from distpool import *\n" + textwrap.dedent(program)}
+    code = """
+    import runpy
+    from distpool.wire import codec
+    runpy.run_path("other.py")
+    assert not codec.by_value_modules()
+    print("passed")
+    """
+    assert run(code, tmp_path, files) == ["passed"]
+
+
 class Falsy(Exception):
     def __bool__(self) -> bool:
         raise ValueError("neither true nor false")
