@@ -255,7 +255,7 @@ class Scheduler:
         elif kind == Kind.RECALLED:
             self._on_recalled(slot, messages.Recalled.unpack(frame.control))
         elif kind == Kind.BLOCKED:
-            slot.blocked += messages.Blocked.unpack(frame.control).change
+            slot.block(messages.Blocked.unpack(frame.control).change)
             self.pump()
         else:
             handler = self.handlers.get(kind)

@@ -107,6 +107,12 @@ class Slot:
         room = self.limit - self.load
         return room if self._remaining is None else min(room, self._remaining or 1)
 
+    def block(self, change: int) -> None:
+        """So many more tasks there wait for other calls. The limit follows at once: if the queue is empty, nobody will
+        compute it before the next submitter asks `any_room`."""
+        self.blocked += change
+        self.limit += change
+
     def recall_answered(self) -> None:
         """RECALLED has come."""
         self.answered += 1

@@ -111,6 +111,20 @@ def test_a_blocked_task_makes_room_for_one_more(office: Office) -> None:
     assert len(worker.inbox) == 2
 
 
+def test_a_task_that_blocks_while_nothing_waits_makes_room_for_what_comes(office: Office) -> None:
+    worker = office.worker(2)
+    function = fresh()
+    function.mean = 1.0
+    office.submit(1, function)
+    office.submit(2, function)
+    worker.start()
+    for number in (2, 3):
+        office.frame(worker, Kind.BLOCKED, messages.Blocked(1).pack())
+        if number == 3:
+            office.submit(3, function)
+        assert worker.start()[1] == number
+
+
 # ------------------------------------------------------------------------------------------------------------- outcomes
 
 

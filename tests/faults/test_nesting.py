@@ -100,6 +100,19 @@ def test_recursion_on_workers_that_run_few_tasks(workers: int, tasks: int) -> No
         assert tasks > 1 or first != second
 
 
+def test_two_executors_whose_tasks_wait_for_each_other() -> None:
+    with distpool.ClusterExecutor(2) as first, distpool.ClusterExecutor(1) as second:
+
+        def there(number: int) -> int:
+            return 1 + second.submit(back, number).result()
+
+        def back(number: int) -> int:
+            return 1 + first.submit(helpers.square, number).result()
+
+        for _ in range(3):
+            assert list(first.map(there, range(6))) == [number * number + 2 for number in range(6)]
+
+
 def test_the_limit_of_a_task_that_waits_is_its_own(gate: Gate) -> None:
     """Its worker goes, and with it what that had been sent meanwhile; only the task itself has taken too long."""
     with distpool.ClusterExecutor(1) as executor:
