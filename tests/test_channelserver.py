@@ -49,6 +49,36 @@ def here(maxsize: float) -> tuple[RemoteChannel, Channel]:
     return RemoteChannel(lambda: channel), channel
 
 
+def cut(pid: int) -> None:
+    """On one of two workers: their link is lost, and both live."""
+    node = nodes.current()
+    node.loop.call_soon(lambda: node.peers.link(pid).close(ConnectionError("cut")))
+
+
+@pytest.mark.parametrize("side", ["owner", "asker"])
+@pytest.mark.parametrize("operation", ["take", "put"])
+def test_who_waits_over_a_link_that_is_lost(team: list[int], operation: str, side: str) -> None:
+    """Its request fails; so it must not get an item later, which would be lost, nor may its own item come late."""
+    owner, asker = team
+    channel = RemoteChannel(lambda: Channel(1), owner)
+    if operation == "put":
+        channel.put("first")
+
+    def use() -> Any:
+        return channel.take() if operation == "take" else channel.put("late")
+
+    future = remotecall(use, asker)
+    wait_until(lambda: remotecall_fetch(lambda: len(requests()._waiters), owner))
+    remotecall_fetch(cut, owner if side == "owner" else asker, asker if side == "owner" else owner)
+    error = future.exception(WAIT)
+    assert isinstance(error, distpool.RemoteException)
+    assert isinstance(error.captured.ex, distpool.ProcessExitedException)
+    wait_until(lambda: not remotecall_fetch(lambda: len(requests()._waiters), owner))
+    if operation == "take":
+        channel.put("first")
+    assert channel.take(timeout=WAIT) == "first" and not channel.isready()
+
+
 def take_for_long(channel: Any) -> Any:
     return channel.take(timeout=3600)
 

@@ -98,6 +98,7 @@ class Peers:
         self.requests = Requests()
         self.dead: dict[int, Callable[[], BaseException]] = {}  # pid -> makes the error of whoever asks for it
         self.on_lost: list[Callable[[int], object]] = []  # leader: upper layers forget a pid
+        self.on_unlinked: list[Callable[[int], object]] = []  # leader: the link to a worker is lost; it may live
         self.opened = 0  # links between workers that this process has made or taken
         self._node = node
         self._links: dict[int, Link] = {}
@@ -415,6 +416,8 @@ class Peers:
             text = f"its connection to process {self._node.pid} was lost" + (f": {reason}" if reason else "")
             lost = self.dead.get(pid) or (lambda: errors.ProcessExitedException(pid, None, True, "", text))
             self.requests.fail(pid, lost)
+            for callback in self.on_unlinked:
+                callback(pid)
             make = self._doubted.pop(pid, None)
             if make is not None:
                 make()

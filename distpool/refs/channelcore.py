@@ -138,12 +138,12 @@ class ChannelCore:
 
         self._do(end)
 
-    def withdraw(self, waiter: Waiter) -> None:
-        """The waiter has given up: it gets TimeoutError if it was not served before."""
-        self._do(lambda: self._given_up(waiter))
+    def withdraw(self, waiter: Waiter, error: BaseException | None = None) -> None:
+        """The waiter has given up: it gets TimeoutError, or `error`, if it was not served before."""
+        self._do(lambda: self._given_up(waiter, error))
 
-    def _given_up(self, waiter: Waiter) -> list[tuple[Waiter, Outcome]]:
-        return [(self._served(waiter), failed(TimeoutError()))] if waiter.live else []
+    def _given_up(self, waiter: Waiter, error: BaseException | None = None) -> list[tuple[Waiter, Outcome]]:
+        return [(self._served(waiter), failed(error or TimeoutError()))] if waiter.live else []
 
     def restore(self, item: Outcome) -> None:
         """An item that was served to somebody who had given up: it goes back to the head."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from distpool.errors import ChannelClosedError
+from distpool.errors import ChannelClosedError, ProcessExitedException
 from distpool.refs import gc
 from distpool.refs.ahead import is_open, on_revoke, settle_puts
 from distpool.refs.channel import Channel
@@ -47,6 +47,7 @@ class _Requests:
         #: (pid, request) -> who waits, and the timer that ends it; dict operations are atomic.
         self._waiters: dict[tuple[int, int], tuple[Channel, Waiter, Timer | None]] = {}
         node.peers.on_lost.append(self._on_lost)
+        node.peers.on_unlinked.append(self._on_unlinked)
         node.handlers[Kind.CHANNEL] = self._on_channel
         node.handlers[Kind.CANCEL_REQUEST] = self._on_cancel
         node.handlers[Kind.PUTS] = self._on_puts
@@ -57,6 +58,14 @@ class _Requests:
         for key in list(self._waiters):
             if key[0] == pid:
                 self._served(key)
+
+    def _on_unlinked(self, pid: int) -> None:
+        """Leader: what it waited for has failed there with the link; an item for it would be lost, and one of its own
+        come late. Where that was not noticed, the answer says so."""
+        text = f"its connection to process {pid} was lost"
+        for key, (channel, waiter, _) in list(self._waiters.items()):
+            if key[0] == pid:
+                channel.withdraw(waiter, ProcessExitedException(self._node.pid, None, True, "", text))
 
     def _served(self, key: tuple[int, int]) -> tuple[Channel, Waiter] | None:
         """Any thread: nobody waits there any more; who did."""
