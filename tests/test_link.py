@@ -185,6 +185,21 @@ def test_ctrl_c_in_the_main_thread_tears_no_frame(buffers: list[bytes]) -> None:
         assert left.link.bytes_out == right.link.bytes_in
 
 
+def test_no_memory_for_a_frame_ends_that_link_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was taken for a defect of the loop, after which both sides waited for the rest of the frame."""
+    with ends() as (left, right):
+        crashed: list[BaseException] = []
+        right.loop.on_crash = crashed.append
+
+        def no_memory() -> Any:
+            raise MemoryError
+
+        monkeypatch.setattr(right.link, "_read", no_memory)
+        left.link.send(Kind.RESULTS, b"", b"x")
+        assert right.closed.wait(PATIENCE) and left.closed.wait(PATIENCE)
+        assert [type(reason) for reason in right.reasons] == [MemoryError] and not crashed
+
+
 class Raw:
     """An acceptor whose peer is a bare socket."""
 

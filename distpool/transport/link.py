@@ -270,7 +270,8 @@ class Link:
                     return  # of a big frame, more has often come already: that saves turns of the loop
         except BlockingIOError:
             return
-        except (ProtocolError, AuthenticationError, OSError) as error:
+        except (ProtocolError, AuthenticationError, OSError, MemoryError) as error:
+            # (No memory for a frame: what follows on this link cannot be told from it. Others go on.)
             # Kept as the reason: not with its traceback, whose frames are those of the user who leads the loop.
             self.close(error.with_traceback(None))
 
