@@ -119,21 +119,32 @@ class Scheduler:
         self.check_process()
         if self.lock._is_owned():
             return False  # a finalizer in the middle of the dispatch: too late
+        events = self._whole(lambda: self._begin_cancel(call))
         try:
-            events: list[threading.Event] = []
-            while not events:
-                with self.lock:
-                    if call.slot is None:
-                        call.cancelled = True
-                        call.release()
-                        return True
-                events = self._recalls.ask([call])
-                if call.slot is not None:  # else it came back this very moment, for another thread's cancel
-                    break
-            self._look_again()
-            return bool(events and self._recalls.wait([call], events))
+            return events is None or bool(events and self._recalls.wait([call], events))
+        finally:
+            self._whole(lambda: None)
+
+    def _begin_cancel(self, call: Call) -> list[threading.Event] | None:
+        """What tells that the workers have answered; None: it will not run; nothing: it will."""
+        while True:
+            with self.lock:
+                if call.slot is None:
+                    call.cancelled = True
+                    call.release()
+                    return None
+            if (events := self._recalls.ask([call])) or call.slot is not None:  # else another cancel brought it back
+                return events
+
+    def _whole(self, function: Callable[[], Any]) -> Any:
+        """Run `function()`, which takes the lock, and see to what was left to us meanwhile; no Ctrl-C in between."""
+        critical = self.loop.enter_critical()
+        try:
+            return function()
         finally:
             self._look_again()
+            if critical:
+                self.loop.leave_critical()
 
     def _look_again(self) -> None:
         """For whoever has held the lock outside `pump`: a note that was left meanwhile is nobody else's to read."""

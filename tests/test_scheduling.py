@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import threading
 import time
 from collections import Counter
@@ -236,6 +237,25 @@ def test_cancel_that_comes_too_late(office: Office) -> None:
     office.recalled(worker, [], [sequence])
     thread.join(PATIENCE)
     assert answers == [False] and future.result(0) == "v"
+
+
+def test_ctrl_c_does_not_come_in_the_middle_of_a_cancel(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dispatch that found the lock taken is left to the one who has it: calls waited for ever."""
+    worker = office.worker(2)
+    futures = [office.submit(number) for number in range(3)]
+    ask, asked = office.scheduler._recalls.ask, []
+
+    def struck(calls: list[Any]) -> Any:
+        office.scheduler._wanted = True
+        signal.raise_signal(signal.SIGINT)
+        asked.append(ask(calls))
+        return asked[0]
+
+    monkeypatch.setattr(office.scheduler._recalls, "ask", struck)
+    with pytest.raises(KeyboardInterrupt):
+        futures[1].cancel()
+    assert len(asked) == 1 and not office.scheduler._wanted
+    assert len(worker.recalls) == 1
 
 
 def test_cancel_without_an_answer_ends(office: Office) -> None:
