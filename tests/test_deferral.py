@@ -49,6 +49,16 @@ def test_what_comes_inside_is_raised_at_the_end(deferral: Deferral) -> None:
         assert handlers() == before and not deferral.depth
 
 
+def test_what_comes_during_a_handler_in_the_poll_does_not_wait_for_its_end(deferral: Deferral) -> None:
+    signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGINT))
+    deferral.enter()
+    deferral.may_raise = True
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGUSR1)
+    assert not deferral.may_raise, "the poll is over"
+    deferral.leave()
+
+
 def test_handlers_that_do_not_raise_run_once_with_their_frame(deferral: Deferral) -> None:
     seen: list[Any] = []
     signal.signal(signal.SIGUSR1, lambda signum, frame: seen.append((signum, frame.f_code.co_name)))

@@ -41,6 +41,8 @@ class Deferral:
             return
         self.may_raise = False  # what the user's handler calls may be bookkeeping again
         self._run(signum, frame)
+        while self.late:  # came meanwhile; the poll goes on behind this, perhaps for long
+            self.deliver()
         self.may_raise = True
 
     def _run(self, signum: int, frame: Any) -> None:

@@ -301,9 +301,9 @@ class IoLoop:
         if timeout is not None and timeout > _LONGEST:
             timeout = _LONGEST
         if deferral is not None:
-            if deferral.late:
+            while deferral.late:  # also what comes as `deliver` returns
                 deferral.deliver()
-            deferral.may_raise = True
+            deferral.may_raise = True  # nothing is called between the look and this
             ready = poll(timeout)
             deferral.may_raise = False
         else:
