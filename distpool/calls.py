@@ -251,14 +251,15 @@ def _fetch_somewhere(f: Any, where: Any, args: Any, kwargs: Any) -> Any:
         return remotecall_fetch(f, next_worker(), *args, **kwargs)
     pool = _pool(where)
     while True:
-        pid = pool.take()
+        lease, pid = _lease(pool), 0
         try:
+            pid = lease.result()
             return remotecall_fetch(_prepared(pool, f, pid), pid, *args, **kwargs)
         except ProcessExitedException as error:
             if error.maybe_ran or error.worker_id != pid:
                 raise
         finally:
-            pool.put(pid)
+            lease.back()
 
 
 def _remotecall_somewhere(f: Any, where: Any, args: Any, kwargs: Any, do: bool = False) -> Future[Any]:
@@ -271,18 +272,40 @@ def _remotecall_somewhere(f: Any, where: Any, args: Any, kwargs: Any, do: bool =
         return start(f, pid, args, kwargs)
     pool = _pool(where)
     while True:
-        pid = pool.take()
+        lease, pid = _lease(pool), 0
         try:
+            pid = lease.result()
             prepared = _prepared(pool, f, pid)
             future = start(_do, pid, (prepared, args, kwargs), {}) if do else start(prepared, pid, args, kwargs)
         except BaseException as error:
-            pool.put(pid)
+            lease.back()
             if isinstance(error, ProcessExitedException) and error.worker_id == pid:
                 continue  # it had died before; the pool will not give it out again
             raise
         # `prepared` keeps the function on the worker until the call has ended.
-        future.add_done_callback(partial(_give_back, pool, pid, prepared))
+        future.add_done_callback(partial(_give_back, lease, prepared))
         return future
+
+
+class PlainLease:
+    """A worker of a pool with a `take` and `put` of the user's own; see `pools.Lease`."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._pid = pool.take()
+
+    def result(self) -> Any:
+        """The worker."""
+        return self._pid
+
+    def back(self) -> None:
+        """The call is over."""
+        self._pool.put(self._pid)
+
+
+def _lease(pool: Any) -> Any:
+    lease = getattr(pool, "lease", None)
+    return PlainLease(pool) if lease is None else lease()
 
 
 def _pool(where: Any) -> Any:
@@ -291,8 +314,8 @@ def _pool(where: Any) -> Any:
     raise TypeError(f"a call goes to a pid, 'any' or a WorkerPool, not {codec.describe(where)}")
 
 
-def _give_back(pool: Any, pid: int, prepared: Any, done: Future[Any]) -> None:
-    pool.put(pid)
+def _give_back(lease: Any, prepared: Any, done: Future[Any]) -> None:
+    lease.back()
 
 
 def _prepared(pool: Any, f: Any, pid: int) -> Any:

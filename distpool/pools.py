@@ -10,13 +10,14 @@ Everything here runs in callers' threads; the leader feeds the default pool.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from distpool.calls import _node, remotecall_fetch, start
+from distpool.calls import PlainLease, _node, remotecall_fetch, start
 from distpool.errors import RemoteException
 from distpool.members import procs
 from distpool.node import group as groups
@@ -124,16 +125,28 @@ class WorkerPool:
         """
         return f
 
-    def _take_later(self) -> Future[Any]:
-        """As `take`, without waiting: the future of a pid, whose callbacks run on library threads."""
+    def lease(self) -> Any:
+        """As `take`, for one call: the worker goes back by `back()`, or with the object. See `Lease`."""
+        cls = type(self)
+        own = cls.take is not WorkerPool.take or cls.put is not WorkerPool.put
+        return PlainLease(self) if own else Lease(self)
+
+    def _take_later(self, lease: Lease | None = None) -> Future[Any]:
+        """As `take`, without waiting: the future of a pid, whose callbacks run on library threads. `lease` lives until
+        then, and is told."""
         queue = self._queue()
         if queue is None:
-            return self._channel._ask("take")
+            reply = self._channel._ask("take")
+            if lease is not None:
+                reply.add_done_callback(lease.note)
+            return reply
         node = _node()
         taken: Future[Any] = Future()
         taken._call = _Waiting(gc.of(node))
 
         def settle(outcome: Outcome) -> None:
+            if lease is not None:
+                lease.note(taken)
             if taken._settle(outcome):
                 node.deliver(taken._run_callbacks)
 
@@ -198,6 +211,53 @@ class CachingPool(WorkerPool):
 
     def __reduce__(self) -> Any:
         raise TypeError("a CachingPool cannot be sent or pickled; send a WorkerPool of the same workers")
+
+
+class Lease:
+    """A worker that a pool has given out for one call.
+
+    It goes back with this object if nobody gives it back: Ctrl-C may come between any two steps of who calls, and a
+    worker that is never given back is lost to the pool, whose next user would wait for ever. (At worst it is given back
+    twice, the second time while it serves somebody else: then it serves two at a time, once.)
+    """
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self._node = _node()
+        self._taken: Future[Any] | None = None
+        self._over = False
+        self._taken = pool._take_later(self)  # from now on whoever serves it keeps this alive until then
+
+    def note(self, taken: Future[Any]) -> None:
+        """This is served; the call that asked for it may have been interrupted before it knew."""
+        self._taken = taken
+
+    def result(self) -> int:
+        """Wait for the worker. Errors as for `take`."""
+        assert self._taken is not None
+        try:
+            pid: int = self._taken.result()
+        except RemoteException as error:  # of code that is ours: its errors arrive as themselves
+            raise error.captured.ex from None
+        return pid
+
+    def back(self) -> None:
+        """The call is over."""
+        taken = self._taken
+        if taken is not None and taken.done() and taken.exception() is None:
+            self._pool.put(taken.result())
+            self._over = True
+
+    def __del__(self) -> None:
+        taken = self.__dict__.get("_taken")
+        if taken is not None and not self._over:
+            pool, node = self._pool, self._node
+            node.loop.call_soon(lambda: node.deliver(lambda: _give_back(pool, taken)))
+
+
+def _give_back(pool: WorkerPool, taken: Future[Any]) -> None:
+    with contextlib.suppress(Exception):  # there was none, or the pool is gone
+        pool.put(taken.result(0))
 
 
 # -- functions that are kept on workers --------------------------------------------------------------------------

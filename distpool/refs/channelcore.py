@@ -164,9 +164,9 @@ class ChannelCore:
         lock = self._lock
         while self._later and not lock._is_owned():
             if not leads():
-                with lock:  # not `acquire`: an interrupt could come between it and the `try`
-                    due = self._next_due()
-            elif lock.acquire(blocking=False):  # the leader is not interrupted
+                self._do_next()
+                continue
+            if lock.acquire(blocking=False):  # the leader is not interrupted
                 try:
                     due = self._next_due()
                 finally:
@@ -175,6 +175,24 @@ class ChannelCore:
                 nodes.current().loop.call_later(_LOOK, self._catch_up)
                 return
             self._call(due)
+
+    def _do_next(self) -> None:
+        """Not on the leader. No interrupt tears it: an item that was taken from the channel would be nobody's."""
+        node = nodes.existing()
+        guard = node.loop.guard if node is not None else None
+        inside = guard.enter(None) if guard is not None else None
+        try:
+            deferred = node is not None and node.loop.enter_critical()
+            try:
+                with self._lock:
+                    due = self._next_due()
+                self._call(due)
+            finally:
+                if deferred:
+                    node.loop.leave_critical()  # type: ignore[union-attr]
+        finally:
+            if guard is not None and inside is not None:
+                guard.leave(inside)
 
     def _next_due(self) -> list[tuple[Waiter, Outcome]]:
         return self._later.popleft()() if self._later else []

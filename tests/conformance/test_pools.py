@@ -6,6 +6,8 @@ import collections
 import gc
 import os
 import pickle
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -170,6 +172,64 @@ def test_a_function_whose_serialisation_uses_its_pool(team: list[int]) -> None:
     asked.join(20)
     assert found == [team[0]]
     assert UsesItsPool.found == team[1]
+
+
+class Strike:
+    """Ctrl-C before the n-th line of the functions that take a worker, call, and give it back."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.came = False
+
+    def trace(self, frame: Any, event: str, argument: Any) -> Any:
+        file, function = os.path.basename(frame.f_code.co_filename), frame.f_code.co_name
+        ours = file in ("pools.py", "channelcore.py") or function in ("_fetch_somewhere", "_remotecall_somewhere")
+        if not ours or function == "__del__":  # Python ignores what is raised in a finalizer
+            return None
+        if event == "line" and not self.came:
+            self.number -= 1
+            if self.number < 0:
+                self.came = True
+                signal.raise_signal(signal.SIGINT)
+        return self.trace
+
+
+@pytest.mark.parametrize("how", [remotecall_fetch, remotecall, remote_do])
+def test_ctrl_c_between_any_two_steps_loses_no_worker(team: list[int], how: Any) -> None:
+    """Who takes a worker and is interrupted before he can give it back: the pool's next user waited for ever."""
+    pool = WorkerPool(team[:2])
+    number = 0
+    while True:
+        strike = Strike(number)
+        sys.settrace(strike.trace)
+        try:
+            how(myid, pool)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        free = [pool.take(timeout=20) for _ in range(2)]
+        assert sorted(free) == sorted(team[:2]), f"interrupted at line {number}"
+        for pid in free:
+            pool.put(pid)
+        if not strike.came:
+            break
+        number += 1
+    assert number > 20
+
+
+class OwnPool(WorkerPool):
+    """Gives out what its class wants."""
+
+    def take(self, *, timeout: float | None = None) -> int:
+        self.taken = super().take(timeout=timeout)
+        return self.taken
+
+
+def test_a_pool_with_a_take_of_its_own_is_asked(team: list[int]) -> None:
+    pool = OwnPool(team[:2])
+    assert remotecall_fetch(myid, pool) == pool.taken
+    assert remotecall(myid, pool).fetch() == pool.taken
 
 
 def test_C151_wait(team: list[int]) -> None:
