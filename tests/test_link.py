@@ -185,6 +185,22 @@ def test_ctrl_c_in_the_main_thread_tears_no_frame(buffers: list[bytes]) -> None:
         assert left.link.bytes_out == right.link.bytes_in
 
 
+@pytest.mark.skipif(not hasattr(socket, "MSG_NOSIGNAL"), reason="this system has no such flag")
+@pytest.mark.parametrize("buffers", [[], [b"more", b"parts"]])
+def test_a_peer_that_is_gone_raises_no_sigpipe(buffers: list[bytes]) -> None:
+    """It ends programs that have set it to SIG_DFL, as those do whose output may go to `head`."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGPIPE, lambda signum, frame: told.append(signum))
+    try:
+        with ends(start=False) as (left, right):
+            right.link._sock.close()
+            for _ in range(2):
+                left.link.send(Kind.CALLS, b"", b"body", buffers)
+            assert not told
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+
+
 def test_no_memory_for_a_frame_ends_that_link_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was taken for a defect of the loop, after which both sides waited for the rest of the frame."""
     with ends() as (left, right):

@@ -32,6 +32,8 @@ from distpool.managers.zygotes import ZygoteProcess
 FRAME = struct.Struct("!I")
 """As in distpool.zygote, which is in a higher layer."""
 
+_QUIET = getattr(socket, "MSG_NOSIGNAL", 0)  # as in `transport.link`
+
 CLOSE_SECONDS = 5.0
 """What a zygote may take to end its workers; then it is killed."""
 
@@ -146,7 +148,7 @@ class ForkServer:
         with self._lock:
             try:
                 while self._outbox and not self._ended:
-                    sent = self._control.send(self._outbox)
+                    sent = self._control.send(self._outbox, _QUIET)
                     del self._outbox[:sent]
             except BlockingIOError:
                 return False

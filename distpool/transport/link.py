@@ -32,6 +32,8 @@ _SPARE_SECONDS = 1.0  # memory for big frames is kept for so long without any
 _SPARE_BYTES = 1 << 20
 _ROUNDS = 32  # reads of a big frame before other links have their turn
 _GATHER = 64  # buffers per sendmsg; Linux allows 1024
+#: Programs that end quietly when their output is a pipe that nobody reads let SIGPIPE end them: not for one of ours.
+_QUIET = getattr(socket, "MSG_NOSIGNAL", 0)
 
 
 class Link:
@@ -53,7 +55,8 @@ class Link:
         self.bytes_in = 0
         self.bytes_out = 0
         self.handshake = handshake
-        self._sock = stream
+        self._sock: Any = stream
+        self._plain = type(stream) is socket.socket
         self._on_ready = on_ready
         self._on_frame = on_frame
         self._on_closed = on_closed
@@ -155,7 +158,7 @@ class Link:
             return
         data = parts[0]
         try:
-            sent = self._sock.send(data)
+            sent = self._sock.send(data, _QUIET) if self._plain else self._sock.send(data)
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError:
@@ -169,10 +172,12 @@ class Link:
         outbox = self._outbox
         while outbox:
             try:
+                flags = (_QUIET,) if self._plain else ()
                 if len(outbox) > 1 and hasattr(self._sock, "sendmsg"):
-                    sent = self._sock.sendmsg([outbox[i] for i in range(min(len(outbox), _GATHER))])
+                    parts = [outbox[i] for i in range(min(len(outbox), _GATHER))]
+                    sent = self._sock.sendmsg(parts, (), *flags) if flags else self._sock.sendmsg(parts)
                 else:
-                    sent = self._sock.send(outbox[0])
+                    sent = self._sock.send(outbox[0], *flags)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
