@@ -110,9 +110,13 @@ def astray_manager() -> Any:
         program = __file__
         first = ""
 
+        def launch(self, params: Any) -> Iterator[Any]:
+            for config in super().launch(params):
+                self.first = self.first or config.userdata  # not in `connect`: which of those comes first is chance
+                yield config
+
         def connect(self, pid: int, config: Any) -> Any:
             if config.connect_at is None:  # on the master
-                self.first = self.first or config.userdata
                 sock = super().connect(pid, config)
                 config.connect_at = "astray", self.first
                 return sock
