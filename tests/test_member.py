@@ -316,6 +316,18 @@ def test_a_worker_without_its_connection_is_killed(world: World, process: FakePr
     assert world.member.why() == "its connection was lost"
 
 
+def test_a_dead_worker_whose_exit_status_nobody_tells_is_gone_all_the_same(world: World, process: FakeProcess) -> None:
+    """Its zygote is stopped, say: calls that it took along waited for ever, and so did the end of the program."""
+    world.up().close(None)
+    world.loop.ring(module._EXIT_GRACE)
+    assert world.member.state is State.READY, "it has just been killed"
+    world.loop.ring(module._STATUS_GRACE)
+    assert world.member.state is State.GONE and world.member.exitcode is None
+    assert world.member.why() == "its connection was lost"
+    process.exit(-9)
+    assert world.events[-1] == ("gone", None)
+
+
 def test_what_is_not_the_worker_is_neither_killed_nor_waited_for() -> None:
     """`srun`, `ssh`, a queue's client: it may serve others."""
     process = FakeProcess(is_worker=False)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from distpool.node.group import Group
 
 _EXIT_GRACE = 1.0  # seconds to wait for the exit status once the link is gone, before the process is killed
+_STATUS_GRACE = 5.0  # ... and after that, before it counts as gone without one
 _OUTPUT_GRACE = 0.25  # seconds to wait for the end of the output once the process is gone
 _REST_GRACE = 5.0  # seconds that the last bytes of another host's worker may be on their way
 _TERM_GRACE = 1.0  # seconds between SIGTERM and SIGKILL
@@ -388,8 +389,15 @@ class Member:
         self._ended_by_us = not self._registered
         if self.is_worker or not self._registered:
             self.kill("its connection was lost" if self._registered else "")
-        if not self.is_worker:
-            self._exited = True  # whatever that process is, we do not wait for it
+        if self.is_worker:
+            self.group.node.loop.call_later(_STATUS_GRACE, self._no_news)
+        else:
+            self._no_news()  # whatever that process is, we do not wait for it
+
+    def _no_news(self) -> None:
+        """It has been killed. Who would tell its exit status (a zygote that is stopped, say) does not."""
+        if not self._exited:
+            self._exited = True
             self._check_gone()
 
     def _on_output_end(self) -> None:
