@@ -137,6 +137,28 @@ def test_the_receiver_is_counted_before_the_message_goes(cluster: Cluster) -> No
     assert cluster.table(1)[RRID(1, mine.id)] == {1} and cluster.table(2)[RRID(1, theirs.id)] == {1}
 
 
+def test_an_interrupt_behind_the_message_leaves_no_signal_deferred(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+
+    class Guard:
+        def enter(self, wake: object) -> str:
+            return "a call of the user's"
+
+        def leave(self, inside: object) -> None:
+            steps.append("interrupted")
+            raise KeyboardInterrupt
+
+    one = cluster.processes[1]
+    monkeypatch.setattr(one.loop, "guard", Guard(), raising=False)
+    monkeypatch.setattr(one.loop, "enter_critical", lambda: steps.append("deferred") or True, raising=False)
+    monkeypatch.setattr(one.loop, "leave_critical", lambda: steps.append("not any more"), raising=False)
+    with pytest.raises(KeyboardInterrupt), one.refs.lending([], 2):
+        steps.append("message")
+    assert steps == ["deferred", "message", "not any more", "interrupted"]
+
+
 def test_what_took_its_value_along_is_not_lent(cluster: Cluster) -> None:
     future = new_future(2)
     future.put(1)

@@ -259,16 +259,19 @@ class Refs:
         """As `lend`; the message goes out inside. An interrupt comes before both or behind them: counted for a message
         that never came, they would be held for ever."""
         loop = self.node.loop
-        deferred = loop.enter_critical()
-        inside = loop.guard.enter(None) if loop.guard is not None else None
+        guard = loop.guard
+        inside = guard.enter(None) if guard is not None else None
         try:
-            self.lend(references, peer)
-            yield
+            deferred = loop.enter_critical()
+            try:
+                self.lend(references, peer)
+                yield
+            finally:
+                if deferred:
+                    loop.leave_critical()
         finally:
-            if loop.guard is not None and inside is not None:
-                loop.guard.leave(inside)
-            if deferred:
-                loop.leave_critical()
+            if guard is not None and inside is not None:
+                guard.leave(inside)
 
     def entrust(self, references: Iterable[Any]) -> list[tuple[int, int, int]]:
         """Worker: these go to the master in a result. Returns those that third processes own: `(owner, *identity)`.
