@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import time
 from collections.abc import Iterator
@@ -145,7 +146,9 @@ def test_executor_calls_too(pids: list[int], tmp_path: Path) -> None:
         executor.submit(abs, 1)
         wait_until(mark.exists)
         interrupt(executor.workers)
-        assert isinstance(future.exception(10), KeyboardInterrupt)
+        ended = concurrent.futures.wait([future], 10).done
+        assert ended, distpool.dump_stacks(executor.workers)  # seen to fail once, in a busy hour: where is it, then?
+        assert isinstance(future.exception(0), KeyboardInterrupt)
         assert executor.submit(abs, -2).result(10) == 2
 
 
