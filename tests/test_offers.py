@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from wires import PATIENCE, Bench, bench, until
 
-from distpool.node import offers
+from distpool.node import offers, tasks
 from distpool.wire import codec, messages
 from distpool.wire.frames import Kind
 
@@ -92,6 +92,45 @@ def test_a_remote_call_does_not_wait_for_code_of_the_user(
     assert entered.wait(PATIENCE)
     offer(runner, lambda call: names(call, found))
     assert found.get(timeout=PATIENCE) != runner.thread.name
+
+
+def thread_name() -> str:
+    return threading.current_thread().name
+
+
+def test_what_an_executor_sends_waits_for_the_thread_that_answers(
+    runner: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came just before the main thread was back: a helper ran it, beside the next one, and no interrupt ended it."""
+    monkeypatch.setattr(tasks, "_ANSWER", PATIENCE)
+    found: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def answer(call: Any) -> None:
+        call(int, (), {})
+        found.put(runner.send(runner.one(thread_name), runner.one(thread_name)))
+        until(lambda: len(runner.runner._inbox) == 2, "both wait for this thread")
+
+    for _ in range(20):
+        offer(runner, answer)
+        first = found.get(timeout=PATIENCE)
+        assert runner.collect(2) == {first: runner.thread.name, first + 1: runner.thread.name}
+
+
+def test_what_an_executor_sends_does_not_wait_for_an_answer_that_takes_its_time(runner: Bench) -> None:
+    found: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def answer(call: Any) -> None:
+        call(int, (), {})
+        found.put(runner.send(runner.one(abs, -1), runner.one(abs, -2)))
+        assert gate.wait(PATIENCE)
+
+    offer(runner, answer)
+    first = found.get(timeout=PATIENCE)
+    assert runner.collect(2) == {first: 1, first + 1: 2}
+    assert not gate.is_set()
+    gate.set()
+    until(lambda: runner.runner.idle, "it has nothing to do")
+    assert (runner.runner._blocked, runner.runner._answering) == (0, False)
 
 
 def test_what_an_executor_sends_is_run_meanwhile(runner: Bench) -> None:

@@ -108,17 +108,25 @@ class Offers:
                 return  # taken back this very moment
             offer = self._promised.popleft()
             runner.engaged = True
-        with runner.helped():
+        with runner.helped() as only_answers:
             try:
-                offer.run(self._call, runner.interrupts.forget)
+                offer.run(partial(self._call, only_answers), runner.interrupts.forget)
             finally:
                 runner.engaged = False
 
-    def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], coming: Coming) -> Any:
+    def _call(
+        self,
+        only_answers: Callable[[], None],
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        coming: Coming,
+    ) -> Any:
         try:
             return self._runner.interrupts.call(function, args, kwargs, coming)
-        finally:
-            self._runner.engaged = False  # before the answer is out, to which the next call may be the reply
+        finally:  # before the answer is out, to which the next call may be the reply
+            only_answers()
+            self._runner.engaged = False
 
 
 __all__ = ["Offers"]

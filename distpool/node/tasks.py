@@ -43,6 +43,7 @@ from distpool.wire.functions import decode_function
 from distpool.wire.messages import CHUNK, CHUNK_OF_SCALARS, ERROR, ONE, ONE_FRESH, UNLOADABLE
 
 CALLERS.add(run_span.__code__)
+_ANSWER = 0.05  # seconds that the main thread may take to answer a remote call before others run what has come
 
 
 class _Received:
@@ -90,6 +91,7 @@ class TaskRunner:
         self.drop_buffers: Callable[[int], object] = lambda number: None
         self.started = 0  # highest sequence number started
         self._blocked = 0  # tasks that wait for other calls; protected by `lock`
+        self._answering = False  # all that the main thread still does for a remote call is to answer it; `lock`
         self._waits: dict[int, int] = {}  # thread id -> its waits that have given its slot away; each its own thread's
         self.helpers = 0  # helper threads that consume the inbox; protected by `lock`
         self._initializer: _Received | None = None
@@ -115,6 +117,8 @@ class TaskRunner:
             self.helpers += max(0, helpers)
         for _ in range(helpers):
             self.spawn(self._help)
+        if self._answering:
+            self.link.loop.call_later(_ANSWER, self._still_answering)
 
     def on_function(self, frame: Frame) -> None:
         message = messages.Function.unpack(frame.control)
@@ -207,7 +211,7 @@ class TaskRunner:
                 importlib.import_module(config.PRELOAD[self._loaded - 1])
 
     def _sleep(self) -> None:
-        """The main thread waits without leading. Who brings work looks at `_sleeping` after putting the work down."""
+        """Wait without leading. Who brings work looks at `_sleeping` after putting the work down."""
         self._work.clear()
         self._sleeping = True
         try:
@@ -226,9 +230,8 @@ class TaskRunner:
         return self._runnable() or bool(self.offers) or self._may_leave() or self._initializer is not None
 
     def _runnable(self) -> bool:
-        """Whether a call waits that may run. Those that the master has given to others are held until its RECALL has
-        come, which takes them away: it may have looked while the first was marked as started, and then counts on an
-        answer for that one."""
+        """Whether a call waits that may run. Those that were given to others are held until RECALL takes them away: the
+        master may have looked while the first was marked as started, and then counts on an answer for that one."""
         inbox = self._inbox
         try:
             return bool(inbox) and not self.journal.revoked(inbox[0].sequence)
@@ -285,19 +288,43 @@ class TaskRunner:
         return not self._inbox and self._free()
 
     @contextlib.contextmanager
-    def helped(self) -> Iterator[None]:
-        """While the main thread runs what may take for ever, helpers run what lies in the inbox."""
+    def helped(self) -> Iterator[Callable[[], None]]:
+        """While the main thread runs what may take for ever, helpers run what lies in the inbox. Gives what is to be
+        called when only the answer is left: then it is mostly back at once, and helpers wait a moment. (Tried: without.
+        What came behind the answer ran on one, where nothing ends `time.sleep`, beside the next on the main thread.)"""
         with self.lock:
-            self._blocked += 1
-            more = bool(self._inbox) and self.helpers < self._blocked
-            self.helpers += more
+            more = self._one_more_blocked()
         if more:  # came together with it
             self.spawn(self._help)
         try:
-            yield
+            yield self._only_answers
         finally:
             with self.lock:
-                self._blocked -= 1
+                self._blocked -= not self._answering
+                self._answering = False
+
+    def _only_answers(self) -> None:
+        with self.lock:
+            self._blocked, self._answering = self._blocked - 1, True
+        if self._inbox:  # else who puts something there sees to it
+            self.link.loop.call_later(_ANSWER, self._still_answering)
+
+    def _still_answering(self) -> None:
+        """Leader: calls have come while a remote call was being answered, a moment ago."""
+        with self.lock:
+            if not (self._answering and self._inbox):
+                return
+            self._answering = False
+            more = self._one_more_blocked()
+        if more:
+            self.spawn(self._help)
+
+    def _one_more_blocked(self) -> bool:
+        """Whether a helper has to be started now; `lock` is held."""
+        self._blocked += 1
+        more = bool(self._inbox) and self.helpers < self._blocked
+        self.helpers += more
+        return more
 
     def _strike_again(self, seconds: float) -> None:
         """Any thread, also in a signal handler. Nobody says when an import is through: one has to look."""
@@ -365,9 +392,7 @@ class TaskRunner:
             rest = item.rest() if item is not None else None
             if rest is not None:  # the task may wait for what stands behind it
                 self._inbox.appendleft(rest)
-            self._blocked += 1
-            more = bool(self._inbox) and self.helpers < self._blocked
-            self.helpers += more
+            more = self._one_more_blocked()
         self.flush()
         self.link.send(Kind.BLOCKED, messages.Blocked(1).pack())
         if more:
@@ -418,12 +443,10 @@ class TaskRunner:
         if known.apart:
             known.buffers, known.apart = self.wait_for_buffers(item.number), False
         if item.flags == ONE_FRESH:
-            function = decode_function(known.data, known.buffers)
-        elif known.function is None:
-            function = known.function = decode_function(known.data, known.buffers)
-        else:
-            function = known.function
-        return function
+            return decode_function(known.data, known.buffers)
+        if known.function is None:
+            known.function = decode_function(known.data, known.buffers)
+        return known.function
 
     def _run_one(self, item: Item, function: Callable[..., Any]) -> None:
         args, kwargs = codec.decode_args(item.payload, item.buffers)
