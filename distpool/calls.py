@@ -302,6 +302,8 @@ class PlainLease:
         """The call is over."""
         self._pool.put(self._pid)
 
+    later = back
+
 
 def _lease(pool: Any) -> Any:
     lease = getattr(pool, "lease", None)
@@ -315,7 +317,11 @@ def _pool(where: Any) -> Any:
 
 
 def _give_back(lease: Any, prepared: Any, done: Future[Any]) -> None:
-    lease.back()
+    try:
+        lease.back()
+    except BaseException:  # Ctrl-C: it is logged, as errors of callbacks are, and the log may keep all that it held
+        lease.later()
+        raise
 
 
 def _prepared(pool: Any, f: Any, pid: int) -> Any:

@@ -248,11 +248,15 @@ class Lease:
             self._pool.put(taken.result())
             self._over = True
 
-    def __del__(self) -> None:
+    def later(self) -> None:
+        """Give it back on a library thread: whoever was about to was interrupted."""
         taken = self.__dict__.get("_taken")
         if taken is not None and not self._over:
+            self._over = True
             pool, node = self._pool, self._node
             node.loop.call_soon(lambda: node.deliver(lambda: _give_back(pool, taken)))
+
+    __del__ = later
 
 
 def _give_back(pool: WorkerPool, taken: Future[Any]) -> None:

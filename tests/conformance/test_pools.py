@@ -184,8 +184,7 @@ class Strike:
     def trace(self, frame: Any, event: str, argument: Any) -> Any:
         file, function = os.path.basename(frame.f_code.co_filename), frame.f_code.co_name
         ours = file in ("pools.py", "channelcore.py") or function in ("_fetch_somewhere", "_remotecall_somewhere")
-        # Not in a finalizer, where Python ignores it, nor in a callback: its error is logged, and the log keeps all.
-        if not ours or "__del__" in (function, caller := frame.f_back.f_code.co_name) or caller == "_give_back":
+        if not ours or function in ("__del__", "later"):  # Python ignores what is raised in a finalizer
             return None
         if event == "line" and not self.came:
             self.number -= 1
