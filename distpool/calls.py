@@ -302,7 +302,7 @@ class PlainLease:
         """The call is over."""
         self._pool.put(self._pid)
 
-    later = back
+    later = back  # Ctrl-C has come in it: once more
 
 
 def _lease(pool: Any) -> Any:

@@ -7,6 +7,7 @@ A blocked request blocks nobody, so no call waits for another one. But the main 
 an interrupt ends what waits in C (`time.sleep`). It may be still on its way back from the call before; who calls again
 at once would mostly be given another thread. So a call is promised to it as soon as no code of the user's runs there.
 What it does on its way should take no time, but may (an answer that nobody reads): a promise holds for `_PATIENCE`.
+Calls of executors that come then wait for it likewise (`TaskRunner.helped`).
 """
 
 from __future__ import annotations
