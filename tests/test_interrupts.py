@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import itertools
 import queue
 import signal
 import sys
@@ -309,6 +311,55 @@ def test_a_signal_in_the_import_system_is_missed(interrupts: Interrupts) -> None
 
     with pytest.raises(KeyboardInterrupt):
         interrupts.call(call, (), {})
+
+
+def test_a_storm_leaves_no_module_locked(
+    interrupts: Interrupts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several threads import the same modules again and again, and are struck at any moment. (Where the look at a
+    thread and the strike were two steps, each tenth run left a module, or the import system, locked.)"""
+    names = [f"struck_{number}" for number in range(8)]
+    for name, following in itertools.pairwise((*names, "struck_last")):
+        (tmp_path / f"{name}.py").write_text(f"import {following}\nfor _ in range(50):\n    pass\n")
+    (tmp_path / "struck_last.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    struck: list[None] = []
+    over = threading.Event()
+
+    def import_all() -> None:
+        for name in (*names, "struck_last"):
+            sys.modules.pop(name, None)
+        importlib.import_module(names[0])
+
+    def work() -> None:
+        while not over.is_set():
+            try:
+                interrupts.call(import_all, (), {})
+            except KeyboardInterrupt:
+                struck.append(None)
+            except (
+                AttributeError,
+                ImportError,
+                KeyError,
+            ):  # another thread has just removed what this one has imported
+                pass
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    results = [on_thread(work) for _ in range(4)]
+    try:
+        end = time.monotonic() + 20
+        while len(struck) < 1000 and time.monotonic() < end:
+            interrupts.strike()
+    finally:
+        over.set()
+        sys.setswitchinterval(interval)
+    for result in results:
+        assert result() is None
+    assert on_thread(import_all)() is None
+    for name in (*names, "struck_last"):
+        sys.modules.pop(name, None)
+    assert len(struck) >= 1000
 
 
 def test_a_thread_that_starts_another_one_is_struck_when_that_runs(interrupts: Interrupts) -> None:

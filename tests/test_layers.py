@@ -36,6 +36,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *(
             "node.requests",
             "node.interrupts",
+            "node.striking",
             "node.tasks",
             "node.spans",
             "node.givingback",
@@ -135,6 +136,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("transport.views", "transport.memfile"),
         ("transport.journal", "transport.memfile"),
         ("node.observe", "node.node"),
+        ("node.observe", "node.striking"),
         ("node.observe", "node.tasks"),
         ("node.output", "node.threads"),
         ("node.peers", "node.requests"),
@@ -143,6 +145,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("node.reach", "node.member"),
         ("node.reach", "node.node"),
         ("node.tasks", "node.interrupts"),
+        ("node.interrupts", "node.striking"),
         *(("node.tasks", "node.givingback"), ("node.givingback", "node.spans")),
         ("node.tasks", "node.offers"),
         ("node.tasks", "node.results"),

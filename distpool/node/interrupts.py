@@ -5,12 +5,10 @@
                        user code on another thread   -> raised at its next bytecode
                        inside the library            -> noted, a wait is woken; raised on the way back to user code
                        a call that has come          -> marked (`Coming`, `_begins`); raised where its code would begin
-                       importing, starting a thread  -> once more a moment later (`_Missed`), until it is through
+                       importing, starting a thread  -> once more a moment later (`_missed`), until it is through
                        in a finalizer                -> Python ignores it (`on_unraisable`): once more a moment later
 
-An exception that comes out of nowhere in the middle of importlib leaves a module locked: whoever imports it later waits
-for ever. (The code of a module may be struck; importlib is prepared for that.) And until a new thread runs, CPython
-3.11 knows it under the number of the thread that made it: it would be struck, and what it was made for never done.
+Where a thread must not be struck, and how it is struck elsewhere, is in `striking`.
 
 Inside the library nothing may be struck at any bytecode: a thread that waits leads the I/O loop, and one that sends has
 put bytes on a socket that it must count. So whatever of the library a call of the user's enters and may block or send
@@ -23,28 +21,33 @@ one that led the loop had it raised in the middle of a frame's handler.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any
+
+from distpool.node.striking import imports, raise_in
 
 _LOOK = 0.005  # seconds until a call that could not be struck is looked at again
 _LAST_LOOK = 0.05  # ... at most: a call in C that holds the GIL hears nothing, however often it is told
+_SIGINT = int(signal.SIGINT)  # of the enum, `pthread_kill` would have to make a number first
 CALLERS: set[CodeType] = set()
-"""What calls the user's code: the frame above one of these is a call's first."""
+"""What calls the user's code on the main thread: the frame above one of these is a call's first."""
 
 
 class Inside:
     """A thread that has come from the user's code into the library: `struck` when it was interrupted there."""
 
-    __slots__ = ("_wake", "struck", "thread")
+    __slots__ = ("_wake", "call", "struck", "thread")
 
-    def __init__(self, thread: int, wake: Callable[[], object] | None) -> None:
+    def __init__(self, thread: int, wake: Callable[[], object] | None, call: object = None) -> None:
         self.thread = thread
         self.struck = False
+        self.call = call  # which one, if it does not run on the main thread
         self._wake = wake
 
     def strike(self) -> None:
@@ -63,13 +66,6 @@ class Coming:
         self.struck = False
 
 
-class _Missed(NamedTuple):
-    """A call that was not to be struck at the moment when it should have been."""
-
-    thread: int
-    call: FrameType
-
-
 class Interrupts:
     """Which threads of this process run user code, and which of those are inside the library at the moment.
 
@@ -79,17 +75,22 @@ class Interrupts:
 
     def __init__(self, again: Callable[[float], object] = lambda seconds: None) -> None:
         self.again = again
-        self._missed: list[_Missed] = []  # appended to and emptied as a whole, by any thread (atomic)
+        #: Calls that were not to be struck at the moment when they should have been: thread -> call. Of the main thread
+        #: the call's first frame, known only to itself. Set by any thread, emptied by the leader; single operations.
+        self._missed: dict[int, object] = {}
         self._looking = False  # `again` has been called, and `strike_missed` not yet
         self._resend = _LOOK  # seconds from the next signal to the one after it; leader
         self._unheard = False  # SIGINT was sent to the main thread, and the handler has not run yet
+        self._meant: object = None  # ... and this call was meant, or whichever runs
+        self._hearing = False  # the handler runs
+        self._heard_more = False  # ... and has to look once more; both its own
         self.on_main = False  # calls run on the main thread, and its SIGINT handler is `on_signal`
         self.main = False  # user code runs on the main thread: SIGINT may raise there
         self._begins = False  # the main thread has taken on a call, whose code does not run yet
         self._late = False  # SIGINT came then
         self.finish: Callable[[], object] | None = None  # what each call ends with, as if it were its last line
         self._main_thread = threading.main_thread().ident or 0
-        self._beside: set[int] = set()  # other threads that run user code; _lock
+        self._beside: dict[int, object] = {}  # other threads that run user code -> which call; _lock
         self._coming: set[Coming] = set()  # _lock
         self._inside: dict[int, Inside] = {}  # _lock; the main thread's own entry is its own (atomic)
         #: Protects _beside and _coming: nobody is struck behind the user's code. Reentrant: the collector may run a
@@ -159,7 +160,7 @@ class Interrupts:
         thread = threading.get_ident()
         try:
             with self._lock:
-                self._beside.add(thread)
+                self._beside[thread] = object()
                 if coming is not None:
                     self._coming.discard(coming)
             if coming is not None and coming.struck:
@@ -192,7 +193,7 @@ class Interrupts:
         while True:
             try:
                 with self._lock:
-                    self._beside.discard(thread)
+                    self._beside.pop(thread, None)
                     self._inside.pop(thread, None)
                 for _ in range(2):  # what was raised in this thread before comes out at a backward jump, so here
                     pass
@@ -216,17 +217,18 @@ class Interrupts:
             inside = self._inside[thread] = Inside(thread, wake)
             self.main = False
             return inside
-        if thread not in self._beside:
+        call = self._beside.get(thread)
+        if call is None:
             return None
-        inside = Inside(thread, wake)
+        inside = Inside(thread, wake, call)
         try:
             with self._lock:
-                self._beside.discard(thread)
+                self._beside.pop(thread, None)
                 self._inside[thread] = inside
             for _ in range(2):  # what was raised in this thread before that comes out at a backward jump, so here
                 pass
         except BaseException:
-            self._expose(thread)
+            self._expose(inside)
             raise
         return inside
 
@@ -241,14 +243,14 @@ class Interrupts:
                 self.main = False
                 raise KeyboardInterrupt
             return
-        self._expose(thread)
+        self._expose(inside)
         if inside.struck:
             raise KeyboardInterrupt
 
-    def _expose(self, thread: int) -> None:
+    def _expose(self, inside: Inside) -> None:
         with self._lock:
-            self._inside.pop(thread, None)
-            self._beside.add(thread)
+            self._inside.pop(inside.thread, None)
+            self._beside[inside.thread] = inside.call
 
     def shielded(self, function: Callable[[], object]) -> None:
         """Run `function()`, bookkeeping that must be whole: KeyboardInterrupt, if there is one, comes after it."""
@@ -271,40 +273,55 @@ class Interrupts:
 
     def strike(self) -> None:
         """Leader: KeyboardInterrupt in every call that runs here or is expected to."""
-        self._strike(None)
-
-    def strike_missed(self) -> None:
-        """Leader: the same in those calls that could not be struck at the last look, if they still run."""
-        self._looking = False
-        self._signal(self._resend)
-        missed, self._missed = self._missed, []
-        frames = sys._current_frames()
-        self._strike({each.thread for each in missed if _first_of(frames.get(each.thread)) is each.call})
-
-    def _strike(self, only: set[int] | None) -> None:
-        """All at once, under the lock: where one call waits for another one here, the other's end may not be the
-        first thing that it hears of."""
+        self._load()
         with self._lock:
-            for coming in self._coming if only is None else ():
+            for coming in self._coming:
                 coming.struck = True
-            for thread in self._beside:
-                if only is None or thread in only:
-                    frame = sys._current_frames().get(thread)
-                    if not self._misses(thread, frame, _imports(frame) or _starts_thread(frame)):
-                        _raise_in(thread, KeyboardInterrupt)
-                    del frame
-            inside = [entry for thread, entry in list(self._inside.items()) if only is None or thread in only]
-            for entry in inside:
-                entry.struck = True  # under the lock: who leaves after this has to see it
-            if self.on_main and (only is None or self._main_thread in only):
-                # Wherever it seems to be: between two looks of ours it may enter or leave the library. It knows itself.
-                self._unheard = True
+            inside = list(self._inside.values())
+            self._strike(list(self._beside), inside)
+            if self.on_main:
+                self._meant, self._unheard = None, True
                 self._signal(_LOOK)
         for entry in inside:
             entry.strike()
 
+    def strike_missed(self) -> None:
+        """Leader: the same in those calls that could not be struck at the last look, if they still run."""
+        self._looking = False
+        missed: dict[int, object] = {}
+        while self._missed:
+            thread, call = self._missed.popitem()
+            missed[thread] = call
+        self._load()
+        with self._lock:
+            beside = [thread for thread, call in missed.items() if self._beside.get(thread) is call]
+            there = list(self._inside.values())
+            inside = [entry for entry in there if entry.call and entry.call is missed.get(entry.thread)]
+            self._strike(beside, inside)
+            if self._unheard:
+                self._signal(self._resend)
+            elif self._main_thread in missed:
+                self._meant, self._unheard = missed[self._main_thread], True
+                self._signal(_LOOK)
+        for entry in inside:
+            entry.strike()
+
+    def _load(self) -> None:
+        """What `raise_in` needs is imported without our lock: it may have to wait for another thread that does so."""
+        if self._beside:
+            importlib.import_module("ctypes")
+
+    def _strike(self, beside: list[int], inside: list[Inside]) -> None:
+        """All at once, under the lock: where one call waits for another one here, the other's end may not be the
+        first thing that it hears of."""
+        for thread in beside:
+            if not raise_in(thread):
+                self._miss(thread, self._beside[thread])
+        for entry in inside:
+            entry.struck = True  # under the lock: who leaves after this has to see it
+
     def _signal(self, wait: float) -> None:
-        """Leader: SIGINT to the main thread, and again until it has heard it.
+        """Leader: SIGINT to the main thread, wherever it seems to be (it knows itself), and again until it has heard.
 
         Python notes a signal and looks at its notes between bytecodes, and when a system call was interrupted. One that
         comes in the middle of a C function that is about to make its system call (`time.sleep` has let go of the GIL,
@@ -312,21 +329,38 @@ class Interrupts:
         however many signals: the handler has not run when this sends another, and nothing runs between the look at
         `_unheard` and the sending.
         """
-        if not self._unheard:
-            return
-        if hasattr(signal, "pthread_kill"):  # to the main thread itself, so that its system call ends
-            signal.pthread_kill(self._main_thread, signal.SIGINT)
-        else:
-            signal.raise_signal(signal.SIGINT)
+        send, thread = getattr(signal, "pthread_kill", _raise_signal), self._main_thread
+        if self._unheard:
+            send(thread, _SIGINT)
         self._resend = min(2 * wait, _LAST_LOOK)
         if self._unheard:
             self._look_again(wait)
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
-        """SIGINT, on the main thread."""
+        """SIGINT, on the main thread. One that comes meanwhile is heard here, too: raised from in here, it would strike
+        importlib in the middle just when this has seen that it must not."""
         self._unheard = False
+        if self._hearing:
+            self._heard_more = True
+            return
+        self._hearing = True
+        try:
+            while True:
+                self._heard_more = False
+                self._hear(frame)
+                if not self._heard_more:
+                    break
+        finally:
+            self._hearing = False
+
+    def _hear(self, frame: FrameType | None) -> None:
+        meant, self._meant = self._meant, None
+        if meant is not None and _first_of(frame) is not meant:
+            return  # it is over
         if self.main:
-            if self._misses(self._main_thread, frame, _imports(frame)):
+            call = _first_of(frame) if imports(frame) else None
+            if call is not None:
+                self._miss(self._main_thread, call)
                 return
             self.main = False
             raise KeyboardInterrupt
@@ -348,15 +382,26 @@ class Interrupts:
 
     def on_unraisable(self, kind: type[BaseException]) -> bool:
         """An exception came in a finalizer, on this thread; whether it was the interrupt of a call, which goes on."""
-        call = _first_of(sys._getframe()) if issubclass(kind, KeyboardInterrupt) else None
-        if call is None:
+        if not issubclass(kind, KeyboardInterrupt):
             return False
         thread = threading.get_ident()
-        if thread == self._main_thread:
+        on_main = thread == self._main_thread
+        call: object = None
+        if on_main:
+            call = _first_of(sys._getframe())
+        elif (call := self._beside.get(thread)) is None and (inside := self._inside.get(thread)) is not None:
+            call = inside.call
+        if call is None:
+            return False
+        if on_main:
             self.main = True  # it may be struck again
-        self._missed.append(_Missed(thread, call))
-        self._look_again(_LOOK)
+        self._miss(thread, call)
         return True
+
+    def _miss(self, thread: int, call: object) -> None:
+        """Any thread: that call could not be struck now. It will be a moment later."""
+        self._missed[thread] = call
+        self._look_again(_LOOK)
 
     def _look_again(self, seconds: float) -> None:
         """Any thread. One look is for all: who comes here before it has begun need not ask for another."""
@@ -364,17 +409,8 @@ class Interrupts:
             self._looking = True
             self.again(seconds)
 
-    def _misses(self, thread: int, frame: FrameType | None, delicate: bool) -> bool:
-        """Whether that thread, which is at `frame`, is not struck now because that is `delicate`, but a moment later.
 
-        A thread that is anywhere else cannot get to such a place any more: on its way it looks for exceptions.
-        """
-        call = _first_of(frame) if delicate else None
-        if call is None:
-            return False
-        self._missed.append(_Missed(thread, call))
-        self._look_again(_LOOK)
-        return True
+CALLERS.add(Interrupts.call.__code__)
 
 
 class _Forked(Interrupts):
@@ -390,24 +426,9 @@ class _Forked(Interrupts):
             _end_child()
 
 
-def _imports(frame: FrameType | None) -> bool:
-    """Whether this is the import system itself, and not the code of a module."""
-    return frame is not None and frame.f_code.co_filename.startswith("<frozen importlib")
-
-
-def _starts_thread(frame: FrameType | None) -> bool:
-    """Whether a thread is being started here: `start` waits (`Event.wait`, `Condition.wait`) until it runs."""
-    for _ in range(4):
-        if frame is None:
-            break
-        if frame.f_code is _START:
-            return True
-        frame = frame.f_back
-    return False
-
-
-_START = threading.Thread.start.__code__
-CALLERS.update((Interrupts.call.__code__, Interrupts.call_beside.__code__))
+def _raise_signal(thread: int, number: int) -> None:
+    """Where threads cannot be sent signals: the main one hears of it, but nothing ends its system calls."""
+    signal.raise_signal(number)
 
 
 def _first_of(frame: FrameType | None) -> FrameType | None:
@@ -433,13 +454,6 @@ def _end_child() -> None:
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(status & 0xFF)
-
-
-def _raise_in(thread: int, kind: type[BaseException]) -> None:
-    """Raise an exception in another thread."""
-    import ctypes
-
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
 
 
 __all__ = ["Inside", "Interrupts"]

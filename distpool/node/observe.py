@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distpool.node.node import Node
+from distpool.node.striking import looking_at_frames
 from distpool.node.tasks import TaskRunner
 from distpool.transport.link import Link
 from distpool.wire import messages
@@ -52,12 +53,13 @@ def stacks() -> str:
     threads = {thread.ident: thread for thread in threading.enumerate()}
     main = threading.main_thread().ident
     parts = []
-    for ident, frame in sorted(sys._current_frames().items(), key=lambda pair: pair[0] != main):
-        thread = threads.get(ident)
-        name = thread.name if thread is not None else "not started by Python"
-        kind = ", daemon" if thread is not None and thread.daemon else ""
-        head = f"Thread {name} ({ident}{kind}), most recent call last:\n"
-        parts.append(head + "".join(traceback.format_stack(frame)))
+    with looking_at_frames():
+        for ident, frame in sorted(sys._current_frames().items(), key=lambda pair: pair[0] != main):
+            thread = threads.get(ident)
+            name = thread.name if thread is not None else "not started by Python"
+            kind = ", daemon" if thread is not None and thread.daemon else ""
+            head = f"Thread {name} ({ident}{kind}), most recent call last:\n"
+            parts.append(head + "".join(traceback.format_stack(frame)))
     return "\n".join(parts)
 
 
