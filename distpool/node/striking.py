@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 _IMPORT_SYSTEM = frozenset(("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>"))
+_MODULE = "<module>"
 _START = threading.Thread.start.__code__
 
 
@@ -46,13 +47,17 @@ def looking_at_frames() -> Iterator[None]:
 
 
 def raise_in(thread: int) -> bool:
-    """KeyboardInterrupt in another thread; False if where it is it must not be struck: in the import system, or where
-    it waits for a thread that it has started (`start`, `Event.wait`, `Condition.wait`, and what that calls).
+    """KeyboardInterrupt in another thread; False if where it is it must not be struck: in the import system, in what
+    that calls in hooks of the user's, or where it waits for a thread that it has started (`start`, `Event.wait`,
+    `Condition.wait`, and what that calls).
 
     It may be anywhere else as soon as it has the GIL. So from the look to the raising nothing lets go of that, which
-    CPython (3.11 to 3.13) does where a function of Python's begins, where a loop jumps back, and when a call has
+    CPython (3.11 to 3.13) does where a function of Python's begins, where a loop jumps back, and when a call into C has
     returned: `for` calls `_current_frames` and goes on. It waits for the GIL then at the place that was seen, and looks
-    for exceptions as soon as it has it. (Tried: look, decide, raise. Under load it was in importlib by then.)
+    for exceptions as soon as it has it; in 3.13 only at the next such place, by when a hook may have returned to
+    importlib. (Code of a module does not return there directly, but through `exec`.)
+
+    Tried: look, decide, raise. Under load it was in importlib by then.
     """
     import ctypes
 
@@ -60,13 +65,18 @@ def raise_in(thread: int) -> bool:
     error = ctypes.py_object(KeyboardInterrupt)
     with looking_at_frames(), contextlib.suppress(KeyError):  # it has ended
         for frames in iter(sys._current_frames, None):
-            first: Any = frames[thread]
-            code = first.f_code
-            second = first.f_back
-            third = second and second.f_back
-            fourth = third and third.f_back
-            above = second and second.f_code, third and third.f_code, fourth and fourth.f_code
-            if code.co_filename in _IMPORT_SYSTEM or code is _START or _START in above:
+            frame: Any = frames[thread]
+            code, frame = frame.f_code, frame.f_back
+            second, frame = frame and frame.f_code, frame and frame.f_back
+            third, frame = frame and frame.f_code, frame and frame.f_back
+            fourth = frame and frame.f_code
+            if (
+                code.co_filename in _IMPORT_SYSTEM
+                or (second and second.co_filename in _IMPORT_SYSTEM and code.co_name != _MODULE)
+                or (third and third.co_filename in _IMPORT_SYSTEM and second.co_name != _MODULE)
+                or (fourth and fourth.co_filename in _IMPORT_SYSTEM and third.co_name != _MODULE)
+                or _START in (code, second, third, fourth)
+            ):
                 return False
             strike(number, error)
             break

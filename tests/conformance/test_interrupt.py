@@ -28,7 +28,8 @@ def pids() -> Iterator[list[int]]:
 def ends_with_interrupt(future: object, seconds: float = 5) -> bool:
     with pytest.raises(distpool.RemoteException) as info:
         future.result(seconds)  # type: ignore[attr-defined]
-    return isinstance(info.value.captured.ex, KeyboardInterrupt)
+    assert isinstance(info.value.captured.ex, KeyboardInterrupt), info.value
+    return True
 
 
 def make_spin() -> Any:
