@@ -362,6 +362,41 @@ def test_a_storm_leaves_no_module_locked(
     assert struck
 
 
+@pytest.mark.parametrize("on_main", [True, False])
+def test_what_a_call_dies_of_that_could_not_be_struck_yet(
+    interrupts: Interrupts, on_main: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others were struck: it hears of their end, or misses the module that one of them was importing."""
+    (tmp_path / "fails_late.py").write_text("import sys\nsys.strike_now()\nraise ValueError('of the module')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    looks: list[None] = []
+    interrupts.again = lambda seconds: looks.append(None)
+
+    def strike() -> None:
+        here = sys._getframe()
+        code = compile("pass", "<frozen importlib._bootstrap>", "exec")
+        frame: Any = types.SimpleNamespace(f_code=code, f_back=here)
+        if on_main:
+            interrupts.on_signal(signal.SIGINT, frame)
+        else:
+            interrupts._miss(threading.get_ident(), interrupts._beside[threading.get_ident()])
+
+    monkeypatch.setattr(sys, "strike_now", strike, raising=False)
+
+    def call() -> Any:
+        with pytest.raises(KeyboardInterrupt) as info:
+            interrupts.call(__import__, ("fails_late",), {})
+        assert isinstance(info.value.__cause__, ValueError) and looks
+        with pytest.raises(ValueError, match="its own"):
+            interrupts.call(raising, (), {})
+        interrupts.strike_missed()
+
+    def raising() -> None:
+        raise ValueError("its own")
+
+    assert (call() if on_main else on_thread(call)()) is None
+
+
 def test_a_thread_that_starts_another_one_is_struck_when_that_runs(interrupts: Interrupts) -> None:
     looks: list[None] = []
     interrupts.again = lambda seconds: looks.append(None)

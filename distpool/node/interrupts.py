@@ -116,6 +116,8 @@ class Interrupts:
         if coming is not None:
             self.begin()
             self.forget(coming)
+        if self._missed:
+            self._missed.pop(self._main_thread, None)  # of another call
         self.main = True
         try:
             self._begins = False
@@ -123,6 +125,11 @@ class Interrupts:
                 self.main = self._late = False
                 raise KeyboardInterrupt
             return function(*args, **kwargs)
+        except Exception as error:
+            if self._missed.pop(self._main_thread, None) is not None:
+                self.main = False
+                raise KeyboardInterrupt from error  # see `_is_missed`
+            raise
         finally:
             try:
                 if self.finish is not None:
@@ -166,12 +173,25 @@ class Interrupts:
             if coming is not None and coming.struck:
                 raise KeyboardInterrupt
             return function(*args, **kwargs)
+        except Exception as error:
+            if self._is_missed(thread):
+                raise KeyboardInterrupt from error
+            raise
         finally:
             try:
                 if self.finish is not None:
                     self.finish()
             finally:
                 self._cover(thread)
+
+    def _is_missed(self, thread: int) -> bool:
+        """Whether the call that has just failed there is one that could not be struck yet.
+
+        What it died of may be the interrupt all the same: of a call that it has waited for, or of another one that was
+        importing the same module, which is not there now.
+        """
+        with self._lock:
+            return thread in self._missed and self._missed[thread] is self._beside.get(thread)
 
     def forked(self) -> None:
         """In a child that a call has forked: it ends where the call does, for nobody waits for its return."""
@@ -289,11 +309,11 @@ class Interrupts:
         """Leader: the same in those calls that could not be struck at the last look, if they still run."""
         self._looking = False
         missed: dict[int, object] = {}
-        while self._missed:
-            thread, call = self._missed.popitem()
-            missed[thread] = call
         self._load()
         with self._lock:
+            while self._missed:
+                thread, call = self._missed.popitem()
+                missed[thread] = call
             beside = [thread for thread, call in missed.items() if self._beside.get(thread) is call]
             there = list(self._inside.values())
             inside = [entry for entry in there if entry.call and entry.call is missed.get(entry.thread)]
