@@ -495,6 +495,16 @@ def read_until_end(sock: socket.socket, into: bytearray) -> None:
         pass
 
 
+def test_drained_in_time_is_drained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread sends the next frame just when all is out: that is not a time-out."""
+    with ends() as (left, _):
+        monkeypatch.setattr(left.link, "_idle", lambda: False)
+        monkeypatch.setattr(left.loop, "lead", lambda until, deadline: True)
+        assert left.link.drain(PATIENCE) and left.link.drain()
+        assert not left.link.drain(0)
+        monkeypatch.undo()
+
+
 def test_many_threads_drain() -> None:
     """Drain is asked for while others write: nobody may miss the moment at which all is out."""
     with ends() as (left, right):

@@ -203,7 +203,8 @@ class Link:
         self._drainers.append(deadline)
         try:
             if self.loop.lead(self._idle, deadline):
-                return self._idle()
+                # In time it was idle, though others may have sent something since.
+                return deadline is None or time.monotonic() < deadline or self._idle()
             with self.loop.following():
                 while not self._idle():
                     if not self._drained.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
