@@ -283,6 +283,7 @@ class ForkServer:
             process.kill()
             if process.address[0] == "unix":
                 unlink(process.address[1])
+            process.epitaph = self._epitaph
             process.ended(None)
 
     # --- the end ---

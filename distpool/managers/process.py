@@ -107,6 +107,7 @@ class LaunchedProcess:
     """
 
     is_worker = True  # and not something that started it
+    epitaph = ""  # why it has ended, where its exit code is not known
     is_here = True  # on this machine: all that it sent before its end has arrived with the end
 
     def __init__(

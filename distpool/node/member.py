@@ -416,6 +416,8 @@ class Member:
         joined = self._registered
         if not self.reason and self.is_worker_here and self.exitcode == -signal.SIGKILL and self.group.oom_kills.more():
             self.reason = "killed by signal 9, it seems by the kernel, which ran out of memory"
+        elif not self.reason and self.exitcode is None:
+            self.reason = getattr(self.process, "epitaph", "")
         self.move(State.GONE)
         if self._deadline is not None:
             self._deadline.cancel()

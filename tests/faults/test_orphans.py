@@ -109,12 +109,15 @@ import psutil
 kind, host, port = sys.argv[1:]
 address = host, int(port)
 runner = Runner(kind, 2)
+reasons = []
+distpool.on_worker_exited(lambda info: reasons.append(info.reason))
 workers = {runner.executor.options(pids=[pid]).submit(os.getpid).result(30) for pid in runner.executor.workers}
 others = [process for process in psutil.Process().children(recursive=True) if process.pid not in workers]
 for process in others:
     process.kill()
 psutil.wait_procs(others, 10)
 assert runner.call(helpers.square, 3) == 9
+assert not reasons or all("zygote process ended" in reason for reason in reasons[:2]), reasons
 for ospid in workers:
     try:
         os.kill(ospid, signal.SIGKILL)
