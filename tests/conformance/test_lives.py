@@ -63,7 +63,10 @@ def links_made() -> int:
 
 
 def gone(number: int) -> bool:
-    return not psutil.pid_exists(number) or psutil.Process(number).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(number).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 # -- links between workers -----------------------------------------------------------------------------------------

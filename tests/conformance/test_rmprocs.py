@@ -38,7 +38,10 @@ def run(code: str) -> tuple[subprocess.CompletedProcess[str], float]:
 
 
 def gone(ospid: int) -> bool:
-    return not psutil.pid_exists(ospid) or psutil.Process(ospid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(ospid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_C244_removed_is_gone() -> None:
