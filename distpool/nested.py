@@ -34,7 +34,7 @@ from distpool.node.node import Node
 from distpool.policy import make_policy
 from distpool.refs.ahead import settle_puts
 from distpool.refs.lent import carries_references, received
-from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
+from distpool.refs.refs import CANCELLED_AND_NOTIFIED, LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.wire import codec, messages
 from distpool.wire.failures import encode_exception, pass_on
 from distpool.wire.frames import Frame, Kind
@@ -74,6 +74,14 @@ class _Forward(Future[Any]):
         else:
             nodes.current().deliver(lambda: self._send_failure(raw))
         return False
+
+    def _finish(self, state: str, raw: Outcome | None = None, result: Any = None, error: Any = None) -> bool:
+        ended = super()._finish(state, raw, result, error)
+        if ended and state is CANCELLED_AND_NOTIFIED:  # the owner's shutdown may have done it: the task waits for news
+            link = self._slot.member.link
+            if link is not None:
+                link.send(Kind.CANCELLED, messages.Cancelled(self._request, True).pack())
+        return ended
 
     # -- with references, on a library thread: received here, and lent again -----------------------------------
 
@@ -169,7 +177,7 @@ def _submit_again(
         forward._settle(Outcome(RAISED_HERE, error, (), 1))
         return
     slot.forwarded[message.request] = inner
-    inner.add_done_callback(lambda done: forward._settle(done.outcome()))
+    inner.add_done_callback(lambda done: forward.cancel() if done.cancelled() else forward._settle(done.outcome()))
 
 
 def _why_not(executor: Any) -> str:
@@ -223,6 +231,10 @@ class _Requests:
         if waiting is not None:
             waiting[1].append(message.done)
             waiting[0].set()
+            return  # who has asked ends the future
+        future = self.futures.pop(message.request, None) if message.done else None
+        if future is not None and future._finish(CANCELLED_AND_NOTIFIED) and future.__dict__.get("_done_callbacks"):
+            self.node.deliver(future._run_callbacks)
 
 
 class _Request:

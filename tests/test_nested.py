@@ -329,3 +329,31 @@ def test_a_cancel_is_answered_always(task: Task, known: bool) -> None:
     nested._on_cancel(asker, Frame(Kind.CANCEL, messages.Cancel(7).pack(), b"", []))  # type: ignore[arg-type]
     assert asker.arrived.wait(PATIENCE)
     assert asker.answers == [messages.Cancelled(7, known)] and future.cancelled() is known
+
+
+def test_a_call_that_its_owner_cancels_is_cancelled_for_the_task(task: Task, handle: ExecutorHandle) -> None:
+    ended = threading.Event()
+    future = handle.submit(abs, -1)
+    future.add_done_callback(lambda future: ended.set())
+
+    def wait() -> None:
+        with pytest.raises(CancelledError):
+            future.result(PATIENCE)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    until(lambda: task.given, "given")
+    request = task.submitted(0)[0].request
+    task.cancelled(request, True)
+    assert ended.wait(PATIENCE) and future.cancelled() and not task.node.requests.futures
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    task.cancelled(request, True)  # once more, to somebody's question
+
+
+def test_the_owner_says_that_it_has_cancelled_a_call(task: Task) -> None:
+    asker = Asker()
+    forward = nested._Forward(asker, 7)  # type: ignore[arg-type]
+    assert forward.cancel() and asker.answers == [messages.Cancelled(7, True)]
+    asker.member.link = None
+    assert nested._Forward(asker, 8).cancel() and len(asker.answers) == 1  # type: ignore[arg-type]

@@ -390,3 +390,22 @@ def test_interrupts_of_tasks_that_wait_for_tasks(runner: Runner) -> None:
             assert value == number * number + 1 or isinstance(error, KeyboardInterrupt)
     with at_most(10, "fib(12)"):
         assert runner.submit(fib, runner.executor, 12).value(10 * NOISE) == 144
+
+
+def _inside(executor: Any, address: Any) -> set[str]:
+    """One of them runs while the others are cancelled."""
+    futures = [executor.submit(helpers.hold, address, "first")]
+    futures += [executor.submit(helpers.square, number) for number in range(9)]
+    futures.pop().cancel()  # the owner has answered, so it has all of them
+    helpers.show(address, "all")
+    return {"cancelled" if future.cancelled() else "value" for future in concurrent.futures.wait(futures).done}
+
+
+def test_a_task_hears_that_the_end_of_the_executor_has_cancelled_its_calls(gate: Gate) -> None:
+    """It waited for ever, and `shutdown` for it."""
+    with distpool.ClusterExecutor(1) as executor:
+        task = executor.submit(_inside, executor, gate.address)
+        first = next(arrival for arrival in gate.arrivals(2) if arrival.tag == "first")
+        executor.shutdown(wait=False, cancel_futures=True)
+        first.release()
+        assert task.result(PATIENCE) == {"cancelled", "value"}
