@@ -1,7 +1,7 @@
 """Parts of a pool's maps: calls with a time limit or retries, elements that are argument lists, chunks (layer 10).
 
     feed, feed_chunk  ->  one Call with the policy per element (or chunk)  ->  scheduler
-    Call settled      ->  _Place._settle  ->  MapRun.settle(index, outcome)
+    Call settled      ->  _Place._finish  ->  MapRun.settle(index, outcome)
 
 A `MapRun` sends elements by spans, which have no policy; `PolicyRun` has the same face and sends them one by one.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from distpool.mapruns import MapRun
 from distpool.progress import Progress
-from distpool.refs.refs import FINISHED, RAISED_HERE, Future, Outcome
+from distpool.refs.refs import RAISED_HERE, Future, Outcome
 from distpool.scheduling import Scheduler
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
@@ -25,19 +25,19 @@ from distpool.work import Call, Policy
 class _Place(Future[Any]):
     """Where a call leaves its outcome: an index of a map."""
 
-    _watched = True  # it has a `_settle` of its own
+    _watched = True  # it has a `_finish` of its own
 
     def __init__(self, run: MapRun, index: int) -> None:
         super().__init__()
         self._place = run, index
 
-    def _settle(self, raw: Outcome) -> bool:
-        if self._state == FINISHED:
-            return False
-        self._state, self._call = FINISHED, None
-        run, index = self._place
-        run.settle(index, raw)
-        return False  # no callbacks
+    def _finish(self, state: str, raw: Outcome | None = None, result: Any = None, error: Any = None) -> bool:
+        ended = super()._finish(state, raw, result, error)
+        if ended:
+            run, index = self._place
+            run.settle(index, self.outcome())  # also if it was cancelled, by the end of the executor
+            self._raw = None  # it is the map's
+        return ended
 
 
 class PolicyRun(MapRun):

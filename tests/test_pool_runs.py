@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
@@ -91,6 +92,15 @@ def test_an_element_is_settled_once(office: Office) -> None:
     assert place._settle(Outcome(RAISED_HERE, KeyError("x"), (), 1)) is False
     assert place._settle(Outcome(RAISED_HERE, KeyError("y"), (), 1)) is False
     assert run.settled == 1 and place.done()
+
+
+def test_an_element_whose_call_is_cancelled_has_ended(office: Office) -> None:
+    run = run_of(office, Policy(retries=1))
+    run.feed([1])
+    office.scheduler.cancel_waiting()
+    assert run.wait_until(lambda: run.settled == 1, 0.0)
+    with pytest.raises(CancelledError):
+        open_entry(run.results[0])
 
 
 # -- argument lists --------------------------------------------------------------------------------------------------
