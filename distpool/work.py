@@ -133,7 +133,10 @@ class Call:
     def started(self) -> bool:
         """Whether a worker is known to have begun it (same host), or has it (other hosts)."""
         slot = self.slot
-        return slot is not None and slot.has_started(self.sequence)
+        try:
+            return slot is not None and not slot.gone and slot.has_started(self.sequence)
+        except ValueError:  # the journal of a worker that ended this very moment
+            return False
 
     def is_stranded(self, slots: dict[int, Slot]) -> bool:
         """Whether it may run on certain workers only, and all of them are gone."""

@@ -6,8 +6,10 @@ import collections
 from typing import Any
 
 import pytest
-from fakes import Office
+from fakes import FakeWorker, Office
 
+from distpool.slots import Slot
+from distpool.transport.journal import Journal
 from distpool.wire import codec, messages
 from distpool.work import Call, Policy, is_plain, plain_record, release_all
 
@@ -103,3 +105,18 @@ def test_plain_calls_share_a_record() -> None:
     ((_, _, elements, flags, payload, _),) = messages.call_records(many, 5, 1)
     assert (elements, flags) == (3, messages.SPAN) and codec.decode(payload) == [(0, "x"), (1, "x"), (2, "x")]
     office.close()
+
+
+def test_a_call_whose_worker_is_gone_does_not_run() -> None:
+    """It may wait for its next attempt meanwhile, and the journal of the worker is closed."""
+    journal = Journal.private()
+    slot: Any = Slot(FakeWorker(2, journal=False))  # type: ignore[arg-type]
+    slot.member.journal = journal
+    call: Any = Call(None, None, b"", [], None, None)  # type: ignore[arg-type]
+    call.slot, call.sequence = slot, 1
+    journal.set_started(1)
+    assert call.started()
+    journal.close()
+    assert not call.started()
+    slot.gone = True
+    assert not call.started()
