@@ -154,6 +154,7 @@ class Scheduler:
     # -- dispatch (under lock) --------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
+        self._has_room = True  # first: who submits from here on leaves a note, and we look at the queue again
         queue = self._queue
         if len(queue) == 1 and self._send_alone(queue[0]):
             return
@@ -170,23 +171,24 @@ class Scheduler:
                 count = self._share(slot, queue[0])
                 if count > 0 and self._fill(slot, count):
                     progress = True
-        self._has_room = any_room(self.slots)
         for slot in list(self.slots.values()):
             if slot.pinned:
                 slot.pinned_turn(self)
+        if not any_room(self.slots):
+            self._has_room = False
+            if any_room(self.slots):  # since the first look; whoever made it may have seen an empty queue
+                self._has_room = self._wanted = True
 
     def _send_alone(self, call: Any) -> bool:
         """A lonely call and an idle worker, which is the case that somebody waits for: without all the rest."""
         if type(call) is not Call or call.policy is not None or call.cancelled:
             return False
-        slots = self.slots
-        for slot in list(slots.values()):
+        for slot in list(self.slots.values()):
             if not slot.load and not slot.pinned and slot.room(call.function.mean) > 0:
                 self._queue.popleft()
                 call.brisk = True
                 slot.send_alone(self, call)
-                self._has_room = len(slots) > 1 or any_room(slots)  # who finds none looks properly
-                return True
+                return True  # there may be room for more: who finds none looks properly
         return False
 
     def _clean_head(self) -> bool:
@@ -214,7 +216,7 @@ class Scheduler:
     def _pin(self, call: Call) -> None:
         """A call that only certain workers may run waits at the least loaded of them."""
         pids = call.policy.pids  # type: ignore[union-attr]
-        candidates = [slot for pid, slot in self.slots.items() if pid in pids and not slot.retiring]  # type: ignore[operator]
+        candidates = [slot for slot in list(self.slots.values()) if slot.pid in pids and not slot.retiring]  # type: ignore[operator]
         if candidates:
             min(candidates, key=lambda slot: slot.load + len(slot.pinned)).pinned.append(call)
             return
@@ -229,7 +231,7 @@ class Scheduler:
             return 1 if slot.idles else 0
         waiting = head.remaining if type(head) is MapRun else len(self._queue)
         least = _FEW if 0.0 <= head.timing.mean < _TINY else 1
-        return min(room, max(least, math.ceil(waiting / (2 * len(self.slots)))))
+        return min(room, max(least, math.ceil(waiting / (2 * len(self.slots) or 1))))
 
     def _fill(self, slot: Slot, count: int) -> bool:
         """Send up to `count` calls from the head of the queue as one frame."""
@@ -322,19 +324,14 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether calls wait or run."""
-        return (
-            bool(self._queue and self._any_waiting())
-            or self.retries.count > 0
-            or any(slot.inflight or slot.pinned for slot in list(self.slots.values()))
-        )
+        slots = list(self.slots.values())
+        return self._any_waiting() or self.retries.count > 0 or any(slot.inflight or slot.pinned for slot in slots)
 
     def _any_waiting(self) -> bool:
         return any(
             (entry.remaining > 0 and not entry.closed) if type(entry) is MapRun else not entry.cancelled
             for entry in list(self._queue)
         )
-
-    # -- retries -----------------------------------------------------------------------------------------------
 
     def _end_retries(self, call: Call, outcome: Outcome) -> None:
         self.settle(call, 0, outcome)
@@ -380,10 +377,10 @@ class Scheduler:
         if not message.asked and not message.unasked:
             slot.recalling = False
         self.pump()
-        if got_any or not message.asked:
-            if any(other.load == 0 and other.usable for other in self.slots.values()) and (got_any or slot.recent):
-                slot.recent = False
-                self.reclaims.consider_stealing()
+        wanted = got_any or (slot.recent and not message.asked)
+        if wanted and any(other.load == 0 and other.usable for other in self.slots.values()):
+            slot.recent = False
+            self.reclaims.consider_stealing()
         if self.closing:
             self.check_done()
 
@@ -475,15 +472,16 @@ class Scheduler:
         """
         with self.lock:
             # Maps leave the queue now: calls that come back would make room for their elements.
-            runs = [entry for entry in self._queue if type(entry) is MapRun]
+            waiting = list(self._queue)  # others append meanwhile
+            runs = [entry for entry in waiting if type(entry) is MapRun]
             for run in runs:
                 self._queue.remove(run)
                 run.queued = False
-            calls = [entry for entry in self._queue if type(entry) is Call][spare:]
+            calls = [entry for entry in waiting if type(entry) is Call][spare:]
             ahead: list[Call] = []
-            for slot in self.slots.values():
+            for slot in list(self.slots.values()):  # the leader changes these, and what is in flight, without the lock
                 calls.extend(slot.pinned)
-                ahead.extend(entry for entry in slot.inflight.values() if type(entry) is Call)
+                ahead.extend(entry for entry in list(slot.inflight.values()) if type(entry) is Call)
         self._look_again()
         for call in calls:
             call.future.cancel()

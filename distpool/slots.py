@@ -233,7 +233,7 @@ class Slot:
             self._forget_functions(function.number)
 
     def _forget_functions(self, keep: int) -> None:
-        needed = {entry.function.number for entry in self.inflight.values()}
+        needed = {entry.function.number for entry in list(self.inflight.values())}  # the leader takes them out
         needed.add(keep)
         gone = []
         for number in list(self._functions):
@@ -359,10 +359,14 @@ class Slot:
         return taken
 
     def _span_of(self, sequence: int, least: int = 2) -> tuple[int, Any] | None:
-        for start, entry in self.inflight.items():
-            if start <= sequence < start + entry.elements and entry.elements >= least:
-                return start, entry
-        return None
+        while True:
+            try:
+                for start, entry in self.inflight.items():
+                    if start <= sequence < start + entry.elements and entry.elements >= least:
+                        return start, entry
+                return None
+            except RuntimeError:  # a submitting thread has sent more meanwhile; a copy would cost each result
+                continue
 
     def has_started(self, sequence: int) -> bool:
         """Whether the call is known to have started; on another host: whether it was sent."""

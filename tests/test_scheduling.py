@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from fakes import PATIENCE, FakeWorker, Office, fresh, result, together
 
-from distpool import config
+from distpool import config, scheduling
 from distpool.lazymap import open_entry
 from distpool.wire import messages
 from distpool.wire.frames import Kind
@@ -656,3 +657,79 @@ def flush(office: Office, worker: FakeWorker, done: list[tuple[int, Any]]) -> No
     body = together(done) if office.plain else b"".join(result(*pair) for pair in done)
     done.clear()
     office.frame(worker, Kind.RESULTS, messages.RESULTS.pack(len(worker.journal.data), 0.0, 0), body)
+
+
+# ------------------------------------------------------------------------------------- threads in each other's way
+
+
+def in_the_look(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], after: bool) -> None:
+    """`act()` comes while the next dispatch looks for room, when the look is over or has not begun."""
+    original, acts = scheduling.any_room, [act]
+
+    def any_room(slots: Any) -> bool:
+        found = original(slots) if after else None
+        if acts and slots:
+            acts.pop()()
+        return original(slots) if found is None else found
+
+    monkeypatch.setattr(scheduling, "any_room", any_room)
+
+
+def test_a_result_that_comes_while_somebody_looks_for_room(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look found none, and the leader found nobody who waits: the next call stayed where it was."""
+    worker = office.worker(2)
+    long = timed(office, 10.0)
+    in_the_look(monkeypatch, lambda: office.finish(worker), after=True)
+    assert office.submit(1, long, Policy(retries=1)).result(PATIENCE) == 1
+    office.submit(2, long)
+    assert items(worker) == [2]
+
+
+def test_a_call_that_comes_while_a_new_worker_is_looked_at(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    def submit() -> None:
+        thread, _ = in_thread(lambda: office.submit(1))
+        thread.join(PATIENCE)
+
+    in_the_look(monkeypatch, submit, after=False)
+    worker = office.worker(2)
+    worker.wait(lambda: items(worker) == [1], "sent")
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_tables_that_change_while_they_are_looked_through(
+    office: Office, restless: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others submit and the leader takes out what has ended, both without the lock."""
+    scheduler, ended = office.scheduler, threading.Event()
+    monkeypatch.setattr(scheduler._recalls, "ask", lambda calls: [])
+    function = timed(office, 2e-5)
+    futures = [office.submit(number, function) for number in range(1000)]
+    office.worker(2)
+    queue, inflight = scheduler._queue, office.slots[2].inflight
+    call = inflight[1]
+    assert len(inflight) > 100 and len(queue) > 100
+
+    def change() -> None:
+        while not ended.is_set():
+            queue.append(call)
+            inflight[10**6] = call
+            queue.pop()
+            del inflight[10**6]
+
+    thread, _ = in_thread(change)
+    try:
+        for _ in range(600):
+            scheduler.cancel_waiting(spare=10**6)
+            assert office.slots[2]._span_of(10**5) is None
+    finally:
+        ended.set()
+        thread.join(PATIENCE)
+    assert not any(future.cancelled() for future in futures)
