@@ -15,18 +15,14 @@ from distpool import errors
 from distpool.crew import Crew
 from distpool.node.group import Member
 from distpool.node.node import Node
+from distpool.settling import settle_records
 from distpool.slots import Slot
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
 
 
-def _late(member: Member, frame: Frame) -> None:
-    """Answers to an executor that has given the worker back. A RECALL that is answered is counted all the same: the
-    next one to borrow the worker would take it for one that does not answer, and send it nothing."""
-    if frame.kind == Kind.RECALLED and member.slot is not None:
-        member.slot.recall_answered()
-    elif frame.kind == Kind.INITIALIZED and member.slot is not None:
-        member.slot.initializing -= 1
+def _given_back(ran: bool) -> BaseException:
+    return errors.BrokenProcessPool("the executor has given its borrowed workers back")
 
 
 class BorrowedCrew(Crew):
@@ -90,12 +86,28 @@ class BorrowedCrew(Crew):
 
     def _give_back(self, member: Member) -> None:
         member.borrower = None
-        member.on_frame = _late
+        member.on_frame = self._late
         member.on_gone = self._owners.pop(member.pid)
         self.members.pop(member.pid, None)
         slot = self._slots.pop(member.pid, None)
         if slot is not None:
-            self.scheduler.give_up(slot)
+            self.scheduler.give_up(slot, _given_back)
+
+    def _late(self, member: Member, frame: Frame) -> None:
+        """What a worker sends that was given back, and that nobody has borrowed since. It is counted all the same: the
+        next one would take it for a worker that does not answer, or is busy, and send it nothing."""
+        slot = member.slot
+        if frame.kind == Kind.RESULTS:
+            slot.journal_offset = messages.RESULTS.unpack(frame.control)[0]
+            settle_records(self.scheduler, slot, frame.body, frame.buffers)
+        elif frame.kind == Kind.RECALLED:
+            slot.recall_answered()
+            for first, count in messages.Recalled.unpack(frame.control).ranges:
+                slot.take_back(first, count)
+        elif frame.kind == Kind.INITIALIZED:
+            slot.initializing -= 1
+        else:  # of tasks that wait for others, or submit some
+            self.scheduler.on_frame(slot, frame)
 
     # -- what a Crew does by launching and ending --------------------------------------------------------------
 
@@ -127,7 +139,7 @@ class BorrowedCrew(Crew):
 
     def kill(self, signum: int) -> None:
         """The workers are not ours to kill: what runs is given up."""
-        self.fail(lambda: errors.BrokenProcessPool("the executor has given its borrowed workers back"))
+        self.fail(lambda: _given_back(True))
 
     def _end(self) -> None:
         self._dismissed = True

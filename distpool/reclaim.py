@@ -23,12 +23,14 @@ All of it runs on the leader, but for `watch`.
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Callable
 from pickle import loads
 from typing import TYPE_CHECKING, Any
 
 from distpool.errors import DistpoolError
 from distpool.logs import Log
-from distpool.refs.refs import LOCAL_VALUE, Outcome
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.settling import settle_records, take_over
 from distpool.wire import messages
 from distpool.wire.frames import Kind
@@ -77,6 +79,23 @@ class Reclaims:
         elif any(slot.recalling for slot in slots):
             self.consider_stealing()
 
+    # -- from those that are given back ------------------------------------------------------------------------
+
+    def give_up(self, slot: Slot, make_error: Callable[[bool], BaseException]) -> None:
+        """It lives on, and will not answer to us: what it was sent fails, what only waits for it goes to the queue."""
+        scheduler = self._scheduler
+        # A time limit holds until its call has ended; if the worker dies before, there is nothing to be ended.
+        slot.member.on_last_words = slot.stop_clocks
+        with scheduler.lock:
+            unfinished = slot.unfinished()
+            pinned, slot.pinned = list(slot.pinned), collections.deque()
+        for entry, index, count, ran in unfinished:
+            for number in range(index, index + count):
+                scheduler.settle(entry, number, Outcome(RAISED_HERE, make_error(ran), (), slot.pid))
+        for call in pinned:
+            scheduler.enqueue(call)
+        scheduler.pump()
+
     # -- from those that do not answer -------------------------------------------------------------------------
 
     def watch(self, slot: Slot) -> None:
@@ -105,8 +124,8 @@ class Reclaims:
 
     def _take(self, slot: Slot) -> None:
         journal, scheduler = slot.member.journal, self._scheduler
-        if slot.gone or not slot.deaf or journal is None:
-            return  # it has answered after all, or has died
+        if slot.gone or not slot.deaf or journal is None or scheduler.slots.get(slot.pid) is not slot:
+            return  # it has answered after all, has died, or was given back
         self._settle_finished(slot)
         started = journal.started
         back: list[int] = []
@@ -175,6 +194,7 @@ class Reclaims:
         values = loads(payload) if late else []  # exact scalars
         for number in late:
             found = slot.find(number)
+            slot.stop_clock(number)
             if found is not None:
                 slot.load -= 1
                 slot.done += 1

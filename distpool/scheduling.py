@@ -395,11 +395,11 @@ class Scheduler:
         if not slot.load:  # others may have been sent what this one could run
             self.reclaims.consider_stealing()
 
-    def give_up(self, slot: Slot) -> None:
-        """The worker lives on, but not for us: nobody hears its answers any more."""
+    def give_up(self, slot: Slot, make_error: Callable[[bool], BaseException]) -> None:
+        """The worker lives on, but not for us: nobody hears its answers any more. `make_error`: see `lost`."""
         self.slots.pop(slot.pid, None)
-        slot.member.on_last_words = lambda: None
         self._recalls.lost(slot)
+        self.reclaims.give_up(slot, make_error)
 
     def lost(self, slot: Slot, make_error: Callable[[bool], BaseException]) -> None:
         """The worker is gone. `make_error(maybe_ran)` makes the exception for a call that it took along."""

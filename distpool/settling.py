@@ -71,6 +71,7 @@ def settle_records(scheduler: Scheduler, slot: Slot, body: Any, raw_buffers: lis
             status, payload = status & ~ENTRUSTED, take_over(slot, payload)
         found = slot.find(sequence)
         if found is None:
+            slot.stop_clock(sequence)
             received(status, bytes(payload), buffers[:parts], pid)  # nobody wants it: not opened
             del buffers[:parts]
             continue
@@ -116,7 +117,7 @@ def settle_values(
     Returns the timing of the last one, and how many have been settled.
     """
     values: list[Any] | None = None
-    first, inflight, timing = sequence, slot.inflight, None
+    first, inflight, timing, settled = sequence, slot.inflight, None, 0
     end = sequence + elements
     while sequence < end:
         entry = inflight.get(sequence)
@@ -132,8 +133,10 @@ def settle_values(
             count = 1
         else:
             found = slot.find_many(sequence, end - sequence)
-            if found is None:
-                break
+            if found is None:  # somebody's who has given the worker back since; those behind it may be ours
+                slot.stop_clock(sequence)
+                sequence += 1
+                continue
             entry, index, count = found
             if count == elements:
                 entry.settle_many(index, count, data)
@@ -143,7 +146,8 @@ def settle_values(
         timing = entry.timing
         slot.done += count
         sequence += count
-    return timing, sequence - first
+        settled += count
+    return timing, settled
 
 
 def _take_calls(inflight: dict[int, Any], sequence: int, end: int) -> list[Call]:

@@ -336,6 +336,7 @@ class Slot:
         """
         taken: list[tuple[Any, int, int]] = []
         for number in range(sequence + count - 1, sequence - 1, -1):
+            self.stop_clock(number)  # it has not begun, so nothing may be killed for it
             entry = self.inflight.get(number)
             if entry is None:
                 continue
@@ -344,8 +345,6 @@ class Slot:
             del self.inflight[number]
             if type(entry.buffers) is Parts:
                 self.lend(entry.buffers.references, -1)
-            if entry.policy is not None and entry.policy.timeout is not None:
-                self.stop_clock(number)  # it has not begun, so nothing may be killed for it
             taken.append((entry, 0, 1))
         if not taken and (found := self._span_of(sequence)) is not None:
             start, span = found

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import PATIENCE, FakeWorker, Office, result
+from fakes import PATIENCE, FakeWorker, Office, result, together
 from faults.helpers import Address, Gate, hold_in_c
 
 from distpool import ClusterExecutor, reclaim
+from distpool.wire import messages
+from distpool.wire.frames import Kind
+from distpool.work import Policy
 
 
 @pytest.fixture
@@ -129,6 +132,19 @@ def test_results_that_were_not_sent_are_taken_once(office: Office) -> None:
     office.results(worker, (first, "again"), (second, "second"))
     assert [future.result(PATIENCE) for future in futures] == ["finished", "second", 2]
     assert office.slots[2].load == 0 and not office.slots[2].early
+
+
+def test_a_call_whose_value_comes_with_one_that_was_taken_has_no_time_limit_any_more(office: Office) -> None:
+    worker, slot = office.worker(2), office.slots[2]
+    first = office.submit(1)
+    sequence, _ = worker.start()
+    slot.early.add(sequence)  # taken from the journal
+    slot.find(sequence)
+    slot.load -= 1
+    timed = office.submit(2, policy=Policy(timeout=1000.0))
+    assert slot._clocks and not first.done()
+    office.frame(worker, Kind.RESULTS, messages.RESULTS.pack(0, 0.0, 0), together([(sequence, 1), (sequence + 1, 2)]))
+    assert timed.result(PATIENCE) == 2 and not slot._clocks and slot.usable
 
 
 def test_a_death_after_that(office: Office) -> None:

@@ -733,3 +733,29 @@ def test_tables_that_change_while_they_are_looked_through(
         ended.set()
         thread.join(PATIENCE)
     assert not any(future.cancelled() for future in futures)
+
+
+def test_a_worker_that_is_given_back(office: Office) -> None:
+    worker = office.worker(2)
+    sent = [office.submit(number, policy=Policy(pids=frozenset([2]))) for number in range(2)]
+    waits = office.submit(2, policy=Policy(pids=frozenset([2]), timeout=1000.0))
+    assert items(worker) == [0, 1]
+    worker.start()
+    asked: list[bool] = []
+    slot = office.slots[2]
+    office.on_leader(lambda: office.scheduler.give_up(slot, lambda ran: asked.append(ran) or OSError("given back")))
+    assert asked == [True, False] and not slot.inflight and not slot.load and not slot.pinned
+    assert all(isinstance(future.exception(PATIENCE), OSError) for future in sent)
+    assert "living worker" in str(waits.exception(PATIENCE))
+
+
+def test_the_time_limit_of_a_call_whose_worker_was_given_back(office: Office) -> None:
+    office.worker(2)
+    office.submit(1, policy=Policy(timeout=1000.0))
+    slot = office.slots[2]
+    office.on_leader(lambda: office.scheduler.give_up(slot, lambda ran: OSError("given back")))
+    assert slot._clocks and not slot.usable, "it still runs there"
+    assert slot.take_back(1, 1) == [] and slot.usable, "it did not"
+    slot._clocks[2] = office.node.loop.call_later(1000.0, int)
+    slot.member.on_last_words()
+    assert not slot._clocks and slot.usable

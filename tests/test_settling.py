@@ -131,3 +131,25 @@ def test_too_short_to_be_results(office: Office, ways: list[bool]) -> None:
         office.frame(worker, Kind.RESULTS, messages.RESULTS.pack(0, 0.0, 0), b"abc")
     answer(office, worker, [5])
     assert future.result(PATIENCE) == 5
+
+
+def test_values_of_calls_that_are_not_ours_come_first(office: Office, ways: list[bool]) -> None:
+    """Whoever had the worker before has given it back; then it was lent to us."""
+    worker, slot = office.worker(2), office.slots[2]
+    office.submit(1)
+    slot.unfinished()
+    future = office.submit(2)
+    assert len(worker.inbox) == 2
+    answer(office, worker, [10, 20])
+    assert future.result(PATIENCE) == 20 and slot.load == 0 and slot.done == 1
+
+
+def test_a_given_up_call_has_ended_and_so_has_its_time_limit(office: Office, ways: list[bool]) -> None:
+    worker = office.worker(2)
+    slot = office.slots[2]
+    for value, status in ((5, messages.VALUES), ([5], messages.VALUE)):
+        office.submit(1, policy=Policy(timeout=1000.0))
+        assert slot._clocks
+        slot.unfinished()
+        answer(office, worker, [value], status)
+        assert not slot._clocks and slot.load == 0

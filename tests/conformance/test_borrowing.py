@@ -137,3 +137,46 @@ def test_a_worker_that_was_given_back_at_once_serves_the_next_one(team: list[int
         executor.kill_workers()
         with ClusterExecutor(WorkerPool(team[:1])) as again:
             assert again.submit(ident, 5).result(20) == 5
+
+
+def test_a_time_limit_ends_with_its_call_also_if_the_worker_was_given_back(team: list[int]) -> None:
+    """It killed the worker, long after the call; and until then nobody else could use it."""
+    executor = ClusterExecutor(WorkerPool(team[:1]))
+    executor.options(timeout=2.0).submit(time.sleep, 0.3)
+    executor.kill_workers()
+    with ClusterExecutor(WorkerPool(team[:1])) as again:
+        begin = time.monotonic()
+        assert again.submit(ident, 5).result(1.9) == 5
+        assert again.submit(time.sleep, max(0.0, begin + 2.2 - time.monotonic())).result(20) is None
+    assert remotecall_fetch(myid, team[0]) == team[0]
+
+
+def test_a_worker_that_was_given_back_dies_before_the_time_limit_of_its_call(team: list[int]) -> None:
+    """The limit looked at the dead worker's journal: an internal error, which failed all executors."""
+    pids = distpool.addprocs(1)
+    executor = ClusterExecutor(WorkerPool(pids))
+    executor.options(timeout=0.5).submit(time.sleep, 60)
+    wait_until(lambda: any(row["running"] for row in executor.stats()))
+    executor.kill_workers()
+    distpool.rmprocs(*pids).result(20)
+    with ClusterExecutor(WorkerPool(team[:1])) as other:
+        assert other.submit(time.sleep, 1.0).result(20) is None
+
+
+@pytest.mark.parametrize("mode", ["break", "replace"])
+def test_calls_of_workers_that_are_given_back_end(team: list[int], mode: str) -> None:
+    goes, other = distpool.addprocs(2)
+    executor = ClusterExecutor(WorkerPool([goes, other]), on_worker_exit=mode)
+    wait_until(lambda: len(executor.workers) == 2)
+    there = executor.options(pids=[goes])
+    futures = [there.submit(time.sleep, 0.5) for _ in range(3)]
+    if mode == "break":
+        executor.options(pids=[other]).submit(os._exit, 3)
+        assert all(isinstance(future.exception(20), BrokenProcessPool) for future in futures)
+    else:
+        executor.options(pids=[other]).submit(time.sleep, 0.5)  # as much to do: the first one goes
+        executor.scale(1)
+        assert [type(future.exception(20)) for future in futures[1:]] == [RuntimeError] * 2
+    assert goes in distpool.workers()
+    executor.kill_workers()
+    distpool.rmprocs(goes, other).result(20)
