@@ -119,6 +119,26 @@ def test_a_closed_link_keeps_views_valid(both: Both) -> None:
     gc.collect()
 
 
+def test_nothing_is_lent_any_more_once_the_link_is_gone(both: Both) -> None:
+    """Nobody would say that it is free: an answer to a dead worker kept its segment, and a descriptor, for good."""
+    data = os.urandom(300_000)
+    both.sender.close()
+    assert both.sender.stage(data) is data and both.pool.bytes_in_use == 0
+
+
+def test_a_link_that_goes_while_something_is_lent(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = both.pool.put
+
+    def put_and_close(buffer: Any) -> Any:
+        lease = put(buffer)
+        both.sender.close()
+        return lease
+
+    monkeypatch.setattr(both.pool, "put", put_and_close)
+    both.sender.stage(os.urandom(300_000))
+    assert both.pool.bytes_in_use == 0
+
+
 def test_a_kept_copy_holds_its_segment_until_it_is_gone(both: Both) -> None:
     kept = Kept(both.pool, both.left.link.loop.call_soon)
     data = bytearray(os.urandom(500_000))

@@ -13,6 +13,7 @@ view is gone; that may only append to a deque and wake the loop, which then send
 from __future__ import annotations
 
 import collections
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -66,10 +67,11 @@ class Segments:
         self._lent: dict[int, list[Lease]] = {}  # segment id -> leases that the peer holds; dict operations are atomic
         self._views = SegmentViews(self._on_released)
         self._released: collections.deque[int] = collections.deque()
+        self._closed = False  # nobody will say any more that something is free
 
     def stage(self, buffer: Any, link: Link | None = None) -> Any:
         """`buffer` as it goes into a frame: a `SegmentRef`, or the buffer itself where memory is not shared."""
-        if not self._link.shares_memory:
+        if self._closed or not self._link.shares_memory:
             return buffer
         lease = self._pool.put(buffer)
         if lease is None:
@@ -78,7 +80,10 @@ class Segments:
 
     def lend(self, lease: Lease) -> SegmentRef:
         """Note that the peer holds `lease` (whose count the caller has raised for that) until it says otherwise."""
-        self._lent.setdefault(lease.segment_id, []).append(lease)
+        leases = self._lent.setdefault(lease.segment_id, [])
+        leases.append(lease)
+        if self._closed:  # looked at after the lease is there, and set before `close` looks what is there
+            _abandon(leases)
         return SegmentRef(lease.segment_id, lease.path, lease.size, lease.nbytes)
 
     def open(self, buffer: Any, private: bool = False) -> Any:
@@ -117,10 +122,16 @@ class Segments:
 
     def close(self) -> None:
         """The link is gone: take back what was lent; what user code still views stays valid."""
+        self._closed = True
         lent, self._lent = self._lent, {}
-        for leases in lent.values():
-            for lease in leases:
-                # Not release(): the peer may live on and hold arrays there (a worker that leaves, a cut link). A
-                # segment used again would change them; one trimmed (truncated) would kill the peer with SIGBUS.
-                lease.abandon()
+        for leases in list(lent.values()):
+            _abandon(leases)
         self._views.close()
+
+
+def _abandon(leases: list[Lease]) -> None:
+    """Not release(): the peer may live on and hold arrays there (a worker that leaves, a cut link). A segment used
+    again would change them; one trimmed (truncated) would kill the peer with SIGBUS."""
+    with contextlib.suppress(IndexError):  # another thread may do the same
+        while True:
+            leases.pop().abandon()
