@@ -86,8 +86,11 @@ class LazyMap(Iterator[Any]):
             raise TimeoutError
         try:
             index = self.next_index(deadline)
-            raw = self.run.results.pop(index)
+            # First: an interrupt behind what takes it out must not make us wait for it for ever.
             self._delivered += 1
+            if self.run.ready is not None:
+                self.run.ready.popleft()
+            raw = self.run.results.pop(index)
         finally:
             self._turn.release()
         try:
@@ -103,7 +106,7 @@ class LazyMap(Iterator[Any]):
             raw = None  # no cycle of exception and frame, which would keep what the callers hold
 
     def next_index(self, deadline: float | None) -> int:
-        """Wait for the next result and return its index in the input; it is still in `run.results`."""
+        """Wait for the next result and return its index in the input; nothing has been taken out."""
         run = self.run
         if self._refilled:
             self._fill(1)
@@ -132,7 +135,7 @@ class LazyMap(Iterator[Any]):
     def _ready(self) -> int | None:
         run = self.run
         if run.ready is not None:
-            return run.ready.popleft() if run.ready else None
+            return run.ready[0] if run.ready else None
         return self._delivered if self._delivered in run.results else None
 
     def _is_ready(self) -> bool:

@@ -365,8 +365,8 @@ class IMapIterator(stdlib.IMapIterator):  # type: ignore[type-arg]
             feed.go_on()
             if not run.wait_until(self._may_go_on, deadline):
                 raise multiprocessing.TimeoutError
-        index = feed.delivered if run.ready is None else run.ready.popleft()
-        feed.delivered += 1  # first: an interrupt in between must not make us wait for an index that was taken out
+        feed.delivered += 1  # first: an interrupt behind what takes it out must not make us wait for it for ever
+        index = feed.delivered - 1 if run.ready is None else run.ready.popleft()
         raw = run.results.pop(index)
         feed.go_on()
         if self._bar is not None:

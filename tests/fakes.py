@@ -91,6 +91,32 @@ class ManualLoop:
         yield
 
 
+class Struck(dict[int, Any]):
+    """Results of a map; Ctrl-C comes right behind the first that is taken out."""
+
+    strikes = 1
+
+    def pop(self, *key: Any) -> Any:
+        found = super().pop(*key)
+        self.strikes -= 1
+        if self.strikes == 0:
+            raise KeyboardInterrupt
+        return found
+
+
+class StruckQueue(collections.deque[int]):
+    """The same for the indices of those that are ready."""
+
+    strikes = 1
+
+    def popleft(self) -> int:
+        found = super().popleft()
+        self.strikes -= 1
+        if self.strikes == 0:
+            raise KeyboardInterrupt
+        return found
+
+
 class FakeJournal:
     """The shared memory of a worker, as the master reads it."""
 

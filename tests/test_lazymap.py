@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fakes import PATIENCE, FakeWorker, Office, fresh
+from fakes import PATIENCE, FakeWorker, Office, Struck, StruckQueue, fresh
 
 from distpool.lazymap import LazyMap
 
@@ -196,3 +196,21 @@ def test_in_halves(office: Office) -> None:
         office.finish(worker)
     thread.join(PATIENCE)
     assert sorted(found) == list(range(20)) and len(taken) == 20
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_an_interrupt_behind_what_takes_a_result_out_costs_that_result(
+    office: Office, robot: Robot, ordered: bool
+) -> None:
+    """Whoever went on with the iterator waited for ever for what was gone."""
+    results = lazy(office, range(10), ordered=ordered)
+    if ordered:
+        results.run.results = Struck()
+    else:
+        results.run.ready = StruckQueue()
+    with pytest.raises(KeyboardInterrupt):
+        next(results)
+    found = [results.next(time.monotonic() + PATIENCE) for _ in range(9)]
+    assert len(set(found)) == 9
+    with pytest.raises(StopIteration):
+        next(results)

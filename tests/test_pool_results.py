@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from fakes import Struck, StruckQueue
 
 from distpool import DistPool
 
@@ -526,3 +527,19 @@ def test_many_maps_at_once(pool: DistPool) -> None:
     for row in zip(*iterators, strict=True):
         assert len(set(row)) == 1
     assert all(result.get(20) == [number * number for number in range(50)] for result in results)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_an_interrupt_behind_what_takes_a_result_out_costs_that_result(pool: DistPool, ordered: bool) -> None:
+    results: Any = (pool.imap if ordered else pool.imap_unordered)(square, (number for number in range(10)))
+    run = results._feed.run
+    run.wait_until(lambda: run.settled == 10, time.monotonic() + 20)
+    if ordered:
+        run.results = Struck(run.results)
+    else:
+        run.ready = StruckQueue(run.ready)
+    with pytest.raises(KeyboardInterrupt):
+        next(results)
+    assert len({results.next(20) for _ in range(9)}) == 9
+    with pytest.raises(StopIteration):
+        results.next(20)
