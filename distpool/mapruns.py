@@ -398,6 +398,8 @@ class MapRun:
             return
         if self.takes_many:
             self.results[index] = Many(data, count)
+            if self.unwanted:  # as in `settle`
+                self.results[index] = None
             self.settled += count
             if self._sleepers:
                 self.wake()

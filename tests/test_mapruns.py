@@ -157,3 +157,12 @@ def test_a_long_map_is_sent_ahead_in_larger_parts(office: Office, monkeypatch: p
         seen.append(run.worth())
     assert seen == sorted(seen) and seen[0] == config.WINDOW_SECONDS and seen[-1] == config.LONG_WINDOW_SECONDS
     assert any(config.WINDOW_SECONDS < worth < config.LONG_WINDOW_SECONDS for worth in seen)
+
+
+def test_values_that_nobody_will_ask_for_are_let_go_of(office: Office) -> None:
+    run = office.run([], fresh())
+    run.takes_many = True
+    run.disown()
+    run.settle_many(0, 3, [10, 20, 30])
+    run.settle(3, b"40")
+    assert run.results == {0: None, 3: None} and run.settled == 4
