@@ -81,8 +81,12 @@ def _plan(machines: Any, options: dict[str, Any]) -> Adding:
     node = nodes.current()
     group = groups.of(node)
     group.claim_topology(params.get("topology", "all_to_all"), params.get("lazy", True))
-    exits.register_cluster(node, end_workers)
-    adding = Adding(node, group, manager, params)
+    try:
+        exits.register_cluster(node, end_workers)
+        adding = Adding(node, group, manager, params)
+    except BaseException:
+        group.release_topology()  # nobody else would: there is no launch that could end
+        raise
     adding.start()
     return adding
 

@@ -45,8 +45,11 @@ _SLACK = 5.0  # seconds that a manager's own time-out may come after ours
 def launcher(node: Node) -> Launcher:
     """The launcher of local processes of this node, made on first use."""
     if node.launcher is None:
-        node.launcher = Launcher(node.loop)
-        node.on_fork.append(node.launcher.forget_after_fork)
+        with node.making_parts:  # of two, nobody would end the zygotes of one
+            if node.launcher is None:
+                made = Launcher(node.loop)
+                node.launcher = node.launcher or made
+                node.on_fork.append(node.launcher.forget_after_fork)
     return node.launcher  # type: ignore[no-any-return]
 
 

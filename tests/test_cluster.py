@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -84,3 +85,16 @@ def test_workers_of_an_executor_are_members_until_it_ends() -> None:
         own = executor.workers
         assert set(own) <= set(listed())
     assert not set(own) & set(listed())
+
+
+def test_a_launch_that_never_began_does_not_hold_the_topology() -> None:
+    class Careless(distpool.ClusterManager):
+        def launch(self, params: dict[str, Any]) -> list[distpool.WorkerConfig]:
+            raise AssertionError("its arguments are bad")
+
+    if listed():
+        pytest.skip("somebody's workers hold the topology")
+    with pytest.raises(ValueError, match="memory_limit"):
+        addprocs(Careless(), memory_limit="much")
+    groups.of(nodes.current()).claim_topology("master_worker", True)  # RuntimeError: it is held
+    groups.of(nodes.current()).release_topology()

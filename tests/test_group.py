@@ -6,11 +6,13 @@ import itertools
 import os
 import signal
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import distpool
+from distpool import joining
 from distpool.node import group as groups
 from distpool.node import node as nodes
 
@@ -35,6 +37,26 @@ def test_a_worker_that_dies_is_reported_with_its_last_words() -> None:
 def test_the_group_is_one_for_the_node() -> None:
     node = nodes.current()
     assert groups.of(node) is groups.of(node)
+
+
+@pytest.mark.parametrize("part", ["group", "launcher"])
+def test_threads_that_need_it_first_get_the_same_one(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    node: Any = SimpleNamespace(making_parts=threading.RLock(), on_fork=[], group=None, launcher=None, loop=None)
+    module, name, get = (groups, "Group", groups.of) if part == "group" else (joining, "Launcher", joining.launcher)
+    real = getattr(module, name)
+    found: list[Any] = []
+    other = threading.Thread(target=lambda: found.append(get(node)))
+
+    def slow(argument: Any) -> Any:
+        if other.ident is None:
+            other.start()
+            other.join(0.3)  # it is through, or waits for us
+        return real(argument)
+
+    monkeypatch.setattr(module, name, slow)
+    found.append(get(node))
+    other.join(PATIENCE)
+    assert len(found) == 2 and found[0] is found[1] is get(node)
 
 
 def test_a_pid_that_never_existed() -> None:

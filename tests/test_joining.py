@@ -332,7 +332,7 @@ def test_nothing_more_to_start(dialled: list[Any], count: int | None) -> None:
 
 
 def test_the_launcher_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    node: Any = SimpleNamespace(launcher=None, loop=None, on_fork=[])
+    node: Any = SimpleNamespace(launcher=None, loop=None, on_fork=[], making_parts=threading.RLock())
     monkeypatch.setattr(joining, "Launcher", lambda loop: SimpleNamespace(forget_after_fork=threading.Lock))
     made = joining.launcher(node)
     assert joining.launcher(node) is made and len(node.on_fork) == 1

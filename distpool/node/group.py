@@ -279,7 +279,10 @@ def _names(member: Member, other: Member) -> bool:
 def of(node: Node) -> Group:
     """The group of `node`, made on first use."""
     if node.group is None:
-        node.group = Group(node)
+        with node.making_parts:  # two would share the workers out between them
+            if node.group is None:
+                made = Group(node)
+                node.group = node.group or made  # a `__del__` that the collector runs meanwhile may make one as well
     return node.group  # type: ignore[no-any-return]
 
 

@@ -41,7 +41,7 @@ class Node:
         self.ospid = os.getpid()
         self.identity: Any = None  # transport.tls.Identity, once this process has, or needs, encrypted links
         self._spreading: Any = None
-        self._making_parts = threading.RLock()  # protects identity and _spreading while the master makes them
+        self.making_parts = threading.RLock()  # protects what the master makes on first use: identity, group, ...
         self.loop = IoLoop()
         self.threads = ThreadCache("distpool-task", self.loop.call_later)
         self.notices = SerialQueue(self.threads)  # output and life-cycle notices, in order
@@ -109,14 +109,14 @@ class Node:
 
     def spreading(self) -> Any:
         """Master: how big functions get to many hosts (`node.bulk.Spreading`). Any thread."""
-        with self._making_parts:
+        with self.making_parts:
             if self._spreading is None:
                 self._spreading = importlib.import_module("distpool.node.bulk").Spreading(self)
             return self._spreading
 
     def own_identity(self) -> Any:
         """Master: the certificate and key of this cluster, made on first need. Any thread; see `transport.tls`."""
-        with self._making_parts:
+        with self.making_parts:
             if self.identity is None:
                 made = importlib.import_module("distpool.transport.tls").make_identity()
                 self.identity = self.identity or made
