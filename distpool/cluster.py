@@ -75,7 +75,7 @@ def _plan(machines: Any, options: dict[str, Any]) -> Adding:
         check_options(manager, options)
     params = {**defaults, **options}
     timeout = params.get("timeout")
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0):
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
     manager.check(params)
     node = nodes.current()
@@ -127,7 +127,7 @@ def rmprocs(*pids: int | Iterable[int], waitfor: float | None = None) -> concurr
         return future
     with node.loop.following():
         try:
-            future.result(waitfor)
+            future.result(None if waitfor is None else min(waitfor, config.LONGEST))
         except TimeoutError:
             left = sorted(member.pid for member in members if member.pid in group.members)
             if left:

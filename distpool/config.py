@@ -46,6 +46,8 @@ OUTPUT_LINES = 20
 #: that has rested for so many seconds.
 PRELOAD = ("cloudpickle", "multiprocessing", "encodings.ascii", "distpool.wire.byvalue", "traceback", "logging")
 REST_SECONDS = 0.05
+#: No wait is longer, in seconds: infinity, which means that, is more than locks, sockets and polls take.
+LONGEST = 1e6
 
 
 def as_int(value: Any) -> Any:
@@ -63,6 +65,11 @@ def worker_timeout() -> float:
     return _seconds("DISTPOOL_WORKER_TIMEOUT", 60.0)
 
 
+def launch_timeout(given: Any) -> float:
+    """Seconds for `timeout=` of a launch; None: `worker_timeout`."""
+    return worker_timeout() if given is None else float(min(given, LONGEST))
+
+
 def silent_seconds() -> float:
     """Seconds after which another host that acknowledges nothing is taken for lost (`DISTPOOL_SILENT_SECONDS`, default
     20; it is noticed at most a quarter later)."""
@@ -77,7 +84,7 @@ def _seconds(name: str, default: float) -> float:
         value = 0.0
     if not value > 0:  # NaN too
         raise ValueError(f"{name} must be a number of seconds greater than 0, not {text!r}")
-    return value
+    return min(value, LONGEST)
 
 
 def launch_method() -> str:

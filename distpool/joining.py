@@ -81,8 +81,7 @@ class Launch:
         self.manager = manager
         self.params = {**manager.default_addprocs_params(), **params, "cookie": node.cookie, "launcher": launcher(node)}
         self.params["identity"] = node.own_identity
-        timeout = self.params.get("timeout")
-        self.seconds = config.worker_timeout() if timeout is None else float(timeout)
+        self.seconds = config.launch_timeout(self.params.get("timeout"))
         self._wishes = wishes(self.params)
         # How many workers a host has in the end, where that is not what its `WorkerConfig` says.
         self.per_host = manager.n if isinstance(manager, LocalManager) else None

@@ -98,3 +98,16 @@ def test_a_launch_that_never_began_does_not_hold_the_topology() -> None:
         addprocs(Careless(), memory_limit="much")
     groups.of(nodes.current()).claim_topology("master_worker", True)  # RuntimeError: it is held
     groups.of(nodes.current()).release_topology()
+
+
+@pytest.mark.parametrize("forever", [float("inf"), 1e10])
+def test_times_without_end(forever: float) -> None:
+    found = addprocs(2, timeout=forever)
+    rmprocs(*found, waitfor=forever).result(PATIENCE)
+
+
+def test_a_time_that_is_no_number_starts_nothing() -> None:
+    before = groups.of(nodes.current()).last_pid
+    with pytest.raises(ValueError, match="^timeout must be a positive number of seconds, not nan$"):
+        addprocs(1, timeout=float("nan"))
+    assert groups.of(nodes.current()).last_pid == before

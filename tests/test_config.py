@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from typing import Any
 
 import pytest
@@ -17,6 +18,18 @@ def test_worker_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, value in (("5", 5.0), ("0.25", 0.25), ("", 60.0), (" 7 ", 7.0)):
         monkeypatch.setenv("DISTPOOL_WORKER_TIMEOUT", text)
         assert config.worker_timeout() == value
+
+
+def test_infinity_is_a_time_that_every_wait_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTPOOL_WORKER_TIMEOUT", "inf")
+    monkeypatch.setenv("DISTPOOL_SILENT_SECONDS", "1e300")
+    longest = config.worker_timeout()
+    assert longest == config.silent_seconds() == config.launch_timeout(None) == config.launch_timeout(float("inf"))
+    assert config.launch_timeout(10**400) == longest and config.launch_timeout(7) == 7.0
+    assert int(longest * 1000) < 2**31  # milliseconds, as polls and sockets take them
+    with socket.socket() as sock:
+        sock.settimeout(longest)
+    assert longest <= threading.TIMEOUT_MAX
 
 
 @pytest.mark.parametrize("text", ["soon", "1h", "1,5", "nan", "-1", "0"])

@@ -74,7 +74,6 @@ class LocalManager(ClusterManager):
         wanted = pairs(params.get("env"))
         directory = params.get("dir")
         cwd = os.path.abspath(os.path.expanduser(os.fspath(directory))) if directory is not None else here()
-        timeout = params.get("timeout")
         return LaunchSpec(
             count=self.n,
             argv=argv,
@@ -84,7 +83,7 @@ class LocalManager(ClusterManager):
             cookie=params["cookie"],
             transport=config.local_transport() if self.restrict else "tcp",
             method=config.launch_method(),
-            timeout=config.worker_timeout() if timeout is None else float(timeout),
+            timeout=config.launch_timeout(params.get("timeout")),
             extra={**(params.get("extra") or {}), **({"memory_limit": limit} if limit is not None else {})},
             bind="127.0.0.1" if self.restrict else routable_address(),
             own_path=foreign,

@@ -418,8 +418,7 @@ def _name(spec: Spec) -> str:
 
 
 def _seconds(params: dict[str, Any]) -> float:
-    timeout = params.get("timeout")
-    return config.worker_timeout() if timeout is None else float(timeout)
+    return config.launch_timeout(params.get("timeout"))
 
 
 def _connect_seconds() -> float:
