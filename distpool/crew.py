@@ -98,6 +98,8 @@ class Crew:
     def start(self) -> None:
         """Launch the workers in the background. Any thread."""
         self.supply.start()
+        if not self.supply.busy:  # a manager without hosts: no launch will end, and find that nobody has come
+            self.node.loop.call_soon(self._check_hopeless)
 
     @property
     def _launching(self) -> int:
@@ -322,6 +324,9 @@ class Crew:
     def dismiss(self) -> None:
         """Let all workers go: nothing is left to do. Those that are still coming up are not waited for."""
         if self._dismissed:
+            for member in list(self.members.values()):  # the signal of `kill` may not have ended it
+                if member.state is State.READY:
+                    member.say_goodbye(_PATIENCE)
             return
         if self._initializer is not None and self.broken is None and self._any_uninitialized():
             return  # its initializer runs in each worker, also if no call was ever submitted

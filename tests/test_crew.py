@@ -160,3 +160,37 @@ def test_a_topology_ends_with_its_executor() -> None:
     for topology in ("master_worker", "all_to_all"):
         with ClusterExecutor(1, topology=topology) as executor:
             assert executor.submit(abs, -1).result(PATIENCE) == 1
+
+
+def test_a_manager_without_hosts_is_an_error_and_no_hang(make: Callable[..., ClusterExecutor]) -> None:
+    class Nowhere(distpool.ClusterManager):
+        def parts(self) -> list[tuple[distpool.ClusterManager, int | None]]:
+            return []
+
+    for manager in (Nowhere(), distpool.SSHManager([])):
+        executor = make(manager)
+        assert isinstance(executor.submit(abs, -1).exception(PATIENCE), LaunchWorkerError)
+        executor.shutdown()
+
+
+def _hold_without_sigterm(address: tuple[str, int]) -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    hold(address)
+    return os.getpid()
+
+
+def test_a_worker_that_ignores_sigterm_leaves_when_its_call_is_done(
+    make: Callable[..., ClusterExecutor], gate: Gate
+) -> None:
+    executor = make(1)
+    future = executor.submit(_hold_without_sigterm, gate.address)
+    arrival = gate.arrival()
+    executor.terminate_workers()
+    asked = threading.Event()
+    executor._crew.node.loop.call_soon(asked.set)  # behind the signal
+    with executor._crew.node.loop.following():
+        assert asked.wait(PATIENCE)
+    arrival.release()
+    assert future.result(PATIENCE) == arrival.ospid
+    executor._crew.wait(PATIENCE)
+    assert executor._crew.finished.is_set()
