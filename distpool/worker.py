@@ -20,7 +20,8 @@ import signal
 import socket
 import sys
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from distpool import config
 from distpool.node import node as nodes
@@ -38,7 +39,7 @@ from distpool.wire.frames import Frame, Kind
 from distpool.wire.protocol import Handshake, Role
 
 _LOST_MASTER = 1  # exit status
-_FAREWELL = 1.0  # seconds in which the master may read why this process ends
+_FAREWELL = 1.0  # seconds in which the master, or who reads our output, may take why this process ends
 _PRESS = 0.25  # seconds before, and between two, interrupts of a call that must end
 _RESERVE = 16  # threads of a worker that cannot start any: so many calls at a time beside the main one
 _HASTE = 1.0  # seconds that remote calls on other threads have to end then
@@ -111,8 +112,25 @@ class Worker:
 
     def _give_up(self, timeout: float) -> None:
         if not self._joined.is_set():
-            print(f"Master process (id 1) could not connect within {timeout} seconds.", flush=True)
-            os._exit(_LOST_MASTER)
+            text = f"Master process (id 1) could not connect within {timeout} seconds."
+            self._end(lambda: print(text, flush=True))
+
+    def _end(self, last_words: Callable[[], object]) -> NoReturn:
+        """This process is of no use any more. Whoever reads its output may be gone, or leave it in a full pipe,
+        with a print of the user's in front: that must not keep us here."""
+        said = threading.Event()
+
+        def say() -> None:
+            try:
+                last_words()
+            except (OSError, ValueError, AttributeError):
+                pass  # nobody reads, or user code has closed it
+            finally:
+                said.set()
+
+        self.node.deliver(say)
+        said.wait(_FAREWELL)
+        os._exit(_LOST_MASTER)
 
     # -- interrupts (leader) -----------------------------------------------------------------------------------
 
@@ -173,9 +191,7 @@ class Worker:
             return
         if self._segments is not None:
             self._segments.close()
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-        os._exit(_LOST_MASTER)
+        self._end(lambda: sys.stdout.flush())
 
     def _complain(self, text: str) -> None:
         """On a library thread: stderr may be a pipe that is full at the moment."""

@@ -47,7 +47,9 @@ class ByHand:
 
     def __exit__(self, *exc: Any) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait(PATIENCE)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
 
 def test_a_master_that_never_comes() -> None:
@@ -56,6 +58,42 @@ def test_a_master_that_never_comes() -> None:
         output, _ = worker.process.communicate(timeout=PATIENCE)
         assert worker.process.returncode == 1
         assert "could not connect within 0.5 seconds" in output
+
+
+def test_a_master_that_never_comes_and_nobody_who_reads_that() -> None:
+    with ByHand(DISTPOOL_WORKER_TIMEOUT="0.5") as worker:
+        worker.address()
+        assert worker.process.stdout is not None
+        worker.process.stdout.close()
+        assert worker.process.wait(PATIENCE) == 1
+
+
+def test_a_master_is_lost_while_nobody_reads_the_output() -> None:
+    """A print of the user's is stuck in the full pipe, and has the stream's lock."""
+    program = textwrap.dedent("""
+        import sys, distpool
+        class There(distpool.ClusterManager):
+            def launch(self, params):
+                yield distpool.WorkerConfig(host=sys.argv[1], port=int(sys.argv[2]))
+        def fill():
+            import os, select
+            while select.select([], [1], [], 0)[1]:
+                os.write(1, bytes(4096))
+            distpool.remote_do(print, 1, "full", flush=True)
+            print("x" * 100000)
+        distpool.cluster_cookie("the-cookie")
+        distpool.remotecall(fill, *distpool.addprocs(There()))
+        sys.stdin.read()
+    """)
+    with ByHand() as worker:
+        host, port = worker.address()
+        with subprocess.Popen(
+            [sys.executable, "-c", program, host, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as master:
+            assert master.stdout is not None
+            assert master.stdout.readline() == "full\n"
+            master.kill()
+        assert worker.process.wait(PATIENCE) == 1
 
 
 def test_strangers_are_sent_away_and_the_worker_waits_on() -> None:
