@@ -38,6 +38,7 @@ if sys.platform != "win32":
     import resource
 
 _CHUNK = 65536
+_PIPE = 1 << 20  # bytes that a pipe holds at most, unless root has enlarged it
 _HIGH_WATER = 1 << 20  # bytes that the master has not taken yet: from then on workers' output waits
 #: What each worker would load for itself when it joins, and again for encrypted links (20 ms of work).
 _JOINING = ("multiprocessing.process",)
@@ -246,9 +247,11 @@ class Agent:
             worker = self._workers.pop(ospid, None)
             if worker is None:
                 continue
-            while worker.output in self._outputs and self._take_output(worker):
-                pass
-            self._drop_output(worker)  # a child of it may hold the other end
+            # A child of it may hold the other end, and print without end: no more than a pipe holds.
+            for _ in range(_PIPE // _CHUNK):
+                if worker.output not in self._outputs or not self._take_output(worker):
+                    break
+            self._drop_output(worker)
             os.close(worker.lifeline)
             self._say(exited=worker.number, status=os.waitstatus_to_exitcode(status))
 

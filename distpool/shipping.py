@@ -122,8 +122,8 @@ def offer(name: str) -> str | None:
     packed = archive.pack(source)
     offered = _offered(nodes.current())
     offered[packed.digest] = packed
-    while len(offered) > _REMEMBERED:
-        offered.pop(next(iter(offered)), None)
+    for old in list(offered)[:-_REMEMBERED]:
+        offered.pop(old, None)
     return packed.digest
 
 

@@ -263,3 +263,27 @@ def test_it_does_not_wait_for_who_does_not_read(start: Callable[..., Login]) -> 
     one.write(b'{"kill": 0, "signal": 9}\n')
     wait_until(lambda: not alive(worker["ospid"]))
     assert one.until("exited") == {"exited": 0, "status": -9}
+
+
+def test_a_worker_whose_child_prints_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker is dead, the child is not: nobody can wait for its end."""
+    orders, lifeline, events, output = os.pipe(), os.pipe(), os.pipe(), os.pipe()
+    agent = login.Agent(settings(), orders[0], events[1], b"")
+    agent._workers[4711] = agent._outputs[output[0]] = login._Worker(3, output[0], lifeline[1])
+    taken = 0
+
+    def take(worker: Any) -> bool:
+        nonlocal taken
+        taken += 1
+        assert taken < 10_000
+        return True
+
+    monkeypatch.setattr(agent, "_take_output", take)
+    ends = [(4711, 0), (0, 0)]
+    monkeypatch.setattr(os, "waitpid", lambda ospid, options: ends.pop(0))
+    agent._reap()
+    monkeypatch.undo()
+    assert taken and not agent._workers and not agent._outputs
+    assert b'"exited": 3' in os.read(events[0], 65536)
+    for descriptor in (*orders, lifeline[0], *events, output[1], agent._wake_read, agent._wake_write):
+        os.close(descriptor)

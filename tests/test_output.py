@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,3 +228,27 @@ def test_drain_takes_what_is_there_although_somebody_holds_the_pipe(setup: Setup
     assert done.wait(PATIENCE) and setup.ended.wait(PATIENCE)
     assert setup.notices.join(PATIENCE)
     assert printed() == f"{PREFIX}last words\n"
+
+
+def test_a_pipe_that_somebody_fills_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker is dead, and a child of it prints faster than we read: the leader has more to do."""
+    loop: Any = SimpleNamespace(register=lambda *_: None, unregister=lambda _: None, call_soon=lambda _: None)
+    notices: Any = SimpleNamespace(put=lambda function: None)
+    reading, writing = os.pipe()
+    reader = OutputReader(loop, reading, 7, notices, lambda: None)
+    real, given = os.read, 0
+
+    def endless(descriptor: int, size: int) -> bytes:
+        nonlocal given
+        if descriptor != reading:
+            return real(descriptor, size)
+        given += size
+        assert given < 1 << 26
+        return b"y\n" * (size // 2)
+
+    monkeypatch.setattr(os, "read", endless)
+    reader.drain()
+    monkeypatch.undo()
+    assert given >= 1 << 20, "all that a pipe holds"
+    os.close(writing)
+    reader.close()

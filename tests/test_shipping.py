@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import _imp
 import importlib
+import itertools
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,8 +83,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         def __setitem__(self, digest: str, packed: Any) -> None:
             self.table[digest] = packed
 
-        def __len__(self) -> int:
-            return len(self.table)
+        def __iter__(self) -> Iterator[str]:
+            return iter(self.table)
 
         def get(self, digest: str) -> Any:
             found.append(("content", next(iter(self.table[digest]._files))[0].partition("/")[0].removesuffix(".py")))
@@ -294,3 +296,31 @@ def test_a_disk_that_cannot(start: Any, tmp_path: Path) -> None:
     with pytest.raises(RemoteException, match="fetched_one cannot be fetched from process 1") as info:
         remotecall_fetch(value, pid, "fetched_one")
     assert type(info.value.captured.ex) is ImportError
+
+
+def test_threads_that_offer_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = itertools.count()
+    monkeypatch.setattr(shipping, "own_module", lambda name: name)
+    monkeypatch.setattr(shipping.archive, "pack", lambda source: SimpleNamespace(digest=str(next(numbers))))
+    offered: dict[str, Any] = {}
+    monkeypatch.setattr(shipping, "_offered", lambda node: offered)
+    problems: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(5_000):
+                shipping.offer("module")
+        except RuntimeError as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not problems and len(offered) <= shipping._REMEMBERED + len(threads)

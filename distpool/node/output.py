@@ -24,6 +24,7 @@ log = Log("output")
 
 _CHUNK = 65536
 _HIGH_WATER = 4 << 20  # bytes read and not yet written by the notices thread
+_PIPE = 1 << 20  # bytes that a pipe holds at most, unless root has enlarged it
 
 #: `f(pid, line) -> str | None`: the text to print instead of the default, or None for nothing.
 OutputHook = Callable[[int, str], "str | None"]
@@ -136,8 +137,9 @@ class OutputReader:
                 self._loop.register(self._descriptor, self._on_readable)
 
     def drain(self) -> None:
-        """Read what is there now (the worker is dead; somebody else may still hold its pipe)."""
-        while not self.ended:
+        """Read what is there now (the worker is dead; somebody else may still hold its pipe, and print without end)."""
+        left = _PIPE
+        while left > 0 and not self.ended:
             try:
                 data = os.read(self._descriptor, _CHUNK)
             except OSError:
@@ -145,6 +147,7 @@ class OutputReader:
             if not data:
                 self.close()
                 return
+            left -= len(data)
             self._take(data)
 
     def close(self) -> None:
