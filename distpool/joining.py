@@ -338,6 +338,8 @@ def _check(worker: WorkerConfig) -> None:
     count = worker.count
     if count is not None and count != "auto" and (isinstance(count, bool) or not isinstance(count, int)):
         raise TypeError(f"WorkerConfig.count must be a number of workers or 'auto', not {count!r}")
+    if worker.environ is not None and not isinstance(worker.environ, dict):
+        raise TypeError(f"WorkerConfig.environ must be a dict, not {type(worker.environ).__name__}")
     _words(worker.exename), _words(worker.exeflags)
     if worker.connect_idents is not None:
         worker.connect_idents = list(worker.connect_idents)

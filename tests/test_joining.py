@@ -155,7 +155,11 @@ def test_what_is_no_config_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [{"count": "many"}, {"count": 1.5}, {"count": True}, {"exename": 5}, {"exeflags": 7}, {"connect_idents": 3}]
+    "more",
+    [
+        *({"count": "many"}, {"count": 1.5}, {"count": True}, {"exename": 5}, {"exeflags": 7}, {"connect_idents": 3}),
+        *({"environ": [("A", "1")]}, {"environ": "A=1"}),
+    ],
 )
 def test_what_cannot_be_meant_is_the_end_of_the_launch(dialled: list[Any], more: dict[str, Any]) -> None:
     """On the leader it was an error of nobody's, and `addprocs` waited for ever."""

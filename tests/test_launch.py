@@ -696,6 +696,21 @@ def test_close_if_idle(launcher: Launcher) -> None:
     finish([process])
 
 
+def test_a_zygote_that_a_launch_is_about_to_use_is_not_idle(launcher: Launcher) -> None:
+    """Somebody's last worker goes, at just that moment."""
+    found = launcher._zygote
+
+    def then_closed(spec: LaunchSpec) -> Any:
+        zygote = found(spec)
+        launcher.close_if_idle()
+        return zygote
+
+    launcher._zygote = then_closed  # type: ignore[method-assign]
+    finish(list(launcher.launch(order())))
+    launcher.close_if_idle()
+    assert wait_gone([zygote.pid for zygote in zygotes()]) == []
+
+
 # --- ends that nobody asked for ---------------------------------------------------------------------------------------
 
 

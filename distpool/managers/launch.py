@@ -49,6 +49,7 @@ class Launcher:
         self._janitor: subprocess.Popen[bytes] | None = None
         self._janitor_pipe = -1
         self._closed = False
+        self._launches: set[object] = set()  # those that may be about to use a zygote, or the directory
 
     # --- starting ---
 
@@ -59,18 +60,23 @@ class Launcher:
         Raises LaunchWorkerError (after the ones that did start) with the reason and the last output. If the iterator
         is dropped early, workers that nobody took are ended.
         """
+        mark = object()
         with self._lock:
             self._check_open()
-        self._settle_directory(spec)
-        if spec.method == "exec":
-            from distpool.managers import executed
+            self._launches.add(mark)
+        try:
+            self._settle_directory(spec)
+            if spec.method == "exec":
+                from distpool.managers import executed
 
-            for process in executed.launch(self._loop, spec, self._add_executed, self._drop_executed):
-                if self._closed:  # meanwhile; `close` may not have seen this one
-                    process.kill()
-                yield process
-        else:
-            yield from self._fork(spec, meanwhile or (lambda: None))
+                for process in executed.launch(self._loop, spec, self._add_executed, self._drop_executed):
+                    if self._closed:  # meanwhile; `close` may not have seen this one
+                        process.kill()
+                    yield process
+            else:
+                yield from self._fork(spec, meanwhile or (lambda: None))
+        finally:
+            self._launches.discard(mark)  # no lock: the collector may end a launch that was dropped
 
     def _fork(self, spec: LaunchSpec, meanwhile: Callable[[], object]) -> Iterator[LaunchedProcess]:
         """Ask the zygote; if it is found dead, once more with a new one."""
@@ -176,8 +182,13 @@ class Launcher:
     # --- the end ---
 
     def close_if_idle(self) -> None:
-        """End each zygote that has no living worker; the next launch starts a new one. Does not wait."""
+        """End each zygote that has no living worker; the next launch starts a new one. Does not wait.
+
+        Not while something is launched, whose request an idle zygote may be about to get: who launches looks again.
+        """
         with self._lock:
+            if self._launches:
+                return
             idle = {key: zygote for key, zygote in self._zygotes.items() if zygote.idle()}
             for key in idle:
                 del self._zygotes[key]
