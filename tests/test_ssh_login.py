@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import signal
@@ -320,6 +321,47 @@ def test_after_the_last_worker_the_login_ends(bench: Any) -> None:
     assert one.connection.closed == 1 and one.over.wait(10)
     for process in processes:
         os.close(process.output)
+
+
+def test_no_descriptors_left_for_one_more(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = bench(count=2)
+    one.begin()
+    first = one.worker(0)
+
+    def refuse() -> tuple[int, int]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(ssh_login.os, "pipe", refuse)
+    one.session.say(pack_event(worker=1, ospid=1001, host="10.0.0.1", port=6))
+    one.session.wait_for(b'{"kill": 1, "signal": 9}\n')
+    (error,) = one.settled.get(timeout=10)
+    monkeypatch.undo()
+    assert "Too many open files" in error.reason and not one.login._closed and not first.gone.is_set()
+    os.close(first.output)
+
+
+def test_a_worker_that_comes_when_nobody_waits_any_more(bench: Any) -> None:
+    one = bench(count=2)
+    one.begin()
+    first = one.worker(0)
+    one.login.expire(3)
+    assert len(one.settled.get(timeout=10)) == 1
+    one.session.say(pack_event(worker=1, ospid=1001, host="10.0.0.1", port=6))
+    one.session.wait_for(b'{"kill": 1, "signal": 9}\n')
+    one.session.say(pack_event(exited=1, status=-9))
+    assert one.workers.empty() and not one.login._closed
+    one.login.release()
+    assert one.over.wait(10), "it was not counted"
+    os.close(first.output)
+
+
+def test_a_login_that_is_let_go_before_it_has_settled(bench: Any) -> None:
+    one = bench(hold=True)
+    one.begin()
+    one.login.let_go()
+    one.session.say(pack_event(problem="no address"))
+    assert len(one.settled.get(timeout=10)) == 1
+    assert one.over.wait(10) and one.connection.closed == 1
 
 
 def test_tunnels(bench: Any) -> None:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -144,6 +145,7 @@ class SSHManager(ClusterManager):
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         waiting = [self._login(spec, count, params, clients, parcels, events) for spec, count in self.machines.items()]
         running: dict[HostLogin, float] = {}
+        ends: dict[HostLogin, threading.Event] = {}
         errors: list[Exception] = []
         seconds = _seconds(params)
         try:
@@ -151,7 +153,8 @@ class SSHManager(ClusterManager):
                 while waiting and len(running) < params["max_parallel"]:
                     login = waiting.pop(0)
                     running[login] = time.monotonic() + seconds
-                    login.begin(running[login])
+                    ends[login] = threading.Event()
+                    login.begin(running[login], ends[login].set)
                 left = min(running.values()) + _SLACK - time.monotonic()
                 try:
                     event = events.get(timeout=max(0.0, left))
@@ -169,7 +172,7 @@ class SSHManager(ClusterManager):
                     errors += problems
         finally:
             for login in running:
-                threading.Thread(target=login.close, daemon=True).start()
+                threading.Thread(target=_abandon, args=(login, ends[login], events), daemon=True).start()
         if errors:
             raise CompositeException(errors)
 
@@ -302,6 +305,17 @@ class _Kept:
             before.let_go()
         if login is not None and self.closed:  # meanwhile
             login.let_go()
+
+
+def _abandon(login: HostLogin, end: threading.Event, events: queue.SimpleQueue[Any]) -> None:
+    """End a login whose launch was given up; what it has brought meanwhile is nobody's. On a thread of its own."""
+    login.close()
+    end.wait(_END_SECONDS)
+    with contextlib.suppress(queue.Empty):
+        while True:
+            event = events.get_nowait()
+            if isinstance(event, WorkerConfig):
+                os.close(event.process.output)
 
 
 def _drop(events: queue.SimpleQueue[Any], turn: threading.Lock) -> None:

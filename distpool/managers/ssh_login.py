@@ -246,11 +246,24 @@ class HostLogin:
 
     def _add(self, event: dict[str, Any]) -> None:
         address = ("tcp", str(event["host"]), int(event["port"]))
-        process = RemoteProcess(self, int(event["worker"]), int(event["ospid"]), address)
+        number = int(event["worker"])
+        try:
+            process = RemoteProcess(self, number, int(event["ospid"]), address)
+        except OSError as error:  # no descriptors left here: those that run there are not to pay for it
+            assert self._session is not None
+            self._session.write(_signal(number, SIGKILL))
+            self._problems.append(LaunchWorkerError(self.machine, self._said(), f"no pipe for its output: {error}"))
+            self._announced()
+            return
         process.encrypted = bool(event.get("tls"))
-        self._processes[process.number] = process
+        self._processes[number] = process
         with self._lock:
-            self._users += 1
+            wanted = not self._settled
+            self._users += wanted
+        if not wanted:  # it comes too late: nobody would connect to it, or read what it prints
+            os.close(process.output)
+            process.kill()
+            return
         self._on_worker(self._describe(self, process))
         self._announced()
 
@@ -258,6 +271,7 @@ class HostLogin:
         self._expected -= 1
         if self._expected <= 0:
             self._settle()
+            self._end_if_unused()
 
     def _said(self) -> str:
         """The last lines of what the login printed, of both streams; without our secrets, if it repeats its input."""
@@ -309,9 +323,7 @@ class HostLogin:
         """No further workers will be wanted: it ends with the last of them."""
         with self._lock:
             self.settings.hold = False
-            over = self._users <= 0 and self._settled
-        if over:
-            self.close()
+        self._end_if_unused()
 
     @property
     def lives(self) -> bool:
@@ -340,7 +352,7 @@ class HostLogin:
         def work() -> None:
             session = self._session
             if session is not None:
-                session.write(b'{"kill": %d, "signal": %d}\n' % (process.number, signum))
+                session.write(_signal(process.number, signum))
             if signum == SIGKILL and not process.gone.wait(_KILL_SECONDS):
                 process.ended(None)
 
@@ -370,6 +382,11 @@ class HostLogin:
         """The group has done with one of the workers; after the last one the login ends."""
         with self._lock:
             self._users -= 1
+        self._end_if_unused()
+
+    def _end_if_unused(self) -> None:
+        """Whoever changes one of the three looks."""
+        with self._lock:
             over = self._users <= 0 and self._settled and not self.settings.hold
         if over:
             self.close()
@@ -396,6 +413,10 @@ class HostLogin:
             self.connection.forget()
         for process in self._processes.values():
             process.close_sink()
+
+
+def _signal(number: int, signum: int) -> bytes:
+    return b'{"kill": %d, "signal": %d}\n' % (number, signum)
 
 
 def explain(status: int | None, said: str, settings: LoginSettings) -> str:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -520,3 +521,24 @@ def test_workers_of_a_launch_that_was_given_up_are_ended() -> None:
         with pytest.raises(OSError):
             os.fstat(process.output)
         os.close(process.other_end)
+
+
+def test_a_launch_that_is_dropped_leaves_no_pipes() -> None:
+    """More workers had come than anybody has taken."""
+    ended = threading.Event()
+    outputs = [os.pipe() for _ in range(2)]
+
+    class Login:
+        def close(self) -> None:
+            for output, _ in outputs:
+                events.put(distpool.WorkerConfig(process=SimpleNamespace(output=output)))
+            events.put((self, []))
+            ended.set()
+
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    login: Any = Login()
+    ssh_manager._abandon(login, ended, events)
+    for output, other_end in outputs:
+        with pytest.raises(OSError):
+            os.fstat(output)
+        os.close(other_end)
