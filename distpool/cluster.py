@@ -190,7 +190,8 @@ def end_workers(node: Node, patience: float) -> None:
     if group is None:
         return
     members = [group.members[pid] for pid in list(group.default_members) if pid in group.members]
-    members += [member for member in list(group.members.values()) if member.removed and member not in members]
+    others = [member for member in list(group.members.values()) if member not in members and member.borrower is None]
+    members += [member for member in others if member.removed or not member.listed]  # going, or still coming
     if not members:
         return
     pids = {member.pid for member in members}

@@ -10,6 +10,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 NOISE = 3.0
@@ -231,3 +232,25 @@ def test_an_owner_that_closes_it_when_the_interpreter_goes_does_not_wait(make: s
     """)
     assert done.returncode == 0 and done.stderr == ""
     assert float(done.stdout) < 2.0, done.stdout
+
+
+def test_workers_that_are_still_coming_go_with_the_program() -> None:
+    """What a manager has started is nobody's worker yet; without a master it would wait for a minute."""
+    done = run("""
+        import socket, subprocess, distpool
+        server = socket.create_server(("127.0.0.1", 0))
+        class Slow(distpool.ClusterManager):
+            def launch(self, params):
+                text = f"echo distpool_worker:{server.getsockname()[1]}#127.0.0.1; exec sleep 60"
+                process = subprocess.Popen(["sh", "-c", text], stdout=subprocess.PIPE)
+                print(process.pid, flush=True)
+                yield distpool.WorkerConfig(io=process.stdout, process=process)
+        future = distpool.addprocs_async(Slow())
+        connection, _ = server.accept()
+    """)
+    assert done.returncode == 0 and done.stderr == ""
+    ospid = int(done.stdout)
+    try:
+        assert psutil.Process(ospid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        pass

@@ -306,6 +306,23 @@ def test_orders_larger_than_the_socket(server: ForkServer, zygote: Zygote) -> No
     assert asked.end().error is None
 
 
+def test_its_end_while_an_order_waits_for_room(
+    server: ForkServer, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = server._flush
+
+    def full() -> bool:
+        if server._ended:
+            return flush()
+        zygote.hang_up()
+        until(lambda: server._ended and server._control.fileno() < 0, "the leader has seen it")
+        return False
+
+    monkeypatch.setattr(server, "_flush", full)
+    with pytest.raises(Gone):
+        list(launch(server))
+
+
 def test_a_forked_child_only_closes(zygote: Zygote) -> None:
     class Loop:
         def register(self, source: Any, on_readable: Callable[[], None]) -> None:

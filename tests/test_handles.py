@@ -110,6 +110,16 @@ def test_a_process_that_the_manager_has_reaped(loop: IoLoop, cat: subprocess.Pop
     assert told.event.wait(PATIENCE) and told.codes == [0]
 
 
+def test_one_that_was_reaped_and_whose_process_id_somebody_else_has(loop: IoLoop, cat: subprocess.Popen[bytes]) -> None:
+    end(cat)
+    cat.wait()
+    handle = PopenHandle(loop, cat)
+    handle.ospid = os.getpid()
+    told = Ended()
+    handle.add_exit_callback(told)
+    assert told.event.wait(PATIENCE) and told.codes == [0]
+
+
 def test_somebody_else_waits_for_it_at_this_moment(
     loop: IoLoop, cat: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -310,6 +310,22 @@ def test_signals_go_through_the_login(bench: Any, monkeypatch: pytest.MonkeyPatc
     os.close(process.output)
 
 
+def test_a_signal_where_no_thread_can_be_started(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The leader sends it: an error there would be everybody's."""
+    one = bench()
+    one.begin()
+    process = one.worker()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    process.kill()
+    monkeypatch.undo()
+    one.session.wait_for(b'{"kill": 0, "signal": 9}\n')
+    os.close(process.output)
+
+
 def test_after_the_last_worker_the_login_ends(bench: Any) -> None:
     one = bench(count=2)
     one.begin()

@@ -10,6 +10,7 @@ all of them are reported as ended, with an unknown exit status.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -140,8 +141,9 @@ class ForkServer:
             if remaining <= 0:
                 return  # the rest goes out with whoever sends next
             room = select.poll()
-            room.register(self._control, select.POLLOUT)
-            room.poll(remaining * 1000)
+            with contextlib.suppress(ValueError):  # it has ended just now, and the socket is closed
+                room.register(self._control, select.POLLOUT)
+                room.poll(remaining * 1000)
 
     def _flush(self) -> bool:
         """Send what the socket takes; True when nothing is left."""

@@ -60,13 +60,14 @@ class PopenHandle:
             self._watch()
 
     def _watch(self) -> None:
+        if self._process.poll() is not None:  # its process id may be somebody else's by now
+            self._loop.call_soon(self._look)
+            return
         if sys.platform == "linux":
-            with contextlib.suppress(OSError):  # reaped already (then `_look` finds it), or no descriptor left
+            with contextlib.suppress(OSError):  # reaped just now (then `_look` finds it), or no descriptor left
                 self._pidfd = os.pidfd_open(self.ospid)
         if self._pidfd >= 0:
             self._loop.register(self._pidfd, self._look)
-        elif self._process.poll() is not None:
-            self._loop.call_soon(self._look)
         else:
             threading.Thread(target=self._wait, name=f"distpool-wait-{self.ospid}", daemon=True).start()
 

@@ -356,7 +356,11 @@ class HostLogin:
             if signum == SIGKILL and not process.gone.wait(_KILL_SECONDS):
                 process.ended(None)
 
-        threading.Thread(target=work, name="distpool-login-kill", daemon=True).start()
+        try:
+            threading.Thread(target=work, name="distpool-login-kill", daemon=True).start()
+        except RuntimeError:  # no further thread: then here, without waiting for what comes of it
+            if self._session is not None:
+                self._session.write(_signal(process.number, signum))
 
     def reachable(self, host: str, port: int, seconds: float) -> bool:
         """Whether a worker can be reached without the login. What the first one shows counts for all."""
