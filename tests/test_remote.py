@@ -212,6 +212,19 @@ def test_with_its_value_it_needs_no_owner(cluster: Cluster) -> None:
         assert got.fetch() == Big(7)
 
 
+def test_a_value_that_comes_with_a_reference_is_here_although_its_end_was_known(cluster: Cluster) -> None:
+    """It was dropped, and the owner told that nobody here needs it: the next fetch waited for ever."""
+    future = new_future(2)
+    with cluster.on(2):
+        cluster.pass_on(future, 1, 2).put(Big(7))
+    third = cluster.pass_on(future.wait(5), 1, 3)
+    with cluster.on(3):
+        assert third.fetch() == Big(7)
+    assert cluster.pass_on(third, 3, 1) is future
+    assert cluster.table(2) == {}
+    assert future.fetch(5) == Big(7)
+
+
 def test_a_plain_future_becomes_a_reference_when_it_is_sent(cluster: Cluster) -> None:
     future: Future[Any] = Future()
     there = cluster.pass_on(future, 1, 2)

@@ -215,6 +215,13 @@ class RemoteFuture(Reference, Future[Any]):
         """Leader: the owner says that it has ended."""
         self._arrived(Outcome(REMOTE_VALUE if ok else REMOTE_ERROR, None, (), self.where))
 
+    def _came(self, outcome: Outcome) -> None:
+        """As `_arrived`, also if this process has known, perhaps since just now, that it has ended, and only that."""
+        self._arrived(outcome)
+        raw = self._raw
+        if raw is not None and raw.status in (REMOTE_VALUE, REMOTE_ERROR):
+            self._raw = outcome
+
     def mark_remote(self) -> None:
         """The value is known to be at its owner. Before anybody else has this object."""
         self._raw = Outcome(REMOTE_VALUE, None, (), self.where)
@@ -222,11 +229,7 @@ class RemoteFuture(Reference, Future[Any]):
 
     def _owner_lost(self, make_error: Callable[[], BaseException]) -> None:
         """Leader: the owner is gone. What was fetched stays."""
-        outcome = Outcome(RAISED_HERE, make_error(), (), self.where)
-        raw = self._raw
-        if raw is not None and raw.status in (REMOTE_VALUE, REMOTE_ERROR):
-            self._raw = outcome
-        self._arrived(outcome)
+        self._came(Outcome(RAISED_HERE, make_error(), (), self.where))
 
     # -- fetching ----------------------------------------------------------------------------------------------
 
@@ -269,9 +272,7 @@ class RemoteFuture(Reference, Future[Any]):
 
     def _fetched(self, status: int, data: Any, buffers: Any) -> None:
         outcome = received(status, data, buffers, self.where)
-        if self._raw is not None and self._raw.status in (REMOTE_VALUE, REMOTE_ERROR):
-            self._raw = outcome
-        self._arrived(outcome)
+        self._came(outcome)
         if self._transfer is not None:
             self._transfer._settle(outcome)
 
@@ -372,7 +373,7 @@ def arrive_value(whence: int, ident: int, where: int, value: Any) -> RemoteFutur
         future: RemoteFuture | None = refs.live.get(rrid)
         if future is None or future._handle is None:
             future = RemoteFuture.make(refs, rrid, where, 0)
-    future._arrived(Outcome(LOCAL_VALUE, value, (), where))
+    future._came(Outcome(LOCAL_VALUE, value, (), where))
     future._let_go()
     return future
 
