@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc as collector
+import sys
 import threading
 from typing import Any
 
@@ -13,7 +14,7 @@ from distpool.refs import gc
 from distpool.refs.gc import Handle, Loan, Reference
 from distpool.refs.owner import RRID
 from distpool.refs.refs import Future
-from distpool.refs.remote import new_future
+from distpool.refs.remote import RemoteFuture, new_future
 from distpool.wire import codec
 from distpool.wire.frames import Kind
 
@@ -259,3 +260,26 @@ def test_a_lost_process_holds_nothing_and_owns_nothing(cluster: Cluster) -> None
     cluster.lose(2)
     assert cluster.table(1) == {RRID(1, mine.id): {1}}
     assert theirs.done() and not mine.done()
+
+
+def test_a_process_is_lost_while_other_threads_make_references(cluster: Cluster) -> None:
+    """To look at each was many steps: it ended with an error, and what else had to hear of the death did not."""
+    one = cluster.processes[1]
+    held = [new_future(2) for _ in range(3000)]
+    over = threading.Event()
+
+    def make() -> None:
+        while not over.is_set():
+            [RemoteFuture.make(one.refs, one.refs.new_id(), 3, 0) for _ in range(100)]
+
+    thread = threading.Thread(target=make)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        cluster.lose(2)
+    finally:
+        sys.setswitchinterval(interval)
+        over.set()
+        thread.join(30)
+    assert all(future.done() for future in held)

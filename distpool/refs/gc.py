@@ -326,8 +326,9 @@ class Refs:
     def _on_lost(self, pid: int) -> None:
         self.owner.forget_client(pid)
         make_error = self.node.peers.dead[pid]
-        for reference in list(self.live.values()):
-            if reference._handle is not None and reference._handle.where == pid:
+        for found in self.live.valuerefs():  # one step, unlike `values`: other threads make references meanwhile
+            reference = found()
+            if reference is not None and reference._handle is not None and reference._handle.where == pid:
                 reference._owner_lost(make_error)
 
 
