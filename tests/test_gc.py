@@ -31,6 +31,14 @@ def test_there_is_one_for_each_node_and_identities_are_its_own(cluster: Cluster)
     assert len(set(numbers)) == 3 and [rrid.whence for rrid in numbers] == [1, 1, 2]
 
 
+def test_who_was_dead_before_it_was_made_holds_nothing(cluster: Cluster) -> None:
+    one = cluster.processes[1]
+    one.dead[2] = OSError
+    one.refs = None
+    gc.of(one).owner.change(RRID(1, 1), 2, 1)  # type: ignore[arg-type]
+    assert one.refs.owner.table() == {}
+
+
 # -- handles -------------------------------------------------------------------------------------------------------
 
 

@@ -19,9 +19,7 @@ REF = RRID(2, 7)
 
 @pytest.fixture
 def owner() -> Owner:
-    node = SimpleNamespace(
-        threads=ThreadCache("test-owner"), peers=SimpleNamespace(dead={}), loop=SimpleNamespace(held=[])
-    )
+    node = SimpleNamespace(threads=ThreadCache("test-owner"), loop=SimpleNamespace(held=[]))
     return Owner(node)  # type: ignore[arg-type]
 
 
@@ -85,7 +83,7 @@ def test_a_dead_process_holds_nothing(owner: Owner) -> None:
 
 
 def test_late_news_of_a_dead_process_makes_no_entry(owner: Owner) -> None:
-    owner._node.peers.dead[3] = OSError
+    owner.forget_client(3)
     owner.change(REF, 3, 1)
     owner.touch(REF, 4)
     owner.change(REF, 3, -1)
@@ -95,14 +93,52 @@ def test_late_news_of_a_dead_process_makes_no_entry(owner: Owner) -> None:
 def test_channels_hear_of_it_if_they_care(owner: Owner) -> None:
     told: list[int] = []
 
-    def forget(pid: int) -> None:
-        assert not owner._lock._is_owned(), "who has the channel's lock may want this one"
-        told.append(pid)
+    class Caring:
+        def forget_client(self, pid: int) -> None:
+            assert not owner._lock._is_owned(), "who has the channel's lock may want this one"
+            told.append(pid)
 
-    owner.touch(REF, 4).channel = SimpleNamespace(forget_client=forget)
-    owner.touch(RRID(2, 8), 4).channel = object()
+    class Users:
+        def __getattr__(self, name: str) -> Any:
+            raise KeyError(name)
+
+    owner.touch(REF, 4).channel = Caring()
+    owner.touch(RRID(2, 8), 4).channel = Users()
     owner.forget_client(3)
     assert told == [3] and len(owner) == 2
+
+
+def test_what_is_made_for_a_dead_process_is_nobodys(owner: Owner) -> None:
+    """Its factory was slow: the channel was kept for ever."""
+    owner.forget_client(3)
+    owner.touch(REF, 3).channel = object()
+    assert owner.get(REF) is None
+    entry = owner.touch(REF, 4)
+    assert owner.touch(REF, 3) is entry and owner.table() == {REF: {4}}
+
+
+def test_a_process_that_dies_while_it_is_counted_is_not_counted(owner: Owner) -> None:
+    """Between the look whether it lives and the change it was forgotten, and its reference then kept the value."""
+    owner.touch(REF, 4)
+    lock, holds, asked = owner._lock, threading.Event(), threading.Event()
+
+    def count() -> None:
+        asked.set()
+        owner.change(REF, 3, 1)
+
+    def forget() -> None:
+        with lock:
+            holds.set()
+            assert asked.wait(PATIENCE)
+            owner.forget_client(3)
+
+    threads = [threading.Thread(target=forget), threading.Thread(target=count)]
+    threads[0].start()
+    assert holds.wait(PATIENCE)
+    threads[1].start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert owner.table() == {REF: {4}}
 
 
 # -- values --------------------------------------------------------------------------------------------------------

@@ -154,6 +154,8 @@ class Refs:
         self._flushing = False  # a flush is on its way; only saves wake-ups
         node.handlers[Kind.CLIENTS] = self._on_clients
         node.peers.on_lost.append(self._on_lost)
+        for pid in list(node.peers.dead):  # before this was made
+            self.owner.forget_client(pid)
 
     def new_id(self) -> RRID:
         """The identity of a reference made here."""

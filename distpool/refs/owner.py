@@ -56,6 +56,7 @@ class Owner:
         self._lock: Any = threading.RLock()
         node.loop.held.append(self._lock._is_owned)  # type: ignore[attr-defined]
         self._entries: dict[RRID, Entry] = {}
+        self._gone: set[int] = set()  # processes that `forget_client` has forgotten: what comes of them now is late
         self._trash = SerialQueue(node.threads)
 
     def __len__(self) -> int:
@@ -66,20 +67,27 @@ class Owner:
         return self._entries.get(rrid)
 
     def touch(self, rrid: RRID, pid: int = 0) -> Entry:
-        """The entry, made if need be; with `pid`, one more reference of that process."""
+        """The entry, made if need be; with `pid`, one more reference of that process.
+
+        For a process that is gone none is made: what it asked for (a channel, by a slow factory) would be nobody's.
+        """
         with self._lock:
             entry = self._entries.get(rrid)
+            late = pid in self._gone
             if entry is None:
-                entry = self._entries[rrid] = Entry(rrid)
-            if pid:
+                entry = Entry(rrid)
+                if late:
+                    return entry
+                self._entries[rrid] = entry
+            if pid and not late:
                 entry.clients[pid] = entry.clients.get(pid, 0) + 1
             return entry
 
     def change(self, rrid: RRID, pid: int, change: int) -> None:
         """`pid` holds `change` more references (or fewer)."""
-        if pid in self._node.peers.dead:
-            return
         with self._lock:
+            if pid in self._gone:
+                return
             entry = self._entries.get(rrid)
             if entry is None:
                 entry = self._entries[rrid] = Entry(rrid)
@@ -95,10 +103,11 @@ class Owner:
         """The process is gone: it has dropped all its references, and its waiters are nobody's."""
         channels: list[Any] = []
         with self._lock:
+            self._gone.add(pid)
             for entry in list(self._entries.values()):
                 if entry.clients.pop(pid, None) is not None and not entry.clients:
                     self._remove(entry)
-                if entry.channel is not None and hasattr(entry.channel, "forget_client"):
+                if hasattr(type(entry.channel), "forget_client"):  # of an object of the user's it would ask his code
                     channels.append(entry.channel)
         # Without the lock: who has that of a channel may be in a `__del__` that wants this one.
         for channel in channels:
