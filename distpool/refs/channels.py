@@ -317,12 +317,17 @@ def run_here(node: Node, channel: Any, op: str, arguments: tuple[Any, ...], time
 
 def _bind(node: Node, channel: Any, pid: int) -> None:
     """Weakly: a binding does not keep a channel that nobody holds any more."""
+    peers = node.peers
+
+    def forget(dead: object = None) -> None:
+        with contextlib.suppress(ValueError):
+            peers.on_lost.remove(close)
+
     try:
-        bound: Callable[[], Any] = weakref.ref(channel)
+        bound: Callable[[], Any] = weakref.ref(channel, forget)
     except TypeError:  # of a class of the user's that has no room for that
         bound = partial(_same, channel)
     del channel
-    peers = node.peers
 
     def close(gone: int) -> None:
         """Leader, or the caller."""
@@ -332,16 +337,22 @@ def _bind(node: Node, channel: Any, pid: int) -> None:
             if type(found) is Channel:
                 found.close(error)
             else:
-                node.deliver(partial(found.close, error) if isinstance(found, Channel) else found.close)
-        if gone == pid or found is None:
-            with contextlib.suppress(ValueError):
-                peers.on_lost.remove(close)
+                node.deliver(partial(_close, found, error))
+        if gone == pid:
+            forget()
 
     if pid not in peers.dead:
         peers.check(pid)
         peers.on_lost.append(close)
     if pid in peers.dead:  # already, or between the two looks
         close(pid)
+
+
+def _close(channel: Any, error: BaseException) -> None:
+    if isinstance(channel, Channel):
+        channel.close(error)
+    else:
+        channel.close()
 
 
 def _same(channel: Any) -> Any:
