@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from distpool.calls import PlainLease, _node, remotecall_fetch, start
-from distpool.errors import RemoteException
+from distpool.errors import ProcessExitedException, RemoteException
 from distpool.members import procs
 from distpool.node import group as groups
 from distpool.node.node import Node
@@ -245,7 +245,8 @@ class Lease:
         """The call is over."""
         taken = self._taken
         if taken is not None and taken.done() and taken.exception() is None:
-            self._pool.put(taken.result())
+            with contextlib.suppress(ProcessExitedException):  # the pool has died: the next taker's error, not this one
+                self._pool.put(taken.result())
             self._over = True
 
     def later(self) -> None:
@@ -384,8 +385,10 @@ def set_default_worker_pool(pool: WorkerPool) -> WorkerPool:
         remotecall_fetch(set_default_worker_pool, 1, pool)
         return pool
     old = default_worker_pool()
-    old._do("fall_back", False)
     pool._do("fall_back", True)
+    if old != pool:
+        with contextlib.suppress(ProcessExitedException):  # its owner has gone, and it with that
+            old._do("fall_back", False)
     node.default_pool = pool
     return pool
 

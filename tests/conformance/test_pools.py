@@ -391,6 +391,47 @@ def test_C159_default_pool_of_the_group(team: list[int]) -> None:
         set_default_worker_pool([2])  # type: ignore[arg-type]
 
 
+def test_C159_a_default_pool_that_died_can_be_replaced(team: list[int]) -> None:
+    """The old one was asked first, and its death kept every other from its place."""
+    usual = default_worker_pool()
+    (owner,) = distpool.addprocs(1)
+    remotecall_fetch(lambda: set_default_worker_pool(WorkerPool(distpool.workers())) and None, owner)
+    distpool.rmprocs(owner)
+    try:
+        with pytest.raises(distpool.ProcessExitedException):
+            remote(myid)()
+    finally:
+        assert set_default_worker_pool(usual) is usual
+    assert remote(myid)() in team
+    assert set_default_worker_pool(usual) is usual, "by itself"
+    assert remotecall_fetch(default_worker_pool, team[0]).workers() == team
+    with pytest.raises(distpool.ProcessExitedException):
+        set_default_worker_pool(DiedMeanwhile(usual._channel))
+    assert default_worker_pool() is usual and usual._queue().falls_back, "all as before"  # type: ignore[union-attr]
+
+
+class DiedMeanwhile(WorkerPool):
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+
+    def _do(self, op: str, *arguments: Any, timeout: float | None = None) -> Any:
+        raise distpool.ProcessExitedException(99)
+
+
+def test_a_pool_that_dies_during_a_call_costs_not_its_value(team: list[int]) -> None:
+    (owner,) = distpool.addprocs(1)
+    pool = remotecall_fetch(lambda: WorkerPool(team[:1]), owner)
+    begun, go = RemoteChannel(lambda: Channel(1)), RemoteChannel(lambda: Channel(1))
+    waiting = in_thread(lambda: remotecall_fetch(lambda: (begun.put(1), go.take())[1], pool))
+    begun.take(timeout=10)
+    distpool.rmprocs(owner)
+    go.put("value")
+    waiting[0].join(10)
+    assert waiting[1] == ["value"]
+    with pytest.raises(distpool.ProcessExitedException):
+        remotecall_fetch(myid, pool)
+
+
 def test_C159_executors_workers_are_not_in_it(team: list[int]) -> None:
     with distpool.ClusterExecutor(1) as executor:
         executor.submit(abs, 1).result(30)
