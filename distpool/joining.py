@@ -258,7 +258,7 @@ class Launch:
         try:
             descriptor, early = open_output(worker.io)
             member.read_output(descriptor, early, on_line)
-        except (OSError, TypeError, ValueError) as error:
+        except Exception as error:  # `io` is an object of the user's, and here an error would be everybody's
             return error
         return None
 

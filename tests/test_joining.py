@@ -170,6 +170,18 @@ def test_what_cannot_be_meant_is_the_end_of_the_launch(dialled: list[Any], more:
     assert count == 1 and type(error) is TypeError and dialled == [("tcp", "host", 1)]
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ZeroDivisionError, OSError])
+def test_whatever_a_workers_output_raises_is_its_own_failure(error: type[Exception]) -> None:
+    class Output:
+        def fileno(self) -> int:
+            raise error("no")
+
+    world = World(Manager(WorkerConfig(io=Output())))
+    world.launch.start()
+    world.run()
+    assert len(world.members[0].failures) == 1 and world.ends == [(1, None)]
+
+
 def test_a_launch_that_brings_nothing_is_given_up(dialled: list[Any]) -> None:
     world = World(Manager(), timeout=7)
     world.launch.start()  # on a library thread, which hangs in it
