@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from distpool import config
 from distpool.node.bulk import WORTH
 from distpool.node.group import Member
+from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.transport.shm import Lease, map_private
 from distpool.wire import messages
 from distpool.wire.frames import Kind
@@ -138,6 +139,13 @@ class Slot:
             function = entry.function
             if function.number not in known:
                 self._send_function(function)
+            if entry.buffers:
+                try:  # first: nothing may be half done when no memory or descriptor is left for it
+                    lent = [self._lend(buffer) for buffer in entry.buffers]
+                except (OSError, MemoryError) as error:
+                    self._fail(scheduler, entry, error)
+                    continue
+                buffers.extend(lent)
             inflight[sequence] = entry
             if type(entry) is Call:
                 entry.sequence = sequence
@@ -156,12 +164,12 @@ class Slot:
                 plain = []
             sequence += entry.elements
             records.append(entry.record)
-            if entry.buffers:
-                buffers.extend(self._lend(buffer) for buffer in entry.buffers)
             if type(entry.buffers) is Parts:
                 self.lend(entry.buffers.references, 1)
         if plain:
             records.append(plain_record(plain))
+        if not records:
+            return
         self._next = sequence
         self.load += sequence - first
         if self._remaining is not None:
@@ -200,6 +208,11 @@ class Slot:
         refs = self.member.group.node.refs
         if refs is not None:
             refs.lend(references, self.pid, change)
+
+    def _fail(self, scheduler: Scheduler, entry: Any, error: BaseException) -> None:
+        """It cannot be sent."""
+        outcome = Outcome(RAISED_HERE, error.with_traceback(None), (), self.pid)
+        scheduler.loop.call_soon(lambda: scheduler.settle(entry, 0, outcome))
 
     def _lend(self, buffer: Any) -> Any:
         member = self.member

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fakes import Office, fresh
+from fakes import PATIENCE, Office, fresh
 
 from distpool import config, slots
 from distpool.wire import messages
@@ -163,3 +164,27 @@ def test_without_a_journal_those_that_may_run_beside_a_waiting_task_count_as_run
 )
 def test_gaps(begin: int, end: int, without: tuple[int, ...], expected: list[tuple[int, int]]) -> None:
     assert list(slots._gaps(begin, end, without)) == expected
+
+
+def test_a_call_that_cannot_be_sent_fails_alone(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor is left to read what its worker, on another host, cannot map."""
+
+    def no_descriptor(*_: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(slots, "map_private", no_descriptor)
+    lease = office.node.segments.put(b"x" * 400_000)
+    if lease is None:
+        pytest.skip("no shared memory here")
+    futures = [office.submit(number) for number in range(4)]
+    for index in (1, 3):
+        futures[index]._call.buffers = [lease.retain() or lease]  # type: ignore[union-attr,func-returns-value]
+    lease.release()
+    worker = office.worker(2)
+    for _ in range(2):
+        worker.wait(lambda: worker.inbox, "sent")
+        office.finish(worker)
+    assert [futures[index].result(PATIENCE) for index in (0, 2)] == [0, 2]
+    assert all(isinstance(futures[index].exception(PATIENCE), OSError) for index in (1, 3))
+    slot = office.slots[2]
+    assert slot.load == 0 and not slot.inflight and office.node.segments.bytes_in_use == 0
