@@ -122,9 +122,19 @@ def _export(executor: Any, key: str) -> None:
     """Make `executor` known under `key` to handles in its workers."""
     node = executor._crew.node
     _exports(node)[key] = executor
-    handlers = executor._crew.scheduler.handlers
-    handlers[Kind.SUBMIT] = lambda slot, frame: _on_submit(node, slot, frame)
-    handlers[Kind.CANCEL] = lambda slot, frame: _on_cancel(slot, frame)
+    # Of the node, not of the executor's scheduler: who asks may be a worker that was given back, or a remote call.
+    node.handlers[Kind.SUBMIT] = lambda link, frame: _on_submit(node, _slot_of(node, link.peer), frame)
+    node.handlers[Kind.CANCEL] = lambda link, frame: _on_cancel(_slot_of(node, link.peer), frame)
+
+
+def _slot_of(node: Node, pid: int) -> Slot:
+    member = node.group.members[pid]  # its link is open
+    found: Slot | None = None if member.borrower is None else member.borrower._slots.get(pid)
+    if found is None:
+        from distpool.slots import Slot  # here: workers, which load this module too, do without
+
+        found = member.slot = member.slot or Slot(member)
+    return found
 
 
 def _exports(node: Node) -> weakref.WeakValueDictionary[str, Any]:

@@ -180,3 +180,29 @@ def test_calls_of_workers_that_are_given_back_end(team: list[int], mode: str) ->
     assert goes in distpool.workers()
     executor.kill_workers()
     distpool.rmprocs(goes, other).result(20)
+
+
+def late_submit(executor: Any, entered: Any, go_on: Any, answers: Any) -> None:
+    entered.put(None)
+    go_on.take()
+    try:
+        executor.submit(ident, 1).result()
+    except RuntimeError as error:
+        answers.put(str(error))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_task_whose_worker_was_given_back_hears_that_it_cannot_submit(team: list[int], again: bool) -> None:
+    """It waited for ever: nobody, or the next one to borrow the worker, threw its question away."""
+    entered, go_on, answers = (distpool.RemoteChannel(pid=1) for _ in range(3))
+    executor = ClusterExecutor(WorkerPool(team[:1]))
+    executor.submit(late_submit, executor, entered, go_on, answers)
+    entered.take(timeout=20)
+    executor.kill_workers()
+    following = ClusterExecutor(WorkerPool(team[:1])) if again else None
+    go_on.put(None)
+    text = answers.take(timeout=20)
+    assert "after shutdown" in text or "given its borrowed workers back" in text  # its end may have come meanwhile
+    if following is not None:
+        assert following.submit(ident, 5).result(20) == 5
+        following.shutdown()

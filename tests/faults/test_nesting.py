@@ -409,3 +409,19 @@ def test_a_task_hears_that_the_end_of_the_executor_has_cancelled_its_calls(gate:
         executor.shutdown(wait=False, cancel_futures=True)
         first.release()
         assert task.result(PATIENCE) == {"cancelled", "value"}
+
+
+def test_an_executor_in_a_remote_call_and_in_a_task_of_another_one() -> None:
+    """Both waited for ever: their processes are none of its workers."""
+
+    def act(executor: Any) -> int:
+        value: int = executor.submit(helpers.square, 3).result()
+        return value
+
+    (pid,) = distpool.addprocs(1)
+    try:
+        with distpool.ClusterExecutor(1) as executor, distpool.ClusterExecutor(1) as other:
+            assert distpool.remotecall(act, pid, executor).result(PATIENCE) == 9
+            assert other.submit(act, executor).result(PATIENCE) == 9
+    finally:
+        distpool.rmprocs(pid).result(PATIENCE)
