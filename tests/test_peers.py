@@ -31,6 +31,7 @@ class FakeLink:
         self.segments: Any = None
         self.shares_memory = False
         self.bytes_in = 0
+        self.acknowledged = False
         self.closed: list[Any] = []
         self.opened = self.rest_read = 0
         self.arguments = arguments
@@ -596,6 +597,7 @@ def test_a_link_that_the_other_side_has_lost_is_made_anew(worker: World) -> None
     link = worker.link(3)
     worker.told(dial())
     assert not worker.tasks, "it may be so young that the other side has not heard of it"
+    assert link.kinds() == [Kind.REVOKE], "who has closed it refuses that, who has it answers"
     worker.loop.ring(module._DOUBT)
     assert isinstance(link.closed[0], TimeoutError)
     assert worker.dialled().kinds() == [Kind.PEER]
@@ -605,6 +607,15 @@ def test_a_link_that_still_brings_something_stays(worker: World) -> None:
     link = worker.link(3)
     worker.told(dial())
     link.bytes_in += 1
+    worker.loop.ring(module._DOUBT)
+    assert link.closed == [] and not worker.tasks and not worker.peers._doubted
+
+
+def test_a_link_that_is_acknowledged_stays(worker: World) -> None:
+    """The order is late, and the other side waits for the answer to a long call, or is stopped."""
+    link = worker.link(3)
+    worker.told(dial())
+    link.acknowledged = True
     worker.loop.ring(module._DOUBT)
     assert link.closed == [] and not worker.tasks and not worker.peers._doubted
 

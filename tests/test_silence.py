@@ -8,6 +8,7 @@ import struct
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,15 @@ from wires import until
 
 from distpool.transport import silence
 from distpool.transport.ioloop import IoLoop
-from distpool.transport.silence import Watch, is_loopback, is_private, is_silence, leaves_host, tune
+from distpool.transport.silence import (
+    Watch,
+    acknowledged,
+    is_loopback,
+    is_private,
+    is_silence,
+    leaves_host,
+    tune,
+)
 
 
 @pytest.fixture
@@ -29,7 +38,10 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 @pytest.mark.parametrize(
-    "seconds, idle, between, probes", [("20", 10, 2, 5), ("2", 1, 1, 1), ("0.5", 1, 1, 1), ("60", 30, 6, 5)]
+    "seconds, idle, between, probes",
+    [
+        *(("20", 10, 2, 5), ("2", 1, 1, 1), ("0.5", 1, 1, 1), ("60", 30, 6, 5)),
+    ],
 )
 def test_the_kernel_asks_idle_peers(
     pair: tuple[socket.socket, socket.socket],
@@ -136,6 +148,32 @@ def test_what_was_just_sent_after_a_long_rest_is_no_silence(monkeypatch: pytest.
     watch._look()
     watch.end()
     loop.close_descriptors()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_what_the_peers_kernel_has(pair: tuple[socket.socket, socket.socket]) -> None:
+    stream = Elsewhere()
+    assert acknowledged(stream)
+    stream.unacked = 1
+    assert not acknowledged(stream)
+    pair[0].send(b"nobody reads this")
+    until(lambda: acknowledged(pair[0]), "its kernel takes it all the same")
+    pair[0].close()
+    assert not acknowledged(pair[0])
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")
+def test_a_unix_socket_tells_of_its_end_by_itself(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as near:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        near.connect(listener.getsockname())
+        far, _ = listener.accept()
+        with far:
+            assert acknowledged(near) and acknowledged(far)
+    near, far = socket.socketpair()
+    with near, far:
+        assert not acknowledged(near), "nobody knows what is behind it"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")

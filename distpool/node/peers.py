@@ -27,7 +27,7 @@ from distpool.node.requests import Requests
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
 from distpool.transport.stream import Adopted, Stream, dial
-from distpool.wire import messages
+from distpool.wire import messages, structs
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.protocol import Handshake, Role
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _TRY_AGAIN = 1.0  # seconds after a failure during which calls fail at once, with the same error
 _DOUBT = 2.0  # seconds that a link has to show that it lives, when the other side wants a new one
+#: A REVOKE of nothing: it changes nothing there, and is answered.
+_QUESTION = structs.Revoke(0, 0, 0, 0).pack()
 _Parts = tuple[Kind, bytes, Any, list[Any]]
 
 
@@ -275,14 +277,19 @@ class Peers:
 
     def _doubt(self, pid: int, link: Link, make: Callable[[], None]) -> None:
         """The other side wants a link although we have one. Either it is so young that it has not heard of it, or it
-        has lost it and we have not noticed: then nothing will come from there any more."""
+        has lost it and we have not noticed: then what we send there is refused, or nobody acknowledges it.
+
+        Tried: waiting whether something comes. Those who both need a link ask for it both, one of the orders may be
+        late, and who waits for the answer to a long call sends nothing.
+        """
         self._doubted[pid] = make
         before = link.bytes_in
+        link.send(Kind.REVOKE, _QUESTION)
 
         def look() -> None:
             if self._doubted.get(pid) is make and self._links.get(pid) is link:
                 del self._doubted[pid]
-                if link.bytes_in == before:
+                if link.bytes_in == before and not link.acknowledged:
                     link.close(TimeoutError("the other side has lost it"))
                     make()
 

@@ -23,7 +23,7 @@ from distpool import config
 from distpool.errors import AuthenticationError, ProtocolError
 from distpool.flag import Flag
 from distpool.transport.ioloop import IoLoop, Timer
-from distpool.transport.silence import Watch, tune
+from distpool.transport.silence import Watch, acknowledged, tune
 from distpool.transport.stream import Stream
 from distpool.wire.frames import Frame, FrameReader, Kind, pack_frame
 from distpool.wire.protocol import Handshake, Role
@@ -225,6 +225,11 @@ class Link:
     def backlog(self) -> int:
         """Bytes accepted and not yet in the kernel."""
         return sum(len(part) for part in list(self._outbox)) if self._outbox else 0
+
+    @property
+    def acknowledged(self) -> bool:
+        """Whether the peer's kernel says that it has all that ours has sent."""
+        return acknowledged(self._sock)
 
     # -- receiving (leader) ------------------------------------------------------------------------------------
 

@@ -64,6 +64,29 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith(("127.", "::ffff:127."))
 
 
+def acknowledged(stream: Any) -> bool:
+    """Whether the peer's kernel has all that was sent; False also where nothing tells."""
+    try:
+        if is_tcp(stream):
+            info = _info(stream)
+            return info is not None and not info[1]
+        # Of a Unix socket the end is seen at once. One without a name is a pair, behind which are somebody's streams.
+        return bool(stream.getsockname() or stream.getpeername())
+    except (AttributeError, OSError):
+        return False
+
+
+def _info(stream: Any) -> tuple[int, int, int] | None:
+    """Probes without an answer, segments not acknowledged, milliseconds since something was; None: not known."""
+    if sys.platform != "linux":
+        return None
+    data = stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
+    if len(data) < _INFO.size:
+        return None
+    _, _, _, probes, _, _, _, _, unacked, last_ack = _INFO.unpack(data)
+    return probes, unacked, last_ack
+
+
 def tune(stream: Any) -> None:
     """Set the options that a link wants of a TCP connection; others are left alone."""
     if not is_tcp(stream):
@@ -124,12 +147,12 @@ class Watch:
     def _state(self) -> tuple[bool, float]:
         """Whether the kernel waits for an acknowledgement, and seconds since the last one came."""
         try:
-            data = self._stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
+            info = _info(self._stream)
         except OSError:
-            return False, 0.0  # closed: somebody else notices
-        if len(data) < _INFO.size:
+            info = None  # closed: somebody else notices
+        if info is None:
             return False, 0.0
-        _, _, _, probes, _, _, _, _, unacked, last_ack = _INFO.unpack(data)
+        probes, unacked, last_ack = info
         # Bytes under way are sent again after 0.2, 0.4, ... seconds, and the peer's kernel answers at once. Behind a
         # full buffer (nothing under way, probes of the window instead, ever rarer) one lost probe is no proof.
         return bool(unacked or probes >= 2), last_ack / 1000
@@ -140,4 +163,4 @@ class Watch:
             self._timer.cancel()
 
 
-__all__ = ["Watch", "is_loopback", "is_private", "is_silence", "is_tcp", "leaves_host", "tune"]
+__all__ = ["Watch", "acknowledged", "is_loopback", "is_private", "is_silence", "is_tcp", "leaves_host", "tune"]
