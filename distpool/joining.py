@@ -82,6 +82,7 @@ class Launch:
         self.params = {**manager.default_addprocs_params(), **params, "cookie": node.cookie, "launcher": launcher(node)}
         self.params["identity"] = node.own_identity
         self.seconds = config.launch_timeout(self.params.get("timeout"))
+        config.silent_seconds()  # ValueError here, and not on the leader when there is a connection
         self._wishes = wishes(self.params)
         # How many workers a host has in the end, where that is not what its `WorkerConfig` says.
         self.per_host = manager.n if isinstance(manager, LocalManager) else None

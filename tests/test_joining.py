@@ -182,6 +182,14 @@ def test_whatever_a_workers_output_raises_is_its_own_failure(error: type[Excepti
     assert len(world.members[0].failures) == 1 and world.ends == [(1, None)]
 
 
+@pytest.mark.parametrize("name", ["DISTPOOL_WORKER_TIMEOUT", "DISTPOOL_SILENT_SECONDS"])
+def test_variables_are_read_in_the_caller(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On the leader it was an error of nobody's, as above."""
+    monkeypatch.setenv(name, "soon")
+    with pytest.raises(ValueError, match=name):
+        World(Manager())
+
+
 def test_a_launch_that_brings_nothing_is_given_up(dialled: list[Any]) -> None:
     world = World(Manager(), timeout=7)
     world.launch.start()  # on a library thread, which hangs in it
