@@ -189,6 +189,32 @@ def test_links_over_tls(listener: Listener, identity: Identity) -> None:
         right.stop()
 
 
+def test_what_is_decrypted_does_not_wait_for_more_to_come(listener: Listener, identity: Identity) -> None:
+    """A thread writes just when the leader wants the rest of a record, and no poller sees that rest."""
+    near, far = End("near", Role.CONNECTOR, dial(listener.address, PATIENCE, identity)), None  # type: ignore[arg-type]
+    far = End("far", Role.ACCEPTOR, listener.next())
+    for end in (near, far):
+        end.start()
+    assert near.ready.wait(PATIENCE) and far.ready.wait(PATIENCE)
+    link, stream = far.link, far.link._sock
+    until(lambda: link._read_size > 1000, "it is authenticated")
+    link._read_size = 1000
+    really, found = stream.recv, []
+
+    def recv(size: int) -> bytes:
+        data = really(size)
+        if stream.pending() and not found:
+            found.append(stream._busy.acquire())
+            link.loop.call_later(20 * tls._TURN, stream._busy.release)
+        return bytes(data)
+
+    stream.recv = recv
+    near.link.send(Kind.CALLS, b"", b"x" * 10_000)
+    assert bytes(far.next_frame().body) == b"x" * 10_000 and found
+    for end in (near, far):
+        end.stop()
+
+
 def test_many_threads_write_while_others_read(listener: Listener, identity: Identity) -> None:
     with streams(listener, identity) as (near, far):
         left = End("left", Role.CONNECTOR, near)  # type: ignore[arg-type]

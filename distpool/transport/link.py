@@ -280,7 +280,8 @@ class Link:
                 elif not rounds or self._reader.target() is None:
                     return  # of a big frame, more has often come already: that saves turns of the loop
         except BlockingIOError:
-            return
+            if self._pending is not None and self._pending():  # a thread is writing; no poller sees what is left
+                self.loop.call_soon(self._on_readable)
         except (ProtocolError, AuthenticationError, OSError, MemoryError) as error:
             # (No memory for a frame: what follows on this link cannot be told from it. Others go on.)
             # Kept as the reason: not with its traceback, whose frames are those of the user who leads the loop.
