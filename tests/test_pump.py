@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import socket
 import threading
 import time
@@ -198,3 +199,20 @@ def test_what_cannot_be_read_or_written() -> None:
         readinto_of(object())
     with pytest.raises(TypeError, match="write"):
         write_of(object())
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="no such signal here")
+def test_a_writer_whose_reader_is_gone_raises_no_sigpipe() -> None:
+    """It ends programs that have set it to SIG_DFL, as those do whose output may go to `head`."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGPIPE, lambda signum, frame: told.append(signum))
+    try:
+        (source, theirs), (sink, ours) = os.pipe(), os.pipe()
+        pump = make(os.fdopen(source, "rb", 0), os.fdopen(ours, "wb", 0))
+        os.close(sink)
+        pump.stream.sendall(b"nobody reads it")
+        wait_until(pump.is_closed)
+        assert not told
+        os.close(theirs)
+    finally:
+        signal.signal(signal.SIGPIPE, before)

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import queue
+import signal
 import socket
 import ssl
 import tempfile
@@ -163,6 +164,28 @@ def test_a_stream_in_use_makes_nobody_wait(listener: Listener, identity: Identit
                     attempt()
         near.send(b"x")
         assert read(far, 1) == b"x"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="no such signal here")
+def test_a_peer_that_is_gone_raises_no_sigpipe(listener: Listener, identity: Identity) -> None:
+    """As on plain links (`test_link`)."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGPIPE, lambda signum, frame: told.append(signum))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        with streams(listener, identity) as (near, far):
+            far.close()
+
+            def refused() -> bool:
+                with contextlib.suppress(BlockingIOError):
+                    near.send(b"x")
+                return False
+
+            with pytest.raises(OSError):
+                until(refused, "it is noticed")
+            assert not told and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+    finally:
+        signal.signal(signal.SIGPIPE, before)
 
 
 def test_links_over_tls(listener: Listener, identity: Identity) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import io
 import select
+import signal
 import socket
 import sys
 import threading
@@ -56,6 +57,7 @@ class Pump:
         return any(_closed(end) for end in (self._reader, self._writer))
 
     def _pump_in(self) -> None:
+        _block_sigpipe()
         buffer = bytearray(_CHUNK)
         view = memoryview(buffer)
         poll = False  # not before the first read: something may lie in the reader's buffer
@@ -80,6 +82,7 @@ class Pump:
         return self._stopped not in _select([self._source, self._stopped])
 
     def _pump_out(self) -> None:
+        _block_sigpipe()
         try:
             while data := self._near.recv(_CHUNK):
                 while data:
@@ -107,6 +110,12 @@ class Pump:
         with contextlib.suppress(OSError):
             self._near.shutdown(socket.SHUT_RDWR)
         self._stop.close()
+
+
+def _block_sigpipe() -> None:
+    """On this thread, for good. Who has set it to SIG_DFL does not mean the ends of workers (see `link`)."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGPIPE,))
 
 
 def readinto_of(reader: Any) -> Callable[[Any], int | None]:
