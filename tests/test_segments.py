@@ -162,3 +162,21 @@ def test_a_kept_copy_holds_its_segment_until_it_is_gone(both: Both) -> None:
 def test_without_shared_memory_a_kept_copy_is_bytes(both: Both) -> None:
     copy, lease = Kept(SegmentPool(limit=0), both.left.link.loop.call_soon).keep(memoryview(b"x" * 300_000))
     assert copy == b"x" * 300_000 and lease is None
+
+
+def test_a_segment_that_is_lent_again_just_when_its_last_lease_comes_back(both: Both) -> None:
+    class Lent(dict[int, Any]):
+        def setdefault(self, key: int, default: Any = None) -> Any:
+            found = super().setdefault(key, default)
+            if found:  # the leader comes between the two steps of `lend`
+                both.sender.on_free([key])
+            return found
+
+    lease = both.pool.put(b"m" * 300_000)
+    assert lease is not None
+    lease.retain()
+    both.sender.lend(lease)
+    both.sender._lent = Lent(both.sender._lent)
+    both.sender.lend(lease)
+    both.sender.on_free([lease.segment_id])
+    assert both.pool.bytes_in_use == 0

@@ -80,10 +80,14 @@ class Segments:
 
     def lend(self, lease: Lease) -> SegmentRef:
         """Note that the peer holds `lease` (whose count the caller has raised for that) until it says otherwise."""
-        leases = self._lent.setdefault(lease.segment_id, [])
-        leases.append(lease)
-        if self._closed:  # looked at after the lease is there, and set before `close` looks what is there
-            _abandon(leases)
+        while True:
+            leases = self._lent.setdefault(lease.segment_id, [])
+            leases.append(lease)
+            if self._closed:  # looked at after the lease is there, and set before `close` looks what is there
+                _abandon(leases)
+            elif self._lent.get(lease.segment_id) is not leases:  # emptied and dropped before the append
+                continue
+            break
         return SegmentRef(lease.segment_id, lease.path, lease.size, lease.nbytes)
 
     def open(self, buffer: Any, private: bool = False) -> Any:
@@ -117,8 +121,8 @@ class Segments:
             leases = self._lent.get(segment_id)
             if leases:
                 leases.pop().release()
-                if not leases:
-                    self._lent.pop(segment_id, None)
+                if not leases:  # nothing is called between the two: see `lend`
+                    del self._lent[segment_id]
 
     def close(self) -> None:
         """The link is gone: take back what was lent; what user code still views stays valid."""
