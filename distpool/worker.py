@@ -73,7 +73,7 @@ class Worker:
         deadline.cancel()
         self.loop.start()
         assert self.runner is not None
-        self.runner.interrupts.on_main = True
+        self.runner.interrupts.take_signals()
         return self._serve()
 
     def run_beside(self) -> None:

@@ -24,10 +24,11 @@ from distpool.transport.ioloop import IoLoop
 @pytest.fixture
 def interrupts() -> Iterator[Interrupts]:
     made = Interrupts()
-    previous = signal.signal(signal.SIGINT, made.on_signal)
-    made.on_main = True
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, getattr(signal, "SIGURG", 0)) if number}
+    made.take_signals()
     yield made
-    signal.signal(signal.SIGINT, previous)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
 def on_thread(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -578,6 +579,37 @@ def test_a_signal_that_comes_just_before_the_system_call_is_sent_again(
     heard = len(sent)
     interrupts.strike_missed()
     assert len(sent) == heard, "it has been heard"
+
+
+def test_a_handler_of_the_calls_own_hears_an_interrupt_once(interrupts: Interrupts) -> None:
+    """Nobody says that it has: it was told again and again, and when the call was over, the next one was."""
+    waits: queue.SimpleQueue[float] = queue.SimpleQueue()
+    interrupts.again = waits.put
+    running, over = threading.Event(), threading.Event()
+    told: list[int] = []
+
+    def handler(signum: int, frame: Any) -> None:
+        told.append(signum)
+
+    def call() -> None:
+        ours = signal.signal(signal.SIGINT, handler)
+        running.set()
+        assert over.wait(20)
+        signal.signal(signal.SIGINT, ours)
+
+    def strike() -> None:
+        assert running.wait(20)
+        interrupts.strike()
+        with contextlib.suppress(queue.Empty):  # it has been heard
+            while True:
+                waits.get(timeout=1)
+                interrupts.strike_missed()
+        over.set()
+
+    striking = on_thread(strike)
+    interrupts.call(call, (), {})
+    assert striking() is None and len(told) == 1
+    interrupts.call(interrupts.strike_missed, (), {})
 
 
 @pytest.mark.parametrize("struck", [True, False])

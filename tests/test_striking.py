@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import threading
 import types
 from collections.abc import Callable
 from typing import Any
 
-from distpool.node.striking import imports, raise_in
+from distpool.node.striking import handles, imports, raise_in
 
 
 def on_thread(function: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
@@ -66,3 +67,18 @@ def test_which_frames_are_of_the_import_system() -> None:
     assert imports(frame("<frozen importlib._bootstrap>")) and imports(frame("<frozen importlib._bootstrap_external>"))
     assert imports(frame(importlib._bootstrap.ModuleSpec.__init__.__code__.co_filename))  # type: ignore[attr-defined]
     assert not imports(frame(__file__)) and not imports(frame(importlib.__file__)) and not imports(None)
+
+
+def test_whose_handler_a_signal_has() -> None:
+    class Owner:
+        def hear(self, signum: int, frame: Any) -> None:
+            pass
+
+    one, other = Owner(), Owner()
+    before = signal.signal(signal.SIGINT, one.hear)
+    try:
+        assert handles(one, signal.SIGINT) and not handles(other, signal.SIGINT)
+        signal.signal(signal.SIGINT, lambda signum, frame: None)
+        assert not handles(one, signal.SIGINT) and not handles(one, 0)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -30,11 +30,12 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
-from distpool.node.striking import imports, raise_in
+from distpool.node.striking import handles, imports, raise_in, raise_signal
 
 _LOOK = 0.005  # seconds until a call that could not be struck is looked at again
 _LAST_LOOK = 0.05  # ... at most: a call in C that holds the GIL hears nothing, however often it is told
 _SIGINT = int(signal.SIGINT)  # of the enum, `pthread_kill` would have to make a number first
+_NUDGE = int(getattr(signal, "SIGURG", 0))  # of no use to anybody, and harmless where it is not handled
 CALLERS: set[CodeType] = set()
 """What calls the user's code on the main thread: the frame above one of these is a call's first."""
 
@@ -81,6 +82,7 @@ class Interrupts:
         self._looking = False  # `again` has been called, and `strike_missed` not yet
         self._resend = _LOOK  # seconds from the next signal to the one after it; leader
         self._unheard = False  # SIGINT was sent to the main thread, and the handler has not run yet
+        self._repeats = _SIGINT  # what is sent until it has
         self._meant: object = None  # ... and this call was meant, or whichever runs
         self._hearing = False  # the handler runs
         self._heard_more = False  # ... and has to look once more; both its own
@@ -289,6 +291,13 @@ class Interrupts:
         if late is not None:
             raise late
 
+    def take_signals(self) -> None:
+        """Main thread: calls run here, and what interrupts them comes by signals."""
+        signal.signal(_SIGINT, self.on_signal)
+        if _NUDGE:
+            signal.signal(_NUDGE, self.on_nudge)
+        self.on_main = True
+
     # -- the interrupt -----------------------------------------------------------------------------------------
 
     def strike(self) -> None:
@@ -319,7 +328,7 @@ class Interrupts:
             inside = [entry for entry in there if entry.call and entry.call is missed.get(entry.thread)]
             self._strike(beside, inside)
             if self._unheard:
-                self._signal(self._resend)
+                self._signal(self._resend, False)
             elif self._main_thread in missed:
                 self._meant, self._unheard = missed[self._main_thread], True
                 self._signal(_LOOK)
@@ -340,7 +349,7 @@ class Interrupts:
         for entry in inside:
             entry.struck = True  # under the lock: who leaves after this has to see it
 
-    def _signal(self, wait: float) -> None:
+    def _signal(self, wait: float, first: bool = True) -> None:
         """Leader: SIGINT to the main thread, wherever it seems to be (it knows itself), and again until it has heard.
 
         Python notes a signal and looks at its notes between bytecodes, and when a system call was interrupted. One that
@@ -348,13 +357,27 @@ class Interrupts:
         and this thread is the one that took it) interrupts nothing: the call would sleep on. It is one interrupt
         however many signals: the handler has not run when this sends another, and nothing runs between the look at
         `_unheard` and the sending.
+
+        A call's own handler is to hear it once, and does not say when it has. Another signal interrupts as well, and
+        its handler, ours, runs behind that of a lower number.
         """
-        send, thread = getattr(signal, "pthread_kill", _raise_signal), self._main_thread
-        if self._unheard:
-            send(thread, _SIGINT)
+        send, thread = getattr(signal, "pthread_kill", raise_signal), self._main_thread
+        ours = handles(self, _SIGINT)
+        if first or not ours:
+            self._repeats = _SIGINT if ours else _NUDGE
+        number = _SIGINT if first else self._repeats
+        if number == _NUDGE and not handles(self, _NUDGE):  # that one is the user's as well
+            self._unheard = False
+        if self._unheard or (first and not ours):
+            send(thread, number)
         self._resend = min(2 * wait, _LAST_LOOK)
         if self._unheard:
             self._look_again(wait)
+
+    def on_nudge(self, signum: int, frame: FrameType | None) -> None:
+        """Main thread: whatever handler SIGINT had when it was sent, it has run."""
+        if self._repeats == _NUDGE:
+            self._unheard = False
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """SIGINT, on the main thread. One that comes meanwhile is heard here, too: raised from in here, it would strike
@@ -444,11 +467,6 @@ class _Forked(Interrupts):
     def main(self, value: bool) -> None:
         if not value:
             _end_child()
-
-
-def _raise_signal(thread: int, number: int) -> None:
-    """Where threads cannot be sent signals: the main one hears of it, but nothing ends its system calls."""
-    signal.raise_signal(number)
 
 
 def _first_of(frame: FrameType | None) -> FrameType | None:

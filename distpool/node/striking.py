@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import signal
 import sys
 import threading
 from collections.abc import Iterator
-from types import FrameType
+from types import FrameType, MethodType
 from typing import Any
 
 _IMPORT_SYSTEM = frozenset(("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>"))
@@ -83,4 +84,15 @@ def raise_in(thread: int) -> bool:
     return True
 
 
-__all__ = ["imports", "looking_at_frames", "raise_in"]
+def raise_signal(thread: int, number: int) -> None:
+    """Where threads cannot be sent signals: the main one hears of it, but nothing ends its system calls."""
+    signal.raise_signal(number)
+
+
+def handles(owner: object, number: int) -> bool:
+    """Whether the handler of this signal (0: none) is a method of `owner`."""
+    handler = signal.getsignal(number) if number else None
+    return type(handler) is MethodType and handler.__self__ is owner
+
+
+__all__ = ["handles", "imports", "looking_at_frames", "raise_in", "raise_signal"]
