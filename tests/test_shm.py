@@ -329,6 +329,38 @@ SHORT_OF_DESCRIPTORS = """if True:
 """
 
 
+WITHOUT_DESCRIPTORS = """if True:
+    import os, queue, resource, sys
+    from distpool.transport.shm import SegmentPool, SegmentViews
+    sender = SegmentPool(sys.argv[1], memfd=sys.argv[2] == "memory")
+    leases = [sender.put(bytes([n]) * 50_000) for n in range(3)]
+    ended = queue.SimpleQueue()
+    views = SegmentViews(ended.put)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    hog = []
+    try:
+        while True:
+            hog.append(os.open("/", os.O_RDONLY))
+    except OSError:
+        pass
+    for n, lease in enumerate(leases):   # the first of them would import what it needs
+        assert views.view(lease.segment_id, lease.path, lease.size, lease.nbytes) == bytes([n]) * 50_000
+        assert ended.get_nowait() == lease.segment_id
+    for descriptor in hog:
+        os.close(descriptor)
+    view = views.view(leases[0].segment_id, leases[0].path, leases[0].size, leases[0].nbytes)
+    assert ended.empty(), "mapped"
+    del view
+    print("ok", *[ended.get(timeout=10)])
+"""
+
+
+@pytest.mark.parametrize("kind", [pytest.param("memory", marks=linux), "named"])
+def test_no_descriptor_at_all_to_receive_with(tmp_path: Path, kind: str) -> None:
+    """It cost the link: the worker ended, or the master took it for dead."""
+    assert run(WITHOUT_DESCRIPTORS, tmp_path, kind) == "ok 1"
+
+
 @pytest.mark.parametrize("kind", [pytest.param("memory", marks=linux), "named"])
 def test_descriptors_exhausted(tmp_path: Path, kind: str) -> None:
     assert run(SHORT_OF_DESCRIPTORS, tmp_path, kind) == "ok"

@@ -131,12 +131,35 @@ def open_checked(path: str, size: int, *, writable: bool = True) -> int:
     flags = os.O_RDWR if writable else os.O_RDONLY
     for name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"):
         flags |= getattr(os, name, 0)
-    descriptor = os.open(path, flags)
+    descriptor = _open_anyway(path, flags)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_size < size or size <= 0:
         os.close(descriptor)
         raise OSError(errno.ESTALE, f"not a segment of {size} bytes", path)
     return descriptor
+
+
+_reserved: list[int] = []  # atomic ends
+
+
+def reserve() -> None:
+    """Keep a descriptor for `open_checked`. Where the user's program has used up all, what a peer sends can be read all
+    the same: refused, it would cost the link and with it everything that the peer does."""
+    if not _reserved:
+        try:
+            _reserved.append(os.open(os.devnull, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
+        except OSError:
+            pass  # later, perhaps
+
+
+def _open_anyway(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE) or not _reserved:
+            raise
+    os.close(_reserved.pop())
+    return os.open(path, flags)
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -13,7 +13,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distpool.transport import memfile
 
@@ -40,29 +40,25 @@ class SegmentViews:
         self._lock = threading.Lock()
         #: segment_id -> mapping and its array type; kept after a lease, because mapping costs more than copying.
         self._mappings: dict[int, tuple[mmap.mmap, type[ctypes.Array[ctypes.c_ubyte]]]] = {}
+        memfile.reserve()
 
     def view(self, segment_id: int, path: str, size: int, nbytes: int, *, private: bool = False) -> memoryview:
         """A writable view of one lease; whatever is made of it (arrays, slices) keeps the lease alive.
 
         Call it while the message is being read: `path` ends with the sender's process.  `OSError` when the segment
-        cannot be opened.  With few descriptors left the bytes are copied and the lease ends at once.
+        cannot be opened.  With few descriptors left, or none, the bytes are copied and the lease ends at once.
         `private`: for bytes that others read too, at once (function payloads) or later (a call that may be retried):
         what is written stays here (copy on write); the mapping ends with the lease, so it pays page faults each time.
         """
-        from distpool.transport import liveness
-
+        liveness = _liveness()
         if not 0 < nbytes <= size:
             raise OSError(f"{nbytes} bytes do not fit into a segment of {size}")
         with self._lock:
-            if self._gate is None:
-                self._gate = liveness.Gate(self._released)
-                if self._closed:
-                    self._gate.released = None
             known = None if private else self._mappings.get(segment_id)
             if known is None:
-                made = self._attach(path, size, nbytes, private)
-                if isinstance(made, bytearray):
-                    if self._gate.released is not None:
+                made = self._attach(path, size, nbytes, private, liveness is not None)
+                if liveness is None or isinstance(made, bytearray):
+                    if not self._closed:
                         self._released(segment_id)
                     return memoryview(made)
                 known = made, liveness.exporter_type(size)
@@ -70,8 +66,13 @@ class SegmentViews:
                     self._mappings[segment_id] = known
             elif nbytes > len(known[0]):
                 raise OSError(f"{nbytes} bytes do not fit into segment {segment_id} of {len(known[0])}")
+            if self._gate is None:
+                self._gate = liveness.Gate(self._released)
+                if self._closed:
+                    self._gate.released = None
             self._number += 1
-            return liveness.lease_view(known[1], known[0], nbytes, self._gate, self._number, segment_id)
+            view: memoryview = liveness.lease_view(known[1], known[0], nbytes, self._gate, self._number, segment_id)
+            return view
 
     def pin(self) -> None:
         """Never report the leases that are alive now: call it before `os.fork`, whose child goes on reading them.
@@ -89,13 +90,13 @@ class SegmentViews:
                 self._gate.released = None
             self._mappings.clear()
 
-    def _attach(self, path: str, size: int, nbytes: int, private: bool) -> mmap.mmap | bytearray:
+    def _attach(self, path: str, size: int, nbytes: int, private: bool, map_it: bool) -> mmap.mmap | bytearray:
         """Map a segment for the first time, or read it where the process is short of descriptors."""
         self._forget_freed()
         access = mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE
         descriptor = memfile.open_checked(path, size, writable=not private)
         try:
-            if memfile.has_spare(descriptor):
+            if map_it and memfile.has_spare(descriptor):
                 try:
                     mapping = mmap.mmap(descriptor, size, access=access)
                 except OSError:
@@ -108,12 +109,22 @@ class SegmentViews:
             return data
         finally:
             os.close(descriptor)
+            memfile.reserve()
 
     def _forget_freed(self) -> None:
         """Unmap the segments that their sender has truncated: it does that only when no lease is left (lock held)."""
         for segment_id, (mapping, _) in list(self._mappings.items()):
             if mapping.size() < len(mapping):
                 del self._mappings[segment_id]
+
+
+def _liveness() -> Any:
+    """The module, or None: there is no descriptor left to load it with."""
+    try:
+        from distpool.transport import liveness
+    except (ImportError, OSError):
+        return None
+    return liveness
 
 
 def map_private(path: str, size: int, nbytes: int) -> memoryview:

@@ -16,7 +16,7 @@ from .programs import Outcome, Program, run
 pytestmark = pytest.mark.time_limit(90)
 
 HOG = """
-import resource
+import pickle, resource
 
 def use_up_descriptors():
     '''Lower the limit, then open until nothing is left.'''
@@ -52,6 +52,8 @@ def use_all(runner):
     assert list(runner.raw.map(helpers.square, range(100))) == [number * number for number in range(100)]
     assert runner.call(len, bytes(10 << 20)) == 10 << 20
     assert runner.call(bytes, 10 << 20) == bytes(10 << 20)
+    big = pickle.PickleBuffer(bytes(10 << 20))  # beside the pickle, as arrays are
+    assert runner.call(bytes, big) == bytes(runner.call(pickle.PickleBuffer, bytes(10 << 20))) == bytes(10 << 20)
     assert runner.call(lambda: "by value") == "by value"
     return "works"
 """
