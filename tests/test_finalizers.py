@@ -535,7 +535,7 @@ def test_what_needs_no_answer_on_the_leader(worker: int) -> None:
     assert future.result(WAIT) == 3
 
 
-@pytest.mark.parametrize("name", ["table", "references", "timers", "dispatch"])
+@pytest.mark.parametrize("name", ["table", "references", "timers", "dispatch", "sending"])
 def test_waiting_with_a_lock_that_the_leader_needs_ends(worker: int, name: str) -> None:
     node = nodes.current()
     refs = node.references()
@@ -545,6 +545,7 @@ def test_waiting_with_a_lock_that_the_leader_needs_ends(worker: int, name: str) 
             "references": refs._lock,
             "timers": node.loop._timer_lock,
             "dispatch": executor._crew.scheduler.lock,
+            "sending": node.peers.link(worker)._write_lock,
         }[name]
 
         def inside() -> None:

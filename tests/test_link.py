@@ -103,9 +103,6 @@ class Struck:
     def release(self) -> None:
         self._lock.release()
 
-    def locked(self) -> bool:
-        return bool(self._lock.locked())
-
 
 class Alarm(Exception):
     pass
@@ -539,3 +536,18 @@ def test_memory_for_big_frames_is_not_kept_for_long() -> None:
         right.next_frame()
         assert right.link._reader.has_spare
         until(lambda: not right.link._reader.has_spare, "its end")
+
+
+def test_a_finalizer_inside_a_send_ends_the_link_behind_it() -> None:
+    """The collector runs it on the leader, in the middle of a frame."""
+    with ends() as (left, right):
+        link, really = left.link, left.link._write_some
+
+        def write_some() -> None:
+            link.close(None)
+            really()
+
+        link._write_some = write_some  # type: ignore[method-assign]
+        left.loop.call_soon(lambda: link.send(Kind.RESULTS, b"", b"body", [bytes(100_000)]))
+        assert body_of(right.next_frame()) == b"body"
+        assert left.closed.wait(PATIENCE) and right.closed.wait(PATIENCE)

@@ -76,6 +76,7 @@ class Node:
         self.crews: set[Any] = set()  # master: the workers of living executors
         self.delivering: set[Any] = set()  # `Deliveries` of executors whose callbacks run
         self.loop.held.append(lambda: any(crew.scheduler.lock._is_owned() for crew in list(self.crews)))
+        self.loop.held.append(lambda: any(link.writes() for link in tuple(self.links)))
         self.exports: Any = None  # executors that tasks know by key (nested)
         self.requests: Any = None  # workers: calls submitted through handles (nested)
         self.exiting = False  # the interpreter is shutting down

@@ -84,7 +84,8 @@ class TaskRunner:
         #: Protects _inbox, the started mark, and what of running spans is recalled. Reentrant only so that it can tell
         #: who has it: a `__del__` in there does not come back here, but must not wait for the leader.
         self.lock: Any = threading.RLock()
-        link.loop.held.extend((self.lock._is_owned, self.interrupts._lock._is_owned, *self.results.held))  # type: ignore[attr-defined]
+        own = self.lock._is_owned, self.interrupts._lock._is_owned  # type: ignore[attr-defined]
+        link.loop.held.extend((*own, link.writes, *self.results.held))
         self._inbox: collections.deque[Item] = collections.deque()
         self._functions: dict[int, _Received] = {}
         self.wait_for_buffers: Callable[[int], list[Any]] = lambda number: []  # set by the worker (`node.bulk`)

@@ -68,7 +68,11 @@ class Link:
         self._spare_timer: Timer | None = None  # looks whether memory for big frames is still worth keeping
         self._outbox: collections.deque[memoryview] = collections.deque()
         self._queue: collections.deque[list[Any]] = collections.deque()  # frames not yet begun; append is atomic
-        self._write_lock = threading.Lock()  # protects _outbox, _writing and the order of bytes on the socket
+        # Protects _outbox, _writing and the order of bytes on the socket. Reentrant only to tell who has it.
+        self._write_lock: Any = threading.RLock()
+        #: Whether the calling thread is in the middle of a send: what it sends now stays behind that.
+        self.writes: Callable[[], bool] = self._write_lock._is_owned  # type: ignore[attr-defined]
+        self._sending = False  # a frame is neither in the queue nor all in the kernel or the outbox
         self._writing = False  # the leader has been asked to write when the socket has room
         self._closed = False
         self._drained = Flag()
@@ -132,7 +136,8 @@ class Link:
 
     def _pump(self) -> None:
         queue, lock = self._queue, self._write_lock
-        while queue and lock.acquire(blocking=False):
+        while queue and not self.writes() and lock.acquire(blocking=False):
+            self._sending = True
             try:
                 while queue:
                     self._write_parts(queue.popleft())
@@ -141,6 +146,7 @@ class Link:
                     self._writing = True
                     self.loop.want_write(self._sock, True)
             finally:
+                self._sending = False
                 lock.release()
             if self._drainers and not self.loop.leads:
                 self.loop.wake()  # one that leads took the held lock for bytes that are not out yet
@@ -219,7 +225,7 @@ class Link:
         return self._idle()
 
     def _idle(self) -> bool:
-        return self._closed or not (self._queue or self._outbox or self._write_lock.locked())
+        return self._closed or not (self._queue or self._outbox or self._sending)
 
     @property
     def backlog(self) -> int:
@@ -343,7 +349,7 @@ class Link:
 
     def close(self, reason: BaseException | None = None) -> None:
         """Close the connection and report it, once. Any thread; `on_closed` runs on the leader."""
-        if not self.loop.leads:
+        if not self.loop.leads or self.writes():
             self.loop.call_soon(lambda: self.close(reason))
             return
         if self._closed:
