@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
@@ -551,3 +552,22 @@ def test_a_finalizer_inside_a_send_ends_the_link_behind_it() -> None:
         left.loop.call_soon(lambda: link.send(Kind.RESULTS, b"", b"body", [bytes(100_000)]))
         assert body_of(right.next_frame()) == b"body"
         assert left.closed.wait(PATIENCE) and right.closed.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_system_without_memory_for_a_send_loses_no_frame(size: int) -> None:
+    """The connection goes on, and who waited for the answer waited for ever."""
+    with ends() as (left, right):
+        sock, refused = left.link._sock, [errno.ENOBUFS, errno.ENOMEM]
+
+        class Short:
+            def __getattr__(self, name: str) -> Any:
+                if name in ("send", "sendmsg") and refused:
+                    raise OSError(refused.pop(), "no memory")
+                return getattr(sock, name)
+
+        left.link._sock = Short()
+        bodies = [bytes([number]) * size for number in range(3)]
+        for body in bodies:
+            left.link.send(Kind.RESULTS, b"", body)
+        assert [body_of(right.next_frame()) for _ in bodies] == bodies and not refused

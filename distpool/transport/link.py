@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import socket
 import threading
 import time
@@ -165,10 +166,10 @@ class Link:
         data = parts[0]
         try:
             sent = self._sock.send(data, _QUIET) if self._plain else self._sock.send(data)
-        except (BlockingIOError, InterruptedError):
+        except OSError as error:
+            if not _goes_later(error):
+                return  # the reading side sees the end of the stream and reports it, once
             sent = 0
-        except OSError:
-            return  # the reading side sees the end of the stream and reports it, once
         self.bytes_out += sent
         if sent < len(data):
             outbox.append(memoryview(data)[sent:])
@@ -184,10 +185,9 @@ class Link:
                     sent = self._sock.sendmsg(parts, (), *flags) if flags else self._sock.sendmsg(parts)
                 else:
                     sent = self._sock.send(outbox[0], *flags)
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError:
-                outbox.clear()  # nobody will read it; the end of the stream is reported by the reading side
+            except OSError as error:
+                if not _goes_later(error):
+                    outbox.clear()  # nobody will read it; the end of the stream is reported by the reading side
                 return
             self.bytes_out += sent
             while sent:
@@ -375,6 +375,11 @@ class Link:
         """In a forked child: only close what was inherited."""
         self._closed = True
         self._sock.close()
+
+
+def _goes_later(error: OSError) -> bool:
+    """Whether the connection is as it was: no room in it, or the system has no memory at the moment."""
+    return isinstance(error, BlockingIOError | InterruptedError) or error.errno in (errno.ENOBUFS, errno.ENOMEM)
 
 
 def _pending_of(stream: Any) -> Callable[[], int] | None:
