@@ -7,6 +7,7 @@ import multiprocessing.pool
 import pickle
 import threading
 import traceback
+import weakref
 from concurrent.futures.process import _RemoteTraceback
 
 import pytest
@@ -306,3 +307,23 @@ def test_references_in_an_error_are_reported():
         assert seen == ["kept"]
     finally:
         codec.unregister_reducer(Reference)
+
+
+@pytest.mark.parametrize("kind, kept", [(MemoryError, False), (ValueError, True)])
+def test_what_has_used_up_the_memory_is_let_go(kind: type[Exception], kept: bool) -> None:
+    class Big:
+        pass
+
+    seen = []
+
+    def fill():
+        held = Big()
+        seen.append(weakref.ref(held))
+        raise kind("no more")
+
+    try:
+        fill()
+    except kind as error:
+        data = failures.encode_exception(error)
+        assert (seen[0]() is not None) is kept
+    assert "in fill" in failures.failure_info(data).traceback

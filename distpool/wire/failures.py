@@ -20,7 +20,8 @@ from distpool.errors import CapturedException, DistpoolError, RemoteException
 from distpool.wire import codec
 
 __all__ = [
-    "FailureInfo", "captured", "decode_exception", "encode_exception", "failure_info", "pass_on", "traceback_text",
+    "FailureInfo", "captured", "decode_exception", "encode_exception", "failure_info", "let_go", "pass_on",
+    "traceback_text",
 ]  # fmt: skip
 
 
@@ -45,6 +46,8 @@ def encode_exception(
 
     Example: `except BaseException as error: reply = encode_exception(error, peer, skip_frames=1)`
     """
+    if isinstance(exc, MemoryError):
+        let_go(exc)
     text = traceback_text(exc, skip_frames)
     payload: bytes | None = None
     reason = ""
@@ -57,6 +60,18 @@ def encode_exception(
         if seen is not None:
             del seen[start:]
     return pickle.dumps((_type_name(type(exc)), _text(exc), text, payload, reason), codec.PROTOCOL)
+
+
+def let_go(exc: BaseException) -> None:
+    """Empty the frames in which it was raised: where there is no memory left, they hold what there is, and neither text
+    nor pickle could be made of the error."""
+    place = exc.__traceback__
+    while place is not None:
+        try:
+            place.tb_frame.clear()
+        except RuntimeError:
+            pass  # it still runs: it is of those who caught the error
+        place = place.tb_next
 
 
 def pass_on(data: Any, peer: Any, seen: list[Any]) -> bytes:

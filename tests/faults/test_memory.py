@@ -107,3 +107,21 @@ def test_memory_limit(make_runner: Callable[..., Runner], gate: Gate) -> None:
     assert took <= 3 * NOISE
     assert "MiB" in str(error) or isinstance(error, MemoryError)
     assert_squares(calls)
+
+
+def fill_up(size: int) -> None:
+    held = []
+    while True:
+        held.append(bytes(size))
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="RLIMIT_DATA is only a limit on Linux")
+@pytest.mark.parametrize("size", [1, 1000, 5000])
+def test_memory_used_up_bit_by_bit(make_runner: Callable[..., Runner], size: int) -> None:
+    """What has filled it is still there when the error is caught: none was left to say so, and the worker ended."""
+    runner = make_runner(1, memory_limit="150MiB")
+    before = runner.ospids()
+    for _ in range(2):
+        error = runner.submit(fill_up, size).error()
+        assert isinstance(error, MemoryError) and "in fill_up" in full_text(error)
+    assert runner.ospids() == before
