@@ -467,6 +467,21 @@ def test_a_manager_that_leads_elsewhere(worker: World) -> None:
     assert adopted.ends == 1 and worker.peers.known() == [1, 2]
 
 
+def test_whatever_a_manager_raises_is_why_there_is_no_link(worker: World) -> None:
+    """SystemExit, too, as a `connect` may raise that parses a command line. All who came later waited as well."""
+
+    def connect(pid: int, place: str) -> Any:
+        raise SystemExit("no such place")
+
+    worker.peers.connect_by_manager = connect
+    for _ in range(2):
+        failed: list[BaseException] = []
+        worker.peers.requests.new(3, lambda *answer: None, failed.append)
+        worker.told(by_manager(detail="tried"))
+        worker.work()
+        assert "no such place" in str(failed[0])
+
+
 def test_no_manager_is_said_so(worker: World) -> None:
     worker.told(by_manager(detail="tried"))
     worker.work()

@@ -321,7 +321,7 @@ class Peers:
                     stream: Stream = adopted.stream
                 else:
                     stream = dial(tuple(address), min(config.silent_seconds(), config.worker_timeout()), identity)
-            except Exception as error:  # also whatever the manager's `connect` raises: it is why there is no link
+            except BaseException as error:  # whatever the manager's `connect` raises: it is why there is no link
                 text = f"process {self._node.pid} cannot connect to process {pid} at {_spell(address)}: {error}"
                 call_soon(lambda: self._not_dialled(pid, text))
             else:
