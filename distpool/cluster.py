@@ -193,6 +193,7 @@ def end_workers(node: Node, patience: float) -> None:
     others = [member for member in list(group.members.values()) if member not in members and member.borrower is None]
     members += [member for member in others if member.removed or not member.listed]  # going, or still coming
     if not members:
+        node.notices.join(_PATIENCE)  # of one that has just gone, the last lines may be about to be printed
         return
     pids = {member.pid for member in members}
     if pids.intersection(node.peers.requests.pending()):

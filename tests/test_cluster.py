@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 import distpool
-from distpool.cluster import addprocs, addprocs_async, rmprocs
+from distpool.cluster import addprocs, addprocs_async, end_workers, rmprocs
 from distpool.node import group as groups
 from distpool.node import node as nodes
 
@@ -111,3 +112,21 @@ def test_a_time_that_is_no_number_starts_nothing() -> None:
     with pytest.raises(ValueError, match="^timeout must be a positive number of seconds, not nan$"):
         addprocs(1, timeout=float("nan"))
     assert groups.of(nodes.current()).last_pid == before
+
+
+def test_the_end_waits_for_what_a_worker_has_printed_that_has_gone() -> None:
+    node = nodes.current()
+    assert not groups.of(node).members
+    go, printed, seen = threading.Event(), [], []
+    node.notices.put(lambda: printed.append(go.wait(PATIENCE)))
+
+    def end() -> None:
+        end_workers(node, 1)
+        seen.append(list(printed))
+
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
+    thread.join(0.1)
+    go.set()
+    thread.join(PATIENCE)
+    assert seen == [[True]]
