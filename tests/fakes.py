@@ -51,8 +51,13 @@ class ManualLoop:
         self.followed = threading.Event()
         self.held: list[Callable[[], bool]] = []
 
+    guard: Any = None
+
     def check_wait(self) -> None:
         pass
+
+    def enter_critical(self) -> bool:
+        return False
 
     def call_soon(self, callback: Callable[[], object]) -> None:
         self.soon.append(callback)

@@ -291,3 +291,19 @@ def test_a_process_is_lost_while_other_threads_make_references(cluster: Cluster)
         over.set()
         thread.join(30)
     assert all(future.done() for future in held)
+
+
+def test_an_interrupted_finalizer_stops_no_later_one(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was given back any more: a flush was said to be on its way."""
+    one = cluster.processes[1]
+
+    def interrupted(callback: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.loop, "call_soon", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one.refs.drop(RRID(1, 1), 2, 1)
+    one.refs.drop(RRID(1, 2), 2, 1)
+    cluster.run()
+    assert one.sent == [(2, Kind.CLIENTS)]

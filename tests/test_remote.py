@@ -295,3 +295,44 @@ def test_who_waits_hears_of_the_owners_death(cluster: Cluster) -> None:
     for ask in (late.fetch, late.wait):
         with pytest.raises(ProcessExitedException):
             ask()
+
+
+# -- interrupts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["fetch", "wait"])
+@pytest.mark.parametrize("where", ["hold", "_send"])
+def test_who_was_interrupted_when_about_to_ask_has_asked(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, what: str, where: str
+) -> None:
+    """By the next attempt, and for other threads, it counted as asked: they waited for ever."""
+    future = new_future(2)
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteFuture, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(future, what)()
+    with cluster.on(2):
+        cluster.pass_on(future, 1, 2).put(Big(1))
+    future.wait(5)
+    assert future.fetch(5) == Big(1)
+
+
+def test_who_was_interrupted_and_then_finalizes_it_asks_nobody(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    future = new_future(2)
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteFuture, "_send", interrupted)
+        for ask in (future.fetch, future.wait):
+            with pytest.raises(KeyboardInterrupt):
+                ask()
+    future.finalize()
+    assert cluster.table(2) == {}

@@ -197,16 +197,21 @@ class Refs:
     def drop(self, rrid: RRID, where: int, held: int) -> None:
         """`held` references are given back (finalizers: only atomic operations)."""
         self._dropped.append((rrid, where, held))
-        if not self._flushing:
-            self._flushing = True
-            self.node.loop.call_soon(self._flush)
+        self._flush_soon()
 
     def unread(self, status: int, data: Any, buffers: Any) -> None:
         """This value or error was sent to us, and nobody has opened it: its references are given back (as `drop`)."""
         self._unread.append((status, data, buffers))
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
         if not self._flushing:
             self._flushing = True
-            self.node.loop.call_soon(self._flush)
+            try:
+                self.node.loop.call_soon(self._flush)
+            except BaseException:  # Ctrl-C in a finalizer: with the flag set and no flush on its way, none would come
+                self._flushing = False
+                raise
 
     def _open_unread(self) -> None:
         """On a library thread."""

@@ -9,6 +9,7 @@ its owner". Errors of user code are `RemoteException` here (Julia's rule), not t
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ class _Waiting:
 class RemoteFuture(Reference, Future[Any]):
     """A future owned by process `where`; see `distpool.Future`."""
 
-    _watched = False  # the owner will tell us when it is done
+    _told = False  # the owner will tell us when it is done
     _transfer: Future[Any] | None = None
 
     @classmethod
@@ -76,7 +77,7 @@ class RemoteFuture(Reference, Future[Any]):
         future._refs = refs
         future._handle = Handle(refs, rrid, where, held)
         future._call = _Waiting(refs)
-        future._watched = watched
+        future._told = watched
         refs.live[rrid] = future
         return future
 
@@ -178,27 +179,47 @@ class RemoteFuture(Reference, Future[Any]):
         """Be counted at the owner: a reference made by hand is known to it from its first use on. Sending it is a use:
         whoever gets it may set the value and drop it, and the value must not go with that."""
         refs = self._refs
-        with refs._lock:
-            first, handle.held = not handle.held, handle.held or 1
-        if not first:
+        if handle.held:
             return
-        if handle.where == refs.node.pid:
-            refs.owner.touch(handle.rrid, handle.where)
-        else:
-            change = [handle.rrid.whence, handle.rrid.id, refs.node.pid, 1]
-            refs.node.peers.send(handle.where, Kind.CLIENTS, structs.Clients([change]).pack())
+        with refs.lending((), handle.where):  # no interrupt between the two: it would give back what was not counted
+            with refs._lock:
+                first, handle.held = not handle.held, handle.held or 1
+            if not first:
+                return
+            if handle.where == refs.node.pid:
+                refs.owner.touch(handle.rrid, handle.where)
+            else:
+                change = [handle.rrid.whence, handle.rrid.id, refs.node.pid, 1]
+                refs.node.peers.send(handle.where, Kind.CLIENTS, structs.Clients([change]).pack())
 
     def _watch(self) -> None:
         """Let the owner tell us when the value is there (once)."""
-        if self._watched or self.done() or self._handle is None or self._finalized:
+        if self._told or self.done() or self._handle is None or self._finalized:
             return
-        self._watched = True
-        refs, handle = self._refs, self._handle
-        if handle.where == refs.node.pid:
-            refs.owner.watch(self._entry(), self._arrived)
+        self._told = True
+        try:
+            self._ask_to_be_told()
+        except BaseException:
+            self._later(self._ask_to_be_told)
+            raise
+
+    def _ask_to_be_told(self) -> None:
+        handle = self._live()
+        if handle.where == self._refs.node.pid:
+            self._refs.owner.watch(self._entry(), self._arrived)
             return
         self.hold(handle)
         self._send("watch", self._watch_answered, b"", [])
+
+    def _later(self, ask: Callable[[], object]) -> None:
+        """Whoever was about to ask was interrupted, and the next one relies on it: the leader asks. (Twice is as well.)
+        """
+
+        def again() -> None:
+            with contextlib.suppress(RuntimeError):  # it was finalized
+                ask()
+
+        self._refs.node.loop.call_soon(again)
 
     def _watch_answered(self, status: int, data: Any, buffers: Any) -> None:
         """The owner will tell; or it cannot be reached, and nothing else would say so to who only waits."""
@@ -262,13 +283,21 @@ class RemoteFuture(Reference, Future[Any]):
         if transfer is None:
             made: Future[Any] = Future()
             made._call = self._call or _Waiting(self._refs)
-            transfer = self.__dict__.setdefault(
-                "_transfer", made
-            )  # atomic: one asks, and no lock that a `__del__` meets
-            if transfer is made:
-                self.hold(handle)
-                self._send("fetch", self._fetched, b"", [])
+            try:
+                transfer = self.__dict__.setdefault(
+                    "_transfer", made
+                )  # atomic: one asks, and no lock that a `__del__` meets
+                if transfer is made:
+                    self._ask_for_value()
+            except BaseException:
+                if self._transfer is made:
+                    self._later(self._ask_for_value)
+                raise
         return transfer
+
+    def _ask_for_value(self) -> None:
+        self.hold(self._live())
+        self._send("fetch", self._fetched, b"", [])
 
     def _fetched(self, status: int, data: Any, buffers: Any) -> None:
         outcome = received(status, data, buffers, self.where)
@@ -288,8 +317,12 @@ class RemoteFuture(Reference, Future[Any]):
             return
         settle_puts(handle.where)
         number = node.peers.requests.new(handle.where, answer, lost)
-        message = structs.Reference(number, op, handle.rrid.whence, handle.rrid.id)
-        node.peers.send(handle.where, Kind.REFERENCE, message.pack(), body, buffers)
+        try:
+            message = structs.Reference(number, op, handle.rrid.whence, handle.rrid.id)
+            node.peers.send(handle.where, Kind.REFERENCE, message.pack(), body, buffers)
+        except BaseException:  # it would keep this future until an answer comes
+            node.peers.requests.forget(number)
+            raise
         if handle.where in node.peers.dead:  # died between the two looks: nobody else will say so
             node.peers.requests.fail(handle.where, node.peers.dead[handle.where])
 
