@@ -270,6 +270,35 @@ def test_a_lost_process_holds_nothing_and_owns_nothing(cluster: Cluster) -> None
     assert theirs.done() and not mine.done()
 
 
+def test_a_future_made_by_hand_can_be_set_by_whom_it_is_sent_to(cluster: Cluster) -> None:
+    """Its own process was not told: it waited for ever."""
+    future: Future[Any] = Future()
+    told: list[Any] = []
+    future.add_done_callback(lambda done: told.append(done.result(0)))
+    there = cluster.pass_on(future, 1, 2)
+    with cluster.on(2):
+        there.put([1])
+        with pytest.raises(RuntimeError, match="only once"):
+            there.put([2])
+    cluster.run()
+    assert future.result(5) == [1] and told == [[1]]
+    with pytest.raises(RuntimeError, match="only once"):
+        future.put([3])
+
+
+def test_it_is_not_kept_for_that(cluster: Cluster) -> None:
+    future: Future[Any] = Future()
+    there = cluster.pass_on(future, 1, 2)
+    del future
+    collector.collect()
+    assert list(cluster.table(1).values()) == [{2}]
+    with cluster.on(2):
+        there.put(1)
+    del there
+    collector.collect()
+    assert cluster.table(1) == {}
+
+
 def test_a_process_is_lost_while_other_threads_make_references(cluster: Cluster) -> None:
     """To look at each was many steps: it ended with an error, and what else had to hear of the death did not."""
     one = cluster.processes[1]

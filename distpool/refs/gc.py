@@ -177,7 +177,15 @@ class Refs:
                 self.live[rrid] = future
         if future.done():
             future._report()
+        elif future._call is None:  # made by hand: whoever it is sent to may set it, too
+            found = weakref.ref(future)
+            self.owner.watch(entry, lambda outcome: self._set_elsewhere(found(), outcome))
         return handle
+
+    def _set_elsewhere(self, future: Any, outcome: Outcome) -> None:
+        """Any thread: an adopted future has its outcome, from its own process or from another one."""
+        if future is not None and future._settle(outcome):
+            self.node.deliver(future._run_callbacks)
 
     def _own(self, entry: Entry, future: Any, outcome: Outcome) -> None:
         """The outcome of an adopted future is there. Any thread."""
