@@ -259,6 +259,21 @@ def test_finalized_is_finalized(cluster: Cluster) -> None:
         cluster.pass_on(future, 1, 2)
 
 
+def test_who_waits_hears_that_it_was_finalized(cluster: Cluster) -> None:
+    """The owner's notice finds nobody: the wait never ended, and the callbacks were kept for ever."""
+    future = new_future(2)
+    there = cluster.pass_on(future, 1, 2)
+    told: list[bool] = []
+    future.add_done_callback(lambda done: told.append(done.done()))
+    future.finalize()
+    cluster.run()
+    assert future.done() and told == [True] and not cluster.processes[1].refs.kept
+    with cluster.on(2):
+        there.put(1)
+    with pytest.raises(RuntimeError, match="finalized"):
+        future.wait()
+
+
 def test_a_dead_handle(cluster: Cluster) -> None:
     import pickle
 

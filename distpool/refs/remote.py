@@ -153,6 +153,12 @@ class RemoteFuture(Reference, Future[Any]):
         self._let_go()
         return self
 
+    def finalize(self) -> None:
+        """Give the reference back now; any later use raises RuntimeError. May be called again."""
+        super().finalize()
+        if self._call is not None:  # pending: the owner's notice will find nobody, so who waits has to hear it here
+            self._arrived(Outcome(RAISED_HERE, RuntimeError(FINALIZED), (), 0))
+
     # -- settling ----------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
@@ -212,8 +218,7 @@ class RemoteFuture(Reference, Future[Any]):
         self._send("watch", self._watch_answered, b"", [])
 
     def _later(self, ask: Callable[[], object]) -> None:
-        """Whoever was about to ask was interrupted, and the next one relies on it: the leader asks. (Twice is as well.)
-        """
+        """Whoever was about to ask was interrupted, and the next one relies on it: the leader asks (twice is well)."""
 
         def again() -> None:
             with contextlib.suppress(RuntimeError):  # it was finalized
