@@ -180,6 +180,45 @@ def test_bindings(mortal: int) -> None:
     del bound
 
 
+def test_a_put_into_a_typed_channel_goes_with_its_process(mortal: int) -> None:
+    """It held a thread here, and its item came after the death, as that of no other channel does."""
+    channel = Channel(1, int)
+    remote = RemoteChannel(lambda: channel)
+    channel.put(1)
+    distpool.remote_do(remote.put, mortal, 2)
+    wait_until(lambda: channel._putters)
+    assert [putter.pid for putter in channel._putters] == [mortal]
+    distpool.rmprocs(mortal)
+    wait_until(lambda: not any(putter.live for putter in list(channel._putters)))
+    assert channel.take() == 1
+    with pytest.raises(TimeoutError):
+        channel.take(timeout=0)
+
+
+def test_what_is_put_into_a_typed_channel_is_looked_at(team: list[int]) -> None:
+    remote = RemoteChannel(lambda: Channel(1, int))
+    with pytest.raises(distpool.RemoteException, match="takes int, not str") as info:
+        remotecall_fetch(remote.put, team[0], "text")
+    assert isinstance(info.value.captured.ex, TypeError)
+    remotecall_fetch(lambda: remote.put(3) and None, team[0])
+    assert remote.take() == 3
+
+
+def test_who_died_before_it_was_noted_down_waits_for_nothing(team: list[int]) -> None:
+    """What it puts has been on a library thread meanwhile."""
+    _, channel = here(1)
+    peers = nodes.current().peers
+    waiter = channel.request("take", lambda outcome: None, 999)
+    peers.dead[999] = OSError
+    try:
+        requests()._keep((999, 1), channel, waiter, None)
+    finally:
+        del peers.dead[999]
+    assert not waiter.live and not requests()._waiters
+    channel.put("item")
+    assert channel.take() == "item"
+
+
 def test_a_channel_whose_making_was_interrupted_is_freed(team: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the answer had come by then, or comes later."""
     owner = team[0]

@@ -1,7 +1,7 @@
 """The owner's side of RemoteChannels: CHANNEL frames (layer 4).
 
-Operations on our own `Channel` are done by the leader, with callbacks; a channel class of the user's own, typed
-channels and factories run on library threads.
+Operations on our own `Channel` are done by the leader, with callbacks; a channel class of the user's own and factories
+run on library threads, and what is put into typed channels is looked at there.
 """
 
 from __future__ import annotations
@@ -94,13 +94,13 @@ class _Requests:
         plain = "by_callbacks" in vars(type(channel))
         if plain and message.op in ("take", "fetch", "wait") and not message.arguments:
             self._wait_for(channel, message, pid)
-        elif plain and (
-            message.op == "restore" or (message.op == "put" and message.arguments == 1 and channel.type is object)
-        ):
+        elif plain and (message.op == "restore" or (message.op == "put" and message.arguments == 1)):
             use = self._put if message.op == "put" else self._restore
             item = Outcome(VALUE, body, buffers, pid)
-            if carries_references(body):
-                self._node.deliver(lambda: self._open(item, message, lambda opened: use(channel, message, pid, opened)))
+            if carries_references(body) or channel.type is not object:
+                self._node.deliver(
+                    lambda: self._open(channel, item, message, lambda opened: use(channel, message, pid, opened))
+                )
             else:
                 use(channel, message, pid, item)
         else:
@@ -119,10 +119,19 @@ class _Requests:
         waiter = channel.request(message.op, served, pid)
         self._keep(key, channel, waiter, message.timeout)
 
-    def _open(self, item: Outcome, message: Any, use: Callable[[Outcome], object]) -> None:
-        """On a library thread: references in an item live here as objects, so that each taker is lent its own."""
+    def _open(self, channel: Channel, item: Outcome, message: Any, use: Callable[[Outcome], object]) -> None:
+        """On a library thread: references in an item live here as objects, so that each taker is lent its own; and the
+        type is asked for, which may be the user's code."""
         try:
             opened = Outcome(LOCAL_VALUE, codec.decode(item.data, item.buffers), (), item.pid)
+        except BaseException as error:
+            self._answers.reply_error(item.pid, message.request, error)
+            return
+        try:
+            if message.op == "put":
+                channel.check_type(opened.data)
+        except TypeError as error:
+            self._reply_plain(item.pid, message.request, error)
         except BaseException as error:
             self._answers.reply_error(item.pid, message.request, error)
         else:
@@ -222,6 +231,7 @@ class _Requests:
         self._waiters[key] = channel, waiter, timer
         if not waiter.live or key[0] in self._node.peers.dead:  # meanwhile: nobody else would look for it here
             self._served(key)
+            channel.withdraw(waiter)
 
     def _send(self, pid: int, request: int, outcome: Outcome) -> None:
         if outcome.status == RAISED_HERE:
