@@ -191,6 +191,21 @@ def test_several_threads_fetch_once(cluster: Cluster) -> None:
     assert cluster.processes[1].kinds().count(Kind.REFERENCE) == 1
 
 
+def test_who_has_given_up_keeps_nothing(cluster: Cluster) -> None:
+    """The request for the value kept the object, and that the entry at the owner, which nobody could set any more."""
+    future = new_future(1)
+    there = cluster.pass_on(future, 1, 2)
+    with cluster.on(2), pytest.raises(TimeoutError):
+        there.fetch(0)
+    assert list(cluster.table(1).values()) == [{1, 2}]
+    del there
+    gc.collect()
+    assert list(cluster.table(1).values()) == [{1}]
+    future.put(Big(1))
+    cluster.run()
+    assert cluster.processes[2].requests.pending() == []
+
+
 # -- travelling ----------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from distpool.errors import RemoteException
@@ -302,7 +303,18 @@ class RemoteFuture(Reference, Future[Any]):
 
     def _ask_for_value(self) -> None:
         self.hold(self._live())
-        self._send("fetch", self._fetched, b"", [])
+        found, where = weakref.ref(self), self.where
+
+        def answer(status: int, data: Any, buffers: Any) -> None:
+            """Who waits has this object; if nobody has, the table of requests does not keep it (the value may never
+            come, and its owner would believe that somebody wants it)."""
+            future = found()
+            if future is not None:
+                future._fetched(status, data, buffers)
+            else:
+                received(status, data, buffers, where)
+
+        self._send("fetch", answer, b"", [])
 
     def _fetched(self, status: int, data: Any, buffers: Any) -> None:
         outcome = received(status, data, buffers, self.where)
