@@ -166,19 +166,19 @@ class Refs:
         handle: Handle | None = future._handle
         if handle is not None:
             return handle
+        found = weakref.ref(future)  # weakly: dropping the object is enough, without the collector
         with self._lock:
             handle = future._handle
             if handle is None:
                 rrid, me = self.new_id(), self.node.pid
                 entry = self.owner.touch(rrid, me)
                 future._watched = True
-                future._on_settled = lambda outcome: self._own(entry, future, outcome)
+                future._on_settled = lambda outcome: self._own(entry, found(), outcome)
                 handle = future._handle = Handle(self, rrid, me, 1)
                 self.live[rrid] = future
         if future.done():
             future._report()
         elif future._call is None:  # made by hand: whoever it is sent to may set it, too
-            found = weakref.ref(future)
             self.owner.watch(entry, lambda outcome: self._set_elsewhere(found(), outcome))
         return handle
 
