@@ -173,6 +173,17 @@ def test_callbacks_move_nothing_and_need_no_holder(cluster: Cluster) -> None:
     assert seen == [True, True], "here and now"
 
 
+def test_an_interrupted_callback_keeps_no_future(cluster: Cluster) -> None:
+    future = new_future(2).put(1)
+
+    def interrupted(done: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        future.add_done_callback(interrupted)
+    assert not cluster.processes[1].refs.kept
+
+
 def test_several_threads_fetch_once(cluster: Cluster) -> None:
     future = new_future(2)
     cluster.pass_on(future, 1, 2).put(Big(1))

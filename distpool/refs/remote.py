@@ -172,9 +172,11 @@ class RemoteFuture(Reference, Future[Any]):
         self._live()
         self._watch()
         self._refs.kept.add(self)  # whoever drops the future still wants the callback
-        super().add_done_callback(fn)
-        if self.done():
-            self._refs.kept.discard(self)
+        try:
+            super().add_done_callback(fn)
+        finally:  # Ctrl-C may come in the callback
+            if self.done():
+                self._refs.kept.discard(self)
 
     def _entry(self) -> Any:
         """The entry of a value that this process owns; from its first use on it counts this reference."""
