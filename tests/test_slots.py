@@ -173,6 +173,7 @@ def test_a_call_that_cannot_be_sent_fails_alone(office: Office, monkeypatch: pyt
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(slots, "map_private", no_descriptor)
+    before = office.node.segments.bytes_in_use  # of other tests in this process
     lease = office.node.segments.put(b"x" * 400_000)
     if lease is None:
         pytest.skip("no shared memory here")
@@ -187,4 +188,4 @@ def test_a_call_that_cannot_be_sent_fails_alone(office: Office, monkeypatch: pyt
     assert [futures[index].result(PATIENCE) for index in (0, 2)] == [0, 2]
     assert all(isinstance(futures[index].exception(PATIENCE), OSError) for index in (1, 3))
     slot = office.slots[2]
-    assert slot.load == 0 and not slot.inflight and office.node.segments.bytes_in_use == 0
+    assert slot.load == 0 and not slot.inflight and office.node.segments.bytes_in_use <= before

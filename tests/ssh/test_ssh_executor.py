@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from distpool import ClusterExecutor, CompositeException, DistPool, LaunchWorkerError, ProcessExitedException
@@ -116,7 +117,9 @@ def test_a_login_that_was_killed_is_made_anew(server: Server, make: Make) -> Non
     executor = make([("127.0.0.1", 2)], retries=3)
     wait_for(lambda: len(executor.workers) == 2, executor)
     parent = executor.submit(os.getppid).result(PATIENCE)
-    os.kill(parent, signal.SIGKILL)  # and its workers go with it
+    login = psutil.Process(parent)
+    login.kill()  # and its workers go with it
+    login.wait(PATIENCE)
     assert list(executor.map(abs, range(100))) == list(range(100))
     wait_for(lambda: len(executor.workers) == 2, executor)
     assert executor.submit(os.getppid).result(PATIENCE) != parent
