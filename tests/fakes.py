@@ -387,6 +387,7 @@ class Process:
         self.requests = Requests()
         self.dead: dict[int, Callable[[], BaseException]] = {}
         self.on_lost: list[Callable[[int], object]] = []
+        self.on_unlinked: list[Callable[[int], object]] = []
         self.refs: Any = None
         self.serving = self.ahead = self.runner = self.callee = None
         self.sent: list[tuple[int, Kind]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import threading
 from collections.abc import Iterator
@@ -77,6 +78,40 @@ def test_who_waits_over_a_link_that_is_lost(team: list[int], operation: str, sid
     if operation == "take":
         channel.put("first")
     assert channel.take(timeout=WAIT) == "first" and not channel.isready()
+
+
+def lose_notices(lose: bool) -> None:
+    node = nodes.current()
+    kept = node.handlers.setdefault("kept", node.handlers[Kind.NOTICE])  # type: ignore[call-overload]
+    node.handlers[Kind.NOTICE] = (lambda link, frame: None) if lose else kept
+
+
+@pytest.mark.parametrize("side", ["owner", "asker"])
+def test_who_waits_for_a_call_whose_end_is_lost_with_the_link(team: list[int], side: str) -> None:
+    """Its own call may be lost as well, so it fails. Of somebody else's it asks once more."""
+    owner, asker = team
+    go, waits = RemoteChannel(lambda: Channel(2)), RemoteChannel()
+    others = remotecall(go.take, owner)
+
+    def wait_for_both() -> Any:
+        own = remotecall(go.take, owner)
+        others.add_done_callback(lambda ended: None)
+        remotecall_fetch(abs, owner, 1)  # it has been asked
+        waits.put(None)
+        ended = concurrent.futures.wait([own, others], WAIT).done
+        return len(ended), own.exception(), others.result()
+
+    both = remotecall(wait_for_both, asker)
+    waits.take(timeout=WAIT)
+    remotecall_fetch(lose_notices, asker, True)
+    for _ in range(2):
+        go.put("value")
+    assert others.result(WAIT) == "value"
+    remotecall_fetch(remotecall_fetch, owner, abs, asker, 1)  # behind the notices
+    remotecall_fetch(lose_notices, asker, False)
+    remotecall_fetch(cut, owner if side == "owner" else asker, asker if side == "owner" else owner)
+    ended, error, value = both.result(WAIT)
+    assert ended == 2 and isinstance(error, distpool.ProcessExitedException) and value == "value"
 
 
 def take_for_long(channel: Any) -> Any:

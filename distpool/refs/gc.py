@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 log = Log("references")
+_NEWS = 2.0  # seconds in which pid 1 says that a process whose link is lost is gone
 
 
 class Handle:
@@ -105,6 +106,9 @@ class Reference:
         if self._handle is not None:
             self._handle = self._handle.given_back(self)
 
+    def _link_lost(self) -> None:
+        """Leader: what was on its way from or to the owner may be lost. Requests have failed already."""
+
     def _let_go(self) -> None:
         """The value is not needed from its owner any more."""
         if self._handle is not None:
@@ -154,6 +158,7 @@ class Refs:
         self._flushing = False  # a flush is on its way; only saves wake-ups
         node.handlers[Kind.CLIENTS] = self._on_clients
         node.peers.on_lost.append(self._on_lost)
+        node.peers.on_unlinked.append(self._on_unlinked)
         for pid in list(node.peers.dead):  # before this was made
             self.owner.forget_client(pid)
 
@@ -337,6 +342,23 @@ class Refs:
     def _on_clients(self, link: Link, frame: Frame) -> None:
         for whence, ident, pid, change in structs.Clients.unpack(frame.control).changes:
             self.owner.change(RRID(whence, ident), pid, change)
+
+    def _on_unlinked(self, pid: int) -> None:
+        """Leader: a link is lost, and with it perhaps a call, or the news of its end. Unless its process is gone, too,
+        whoever waits for that would wait for ever."""
+        held = []
+        for found in self.live.valuerefs():
+            reference = found()
+            if reference is not None and reference._handle is not None and reference._handle.where == pid:
+                held.append(found)
+        if held:
+            self.node.loop.call_later(_NEWS, lambda: self._link_lost(pid, held))
+
+    def _link_lost(self, pid: int, held: list[Any]) -> None:
+        for found in held if pid not in self.node.peers.dead else ():
+            reference = found()
+            if reference is not None:
+                reference._link_lost()
 
     def _on_lost(self, pid: int) -> None:
         self.owner.forget_client(pid)

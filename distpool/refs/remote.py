@@ -14,7 +14,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from distpool.errors import RemoteException
+from distpool.errors import ProcessExitedException, RemoteException
 from distpool.node import node as nodes
 from distpool.refs import gc
 from distpool.refs.ahead import settle_puts
@@ -69,6 +69,7 @@ class RemoteFuture(Reference, Future[Any]):
     """A future owned by process `where`; see `distpool.Future`."""
 
     _told = False  # the owner will tell us when it is done
+    _of_call = False  # ... of the call that was sent with it
     _transfer: Future[Any] | None = None
 
     @classmethod
@@ -78,7 +79,7 @@ class RemoteFuture(Reference, Future[Any]):
         future._refs = refs
         future._handle = Handle(refs, rrid, where, held)
         future._call = _Waiting(refs)
-        future._told = watched
+        future._told = future._of_call = watched
         refs.live[rrid] = future
         return future
 
@@ -259,6 +260,17 @@ class RemoteFuture(Reference, Future[Any]):
     def _owner_lost(self, make_error: Callable[[], BaseException]) -> None:
         """Leader: the owner is gone. What was fetched stays."""
         self._came(Outcome(RAISED_HERE, make_error(), (), self.where))
+
+    def _link_lost(self) -> None:
+        """Leader: the news of the end may be lost: ask once more. But if the call was, there will be none."""
+        if self.done() or not self._told or self._handle is None:
+            return
+        if self._of_call:
+            text = f"its connection to process {self._refs.node.pid} was lost"
+            error = ProcessExitedException(self.where, None, True, "", text)
+            self._arrived(Outcome(RAISED_HERE, error, (), self.where))
+        else:
+            self._later(self._ask_to_be_told)
 
     # -- fetching ----------------------------------------------------------------------------------------------
 
