@@ -341,13 +341,14 @@ def find_kept(whence: int, ident: int) -> Callable[..., Any]:
     Raises what loading it raised, each time.
     """
     node = _node()
-    refs = gc.of(node)
-    entry = refs.owner.get(RRID(whence, ident))
-    if entry is None:
-        raise RuntimeError("the function is not kept on this worker any more")
+    refs, rrid = gc.of(node), RRID(whence, ident)
+    entry = refs.owner.get(rrid)
     loaded: Future[Any] = Future()
     loaded._call = _Waiting(refs)
-    refs.owner.watch(entry, loaded._settle)
+    if entry is not None:
+        refs.owner.watch(entry, loaded._settle)
+    if entry is None or (not loaded.done() and refs.owner.get(rrid) is not entry):  # gone, perhaps between the looks
+        raise RuntimeError("the function is not kept on this worker any more")
     function: Callable[..., Any] = loaded.result()
     return function
 

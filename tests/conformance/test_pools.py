@@ -31,6 +31,10 @@ from distpool import (
     remotecall_wait,
     set_default_worker_pool,
 )
+from distpool.node import node as nodes
+from distpool.pools import find_kept
+from distpool.refs import gc as references
+from distpool.refs.refs import LOCAL_VALUE, Outcome
 
 from .conftest import wait_until
 from .helpers import boom, f_args, ident, own_nothing
@@ -600,3 +604,20 @@ def test_a_cleared_pool_does_not_disturb_calls_on_their_way(team: list[int]) -> 
         pool.clear()
         assert future.fetch() == i
         assert time.monotonic() < deadline
+
+
+def test_a_function_that_goes_just_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for it, by a call whose caller has given up, does not wait for it for ever."""
+    node = nodes.current()
+    owner, rrid = references.of(node).owner, references.of(node).new_id()
+    owner.settle(owner.touch(rrid, node.pid), Outcome(LOCAL_VALUE, abs, (), node.pid))
+    assert find_kept(*rrid) is abs
+    watch = owner.watch
+
+    def late(*arguments: Any) -> None:
+        owner.change(rrid, node.pid, -1)
+        watch(*arguments)
+
+    monkeypatch.setattr(owner, "watch", late)
+    with pytest.raises(RuntimeError, match="not kept on this worker any more"):
+        find_kept(*rrid)
