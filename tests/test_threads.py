@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -217,3 +219,31 @@ def test_a_function_may_put_another_one() -> None:
     queue.put(lambda: (queue.put(lambda: seen.append("inner")), seen.append("outer")))
     assert queue.join(PATIENCE) and queue.join(PATIENCE)
     assert seen == ["outer", "inner"]
+
+
+def test_ctrl_c_as_a_serial_queue_calls_a_thread_does_not_end_it() -> None:
+    """Struck between any two steps of `put`: what is put later still runs."""
+    number = 0
+    while True:
+        queue = SerialQueue(ThreadCache("struck"))
+        steps = itertools.count()
+
+        def trace(frame: Any, event: str, argument: Any, struck: int = number, steps: Any = steps) -> Any:
+            if frame.f_code.co_filename != module.__file__:
+                return None
+            if next(steps) == struck:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            queue.put(lambda: None)
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        finally:
+            sys.settrace(None)
+        assert queue.join(20), f"struck at step {number}"
+        number += 1
+    assert number > 5

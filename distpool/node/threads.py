@@ -129,6 +129,7 @@ class SerialQueue:
         #: Held while a thread works. Nobody waits for it, so a `__del__` may put something at any moment; who lets go
         #: of it looks again.
         self._active = threading.Lock()
+        self._called = False  # a thread is on its way; only saves calling more of them
 
     def put(self, function: Callable[[], object]) -> None:
         """Run `function()` after all that were put before."""
@@ -136,10 +137,19 @@ class SerialQueue:
         self._start()
 
     def _start(self) -> None:
-        if self._waiting and self._active.acquire(blocking=False):
-            self._threads.run(self._work)
+        """(Tried: take the lock here, and hand it over. Ctrl-C in between left it taken, and nothing ran any more.)"""
+        if self._waiting and not self._called and not self._active.locked():
+            try:
+                self._called = True
+                self._threads.run(self._work)
+            except BaseException:
+                self._called = False
+                raise
 
     def _work(self) -> None:
+        self._called = False
+        if not self._active.acquire(blocking=False):
+            return  # who works looks again
         while self._waiting:
             function = self._waiting.popleft()
             try:
