@@ -505,7 +505,8 @@ def test_after_so_many_tasks_on_the_same_host(make: Callable[..., ClusterExecuto
     cluster = Hosts(a=1, b=1)
     executor = make(cluster, max_tasks_per_child=2)
     assert sorted(executor.map(abs, range(12))) == list(range(12))
-    assert set(at(executor, 2)) == {"a", "b"}, "each host has its worker again"
+    # Each host has its worker again. One that runs its last call, and its successor, may be there at the same time.
+    wait_for(lambda: set(at(executor, 2)) == {"a", "b"}, executor)
     names = [name for name, _ in cluster.launches]
     assert len(names) >= 6 and set(names) == {"a", "b"}
 
