@@ -10,12 +10,12 @@ import signal
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from struck import Running, signal_in_the_import_system
 
 from distpool.node.interrupts import Inside, Interrupts
 from distpool.transport.ioloop import IoLoop
@@ -31,27 +31,6 @@ def interrupts() -> Iterator[Interrupts]:
         signal.signal(number, handler)
 
 
-def on_thread(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Start it; the result waits for its end and gives what came of it, an exception included."""
-    found: list[Any] = []
-
-    def work() -> None:
-        try:
-            found.append(function())
-        except BaseException as error:
-            found.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-
-    def result() -> Any:
-        thread.join(20)
-        assert not thread.is_alive()
-        return found[0]
-
-    return result
-
-
 def test_user_code_on_another_thread_is_struck(interrupts: Interrupts) -> None:
     running = threading.Event()
 
@@ -60,7 +39,7 @@ def test_user_code_on_another_thread_is_struck(interrupts: Interrupts) -> None:
         while True:
             pass
 
-    result = on_thread(lambda: interrupts.call(spin, (), {}))
+    result = Running(lambda: interrupts.call(spin, (), {}))
     assert running.wait(10)
     interrupts.strike()
     assert isinstance(result(), KeyboardInterrupt)
@@ -68,7 +47,7 @@ def test_user_code_on_another_thread_is_struck(interrupts: Interrupts) -> None:
 
 def test_user_code_on_the_main_thread_is_struck(interrupts: Interrupts) -> None:
     def sleep() -> None:
-        on_thread(interrupts.strike)
+        Running(interrupts.strike)
         threading.Event().wait(20)
 
     with pytest.raises(KeyboardInterrupt):
@@ -80,7 +59,7 @@ def test_nothing_runs_nothing_happens(interrupts: Interrupts) -> None:
     interrupts.strike()
     assert interrupts.enter(None) is None
     assert interrupts.call(lambda: 1, (), {}) == 1
-    assert on_thread(lambda: interrupts.call(lambda: 2, (), {}))() == 2
+    assert Running(lambda: interrupts.call(lambda: 2, (), {}))() == 2
 
 
 @pytest.mark.parametrize("on_main", [True, False])
@@ -97,7 +76,7 @@ def test_a_call_that_is_expected_is_struck_before_it_begins(interrupts: Interrup
         if on_main:
             begin()
         else:
-            raise on_thread(begin)()
+            raise Running(begin)()
     interrupts.call(ran.append, (2,), {}, later)
     third = interrupts.expect()
     interrupts.call(ran.append, (3,), {}, third)
@@ -113,7 +92,7 @@ def test_inside_the_library_it_is_noted(interrupts: Interrupts, on_main: bool) -
         woken = threading.Event()
         inside = interrupts.enter(woken.set)
         assert isinstance(inside, Inside) and interrupts.enter(None) is None, "entered once"
-        on_thread(interrupts.strike)()
+        Running(interrupts.strike)()
         assert woken.wait(10) and inside.struck
         for _ in range(1000):
             reached.append("inside")
@@ -127,7 +106,7 @@ def test_inside_the_library_it_is_noted(interrupts: Interrupts, on_main: bool) -
         with pytest.raises(KeyboardInterrupt):
             interrupts.call(call, (), {})
     else:
-        assert isinstance(on_thread(lambda: interrupts.call(call, (), {}))(), KeyboardInterrupt)
+        assert isinstance(Running(lambda: interrupts.call(call, (), {}))(), KeyboardInterrupt)
     assert reached == ["inside"] * 1000 + ["left"]
 
 
@@ -173,7 +152,7 @@ def test_waits_of_the_loop_end(interrupts: Interrupts, leading: bool) -> None:
             lock.acquire()
 
     try:
-        result = on_thread(lambda: interrupts.call(call, (), {}))
+        result = Running(lambda: interrupts.call(call, (), {}))
         assert waits.wait(10)
         interrupts.strike()
         assert isinstance(result(), KeyboardInterrupt)
@@ -202,7 +181,7 @@ def test_a_storm_leaves_nothing_behind(interrupts: Interrupts) -> None:
                 ended.append(KeyboardInterrupt)
         over.set()
 
-    result = on_thread(work)
+    result = Running(work)
     while not over.is_set():
         interrupts.strike()
     assert result() is None and len(ended) == 500
@@ -242,7 +221,7 @@ def test_a_thread_in_the_import_system_is_struck_when_it_is_through(
     begun, go = slow_module
     looks: list[None] = []
     interrupts.again = lambda seconds: looks.append(None)
-    importing = on_thread(lambda: __import__("slow_one"))
+    importing = Running(lambda: __import__("slow_one"))
     assert begun.wait(20)
     reached: list[int] = []
 
@@ -254,7 +233,7 @@ def test_a_thread_in_the_import_system_is_struck_when_it_is_through(
         while True:
             pass
 
-    result = on_thread(lambda: interrupts.call(call, (), {}))
+    result = Running(lambda: interrupts.call(call, (), {}))
     until(lambda: reached and in_importlib(reached[0]))
     interrupts.strike()
     assert len(looks) == 1
@@ -273,7 +252,7 @@ def test_the_next_call_is_not_struck_for_one_that_was_missed(
     interrupts: Interrupts, slow_module: tuple[threading.Event, threading.Event]
 ) -> None:
     begun, go = slow_module
-    importing = on_thread(lambda: __import__("slow_one"))
+    importing = Running(lambda: __import__("slow_one"))
     assert begun.wait(20)
     threads: list[int] = []
     second = threading.Event()
@@ -286,7 +265,7 @@ def test_the_next_call_is_not_struck_for_one_that_was_missed(
         first = interrupts.call(call, (), {})
         return first, interrupts.call(second.wait, (20,), {})
 
-    result = on_thread(both)
+    result = Running(both)
     until(lambda: threads and in_importlib(threads[0]))
     interrupts.strike()
     go.set()
@@ -302,10 +281,7 @@ def test_a_signal_in_the_import_system_is_missed(interrupts: Interrupts) -> None
     interrupts.again = lambda seconds: looks.append(None)
 
     def call() -> str:
-        here = sys._getframe()
-        code = compile("pass", "<frozen importlib._bootstrap>", "exec")
-        frame: Any = types.SimpleNamespace(f_code=code, f_back=here)
-        interrupts.on_signal(signal.SIGINT, frame)
+        signal_in_the_import_system(interrupts.on_signal)
         assert interrupts.main and looks == [None]
         interrupts.strike_missed()
         return "not this"
@@ -348,7 +324,7 @@ def test_a_storm_leaves_no_module_locked(
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
-    results = [on_thread(work) for _ in range(4)]
+    results = [Running(work) for _ in range(4)]
     try:
         end = time.monotonic() + 20
         while len(struck) < 500 and time.monotonic() < end:
@@ -358,7 +334,7 @@ def test_a_storm_leaves_no_module_locked(
         sys.setswitchinterval(interval)
     for result in results:
         assert result() is None
-    assert on_thread(import_all)() is None
+    assert Running(import_all)() is None
     for name in (*names, "struck_last"):
         sys.modules.pop(name, None)
     assert struck
@@ -375,11 +351,8 @@ def test_what_a_call_dies_of_that_could_not_be_struck_yet(
     interrupts.again = lambda seconds: looks.append(None)
 
     def strike() -> None:
-        here = sys._getframe()
-        code = compile("pass", "<frozen importlib._bootstrap>", "exec")
-        frame: Any = types.SimpleNamespace(f_code=code, f_back=here)
         if on_main:
-            interrupts.on_signal(signal.SIGINT, frame)
+            signal_in_the_import_system(interrupts.on_signal)
         else:
             interrupts._miss(threading.get_ident(), interrupts._beside[threading.get_ident()])
 
@@ -396,7 +369,7 @@ def test_what_a_call_dies_of_that_could_not_be_struck_yet(
     def raising() -> None:
         raise ValueError("its own")
 
-    assert (call() if on_main else on_thread(call)()) is None
+    assert (call() if on_main else Running(call)()) is None
 
 
 def test_a_thread_that_starts_another_one_is_struck_when_that_runs(interrupts: Interrupts) -> None:
@@ -423,7 +396,7 @@ def test_a_thread_that_starts_another_one_is_struck_when_that_runs(interrupts: I
         while True:
             pass
 
-    result = on_thread(lambda: interrupts.call(call, (), {}))
+    result = Running(lambda: interrupts.call(call, (), {}))
     assert waits.wait(20)
     interrupts.strike()
     assert len(looks) == 1
@@ -441,7 +414,7 @@ class Struck:
         self.strike = strike
 
     def __del__(self) -> None:
-        on_thread(self.strike)()
+        Running(self.strike)()
         while True:
             pass
 
@@ -468,12 +441,12 @@ def test_a_strike_that_python_ignores_is_repeated(
         while True:
             pass
 
-    again = on_thread(strike_again)
+    again = Running(strike_again)
     if on_main:
         with pytest.raises(KeyboardInterrupt):
             interrupts.call(call, (), {})
     else:
-        assert isinstance(on_thread(lambda: interrupts.call(call, (), {}))(), KeyboardInterrupt)
+        assert isinstance(Running(lambda: interrupts.call(call, (), {}))(), KeyboardInterrupt)
     looks.put(False)
     assert again() is None
     assert reached == ["goes on"] and not others
@@ -501,7 +474,7 @@ def test_shielded(interrupts: Interrupts, on_main: bool) -> None:
     done: list[str] = []
 
     def bookkeeping() -> None:
-        on_thread(interrupts.strike)()
+        Running(interrupts.strike)()
         for _ in range(1000):
             done.append("whole")
 
@@ -513,7 +486,7 @@ def test_shielded(interrupts: Interrupts, on_main: bool) -> None:
         with pytest.raises(KeyboardInterrupt):
             interrupts.call(call, (), {})
     else:
-        assert isinstance(on_thread(lambda: interrupts.call(call, (), {}))(), KeyboardInterrupt)
+        assert isinstance(Running(lambda: interrupts.call(call, (), {}))(), KeyboardInterrupt)
     assert done == ["whole"] * 1000
 
 
@@ -521,7 +494,7 @@ def test_a_call_is_struck_that_the_main_thread_is_about_to_begin(interrupts: Int
     """Its arguments are decoded just now, for example."""
     ran: list[int] = []
     interrupts.begin()
-    on_thread(interrupts.strike)()
+    Running(interrupts.strike)()
     with pytest.raises(KeyboardInterrupt):
         interrupts.call(ran.append, (1,), {})
     interrupts.begin()
@@ -531,11 +504,11 @@ def test_a_call_is_struck_that_the_main_thread_is_about_to_begin(interrupts: Int
 
 def test_what_came_before_a_call_was_taken_on_does_not_strike_it(interrupts: Interrupts) -> None:
     ran: list[int] = []
-    on_thread(interrupts.strike)()
+    Running(interrupts.strike)()
     interrupts.begin()
     interrupts.call(ran.append, (1,), {})
     interrupts.begin()  # a call whose arguments cannot be decoded, so that it never begins
-    on_thread(interrupts.strike)()
+    Running(interrupts.strike)()
     interrupts.begin()
     interrupts.call(ran.append, (2,), {})
     assert ran == [1, 2]
@@ -571,7 +544,7 @@ def test_a_signal_that_comes_just_before_the_system_call_is_sent_again(
                 interrupts.strike_missed()
         return found
 
-    striking = on_thread(strike)
+    striking = Running(strike)
     with pytest.raises(KeyboardInterrupt):
         interrupts.call(call, (), {})
     found = striking()
@@ -606,7 +579,7 @@ def test_a_handler_of_the_calls_own_hears_an_interrupt_once(interrupts: Interrup
                 interrupts.strike_missed()
         over.set()
 
-    striking = on_thread(strike)
+    striking = Running(strike)
     interrupts.call(call, (), {})
     assert striking() is None and len(told) == 1
     interrupts.call(interrupts.strike_missed, (), {})
@@ -625,7 +598,7 @@ def test_a_call_that_has_ended_leaves_nothing_pending(interrupts: Interrupts, st
         while not ended.wait(0.001):
             pass
 
-    result = on_thread(lambda: interrupts.call(call, (), {}))
+    result = Running(lambda: interrupts.call(call, (), {}))
     assert running.wait(10)
     if struck:
         interrupts.strike()
@@ -643,7 +616,7 @@ def test_a_call_that_has_ended_leaves_nothing_pending(interrupts: Interrupts, st
     def on_this_thread() -> int:
         return 1
 
-    assert on_thread(traced)() == 1
+    assert Running(traced)() == 1
 
 
 def test_the_main_thread_is_struck_wherever_it_goes_meanwhile(interrupts: Interrupts) -> None:
@@ -660,7 +633,7 @@ def test_the_main_thread_is_struck_wherever_it_goes_meanwhile(interrupts: Interr
 
     for _ in range(200):
         strikes.clear()
-        striking = on_thread(lambda: strikes.wait(10) and interrupts.strike())
+        striking = Running(lambda: strikes.wait(10) and interrupts.strike())
         with pytest.raises(KeyboardInterrupt):
             interrupts.call(call, (), {})
         striking()

@@ -6,25 +6,11 @@ import importlib
 import signal
 import threading
 import types
-from collections.abc import Callable
 from typing import Any
 
+from struck import Running
+
 from distpool.node.striking import handles, imports, raise_in
-
-
-def on_thread(function: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
-    """Start it; the list has what came of it, an exception included."""
-    found: list[Any] = []
-
-    def work() -> None:
-        try:
-            found.append(function())
-        except BaseException as error:
-            found.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread, found
 
 
 def test_user_code_is_struck() -> None:
@@ -35,12 +21,11 @@ def test_user_code_is_struck() -> None:
         while True:
             pass
 
-    thread, found = on_thread(spin)
-    assert runs.wait(10) and thread.ident is not None
-    assert raise_in(thread.ident)
-    thread.join(10)
-    assert [type(each) for each in found] == [KeyboardInterrupt]
-    assert raise_in(thread.ident), "nobody is there any more"
+    running = Running(spin)
+    assert runs.wait(10)
+    assert raise_in(running.ident)
+    assert isinstance(running(), KeyboardInterrupt)
+    assert raise_in(running.ident), "nobody is there any more"
 
 
 def test_a_thread_that_starts_another_one_is_not_struck() -> None:
@@ -52,12 +37,11 @@ def test_a_thread_that_starts_another_one_is_not_struck() -> None:
             go.wait(20)
             super()._bootstrap()  # type: ignore[misc]
 
-    thread, found = on_thread(lambda: Slow().start())
-    assert waits.wait(10) and thread.ident is not None
-    assert not raise_in(thread.ident)
+    running = Running(lambda: Slow().start())
+    assert waits.wait(10)
+    assert not raise_in(running.ident)
     go.set()
-    thread.join(10)
-    assert found == [None]
+    assert running() is None
 
 
 def test_which_frames_are_of_the_import_system() -> None:

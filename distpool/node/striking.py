@@ -1,7 +1,7 @@
-"""KeyboardInterrupt in another thread, where it does no harm (layer 3).
+"""What CPython has for striking a thread: an exception out of nowhere, where it does no harm, and signals (layer 3).
 
-    raise_in(thread): where is it? -> in the import system, starting a thread -> False: not now
-                                   -> anywhere else                           -> raised there
+    raise_in(thread): where is it? -> in the import system or its hooks, starting a thread -> False: not now
+                                   -> anywhere else                                        -> raised there
 
 An exception that comes out of nowhere in the middle of importlib leaves a module locked: whoever imports it later waits
 for ever. (The code of a module may be struck; importlib is prepared for that.) And until a new thread runs, CPython
