@@ -194,7 +194,9 @@ def test_C089_text(w: list[int]) -> None:
     with pytest.raises(RemoteException) as info:
         remotecall_fetch(math.sqrt, w[0], -1)
     assert str(info.value).startswith(f"On worker {w[0]}:")
-    assert "math domain error" in str(info.value)
+    with pytest.raises(ValueError) as here:  # what it says depends on the Python
+        math.sqrt(-1)
+    assert str(here.value) in str(info.value)
     assert isinstance(info.value.__cause__, ValueError)
 
 
