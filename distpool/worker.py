@@ -60,6 +60,8 @@ class Worker:
         self._joined = threading.Event()
         self._segments: Segments | None = None
         self._replies: set[Link] = set()  # links of custom transports: who dialled wants to hear our pid; leader
+        if listener is not None:
+            self.node.on_fork.append(listener.close)
         self._door = Door(
             self.loop, listener, self.node.identity, lambda stream: self.take(stream, Role.ACCEPTOR), self._complain
         )
@@ -166,9 +168,13 @@ class Worker:
                 adopted.end()
             self._door.forget(link)
             self._replies.discard(link)
+            self.node.links.discard(link)
             self._on_closed(link, reason)
 
         link = Link(self.loop, stream, Handshake(role, self.node.cookie), self._on_ready, self._on_frame, closed)
+        link.adopted = adopted
+        # From now on: a child that is forked would hold it open when this process is gone, and nobody noticed its end.
+        self.node.links.add(link)
         self._door.admit(link)
         if adopted is not None:
             self._replies.add(link)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
+import pytest
 from faults.helpers import Gate, arrive, hold
 
 from distpool import ClusterExecutor
@@ -94,6 +95,73 @@ def test_a_master_is_lost_while_nobody_reads_the_output() -> None:
             assert master.stdout.readline() == "full\n"
             master.kill()
         assert worker.process.wait(PATIENCE) == 1
+
+
+FORKS = textwrap.dedent("""
+    import os, signal, socket, subprocess, sys, time, distpool
+    kind, gate, worker_port = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+
+    def worker(number):
+        distpool.init_worker("the-cookie")
+        sock = socket.socket(fileno=number)
+        distpool.process_messages(*((sock, sock) if kind == "socket" else (sock.makefile("rb"), sock.makefile("wb"))))
+        while True:
+            signal.pause()
+
+    class There(distpool.ClusterManager):
+        def launch(self, params):
+            yield distpool.WorkerConfig(host="127.0.0.1", port=worker_port) if worker_port else distpool.WorkerConfig()
+        def connect(self, pid, config):
+            if worker_port:
+                return None
+            near, far = socket.socketpair()
+            code = f"import sys; sys.argv = {sys.argv!r}; TEXT = {TEXT!r}; exec(TEXT); worker({far.fileno()})"
+            subprocess.Popen([sys.executable, "-c", code], pass_fds=[far.fileno()], stdout=subprocess.DEVNULL)
+            far.close()
+            return near
+
+    def fork(gate):
+        ready, told = os.pipe()
+        if os.fork() == 0:
+            connection = socket.create_connection(("127.0.0.1", gate))
+            os.write(told, b"x")
+            connection.recv(1)
+            os._exit(0)
+        os.read(ready, 1)
+        return os.getpid()
+
+    def main():
+        distpool.cluster_cookie("the-cookie")
+        pid, = distpool.addprocs(There())
+        worker = distpool.remotecall_fetch(fork, pid, gate)
+        asleep = distpool.remotecall(time.sleep, pid, 600)
+        os.kill(worker, signal.SIGKILL)
+        try:
+            asleep.result(30)
+        except distpool.ProcessExitedException:
+            print("gone", flush=True)
+""")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("kind", ["dialled", "socket", "pair"])
+def test_a_death_is_noticed_although_a_forked_child_lives_on(kind: str) -> None:
+    """Nobody watches the process of this worker, so the end of its connection has to tell. The child had a copy."""
+    code = f"TEXT = {FORKS!r}; exec(TEXT); main()"
+    with ByHand() as worker, socket.create_server(("127.0.0.1", 0)) as gate:
+        port = worker.address()[1] if kind == "dialled" else 0
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code, kind, str(gate.getsockname()[1]), str(port)],
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=2 * PATIENCE,
+        )
+        gate.settimeout(PATIENCE)
+        with gate.accept()[0] as child:
+            child.setblocking(False)
+            with pytest.raises(BlockingIOError):  # it lives
+                child.recv(1)
+        assert done.stdout == "gone\n"
 
 
 def test_strangers_are_sent_away_and_the_worker_waits_on() -> None:

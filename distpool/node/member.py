@@ -192,7 +192,7 @@ class Member:
         self.link_is_private = adopted is None and is_private(stream)
         handshake = Handshake(Role.CONNECTOR, node.cookie)
         self.link = link = Link(node.loop, stream, handshake, self._on_ready, self._on_link_frame, self._on_link_closed)
-        link.peer = self.pid
+        link.peer, link.adopted = self.pid, adopted
         node.links.add(link)
         self._adopted = adopted
         if adopted is not None:

@@ -371,7 +371,7 @@ class Peers:
             self._closed(pid, link, reason)
 
         link = Link(node.loop, stream, handshake, ready, self.on_frame, closed)
-        link.peer = pid
+        link.peer, link.adopted = pid, adopted
         late = TimeoutError("it did not answer the handshake")
         timer = node.loop.call_later(config.worker_timeout(), lambda: link.close(late))
         if adopted is not None:

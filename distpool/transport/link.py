@@ -52,6 +52,7 @@ class Link:
         self.loop = loop
         self.peer: Any = None  # who is at the other end: set by the node
         self.segments: Any = None  # the `Segments` of this link: set by the node
+        self.adopted: Any = None  # what a manager has handed over for it: set by whoever has adopted that
         self.shares_memory = False  # whether the peer can map our segments: set by the node
         self.bytes_in = 0
         self.bytes_out = 0
@@ -375,6 +376,8 @@ class Link:
         """In a forked child: only close what was inherited."""
         self._closed = True
         self._sock.close()
+        if self.adopted is not None:
+            self.adopted.forget()
 
 
 def _goes_later(error: OSError) -> bool:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import select
 import signal
 import socket
@@ -55,6 +56,12 @@ class Pump:
     def is_closed(self) -> bool:
         """Whether the owner has closed one of the two."""
         return any(_closed(end) for end in (self._reader, self._writer))
+
+    def forget(self) -> None:
+        """In a forked child, which has neither of the threads: only close."""
+        for end in (self._reader, self._writer, self._near, self._stop, self._stopped):
+            with contextlib.suppress(OSError):
+                close_descriptor(end)
 
     def _pump_in(self) -> None:
         _block_sigpipe()
@@ -171,6 +178,19 @@ def _socket_of(end: Any) -> Any:
     return base if isinstance(base, socket.socket) else None
 
 
+def close_descriptor(end: Any) -> None:
+    """In a forked child: no `close` of its own, which may flush, say goodbye, or wait for a lock that nobody holds."""
+    sock = _socket_of(end)
+    if sock is not None:
+        number = sock.detach()
+        if number >= 0:
+            os.close(number)
+        return
+    raw = end.raw if isinstance(end, io.BufferedReader | io.BufferedWriter) else end
+    if isinstance(raw, io.FileIO):
+        raw.close()
+
+
 def _select(sources: list[Any]) -> list[Any]:
     """Wait until one of these is readable, or at its end; which are. (`select.select` ends at descriptor 1024.)"""
     if not hasattr(select, "poll"):
@@ -196,4 +216,4 @@ def _wait_for(end: Any, reading: bool) -> None:
         select.select([], [end], [])
 
 
-__all__ = ["Pump", "readinto_of", "write_of"]
+__all__ = ["Pump", "close_descriptor", "readinto_of", "write_of"]

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from distpool.transport.ioloop import IoLoop
-from distpool.transport.pump import Pump, readinto_of, write_of
+from distpool.transport.pump import Pump, close_descriptor, readinto_of, write_of
 
 _LOOK = 0.25  # seconds between two looks whether the owner of a stream has closed it
 
@@ -47,12 +47,16 @@ class Stream(Protocol):
 
 
 class Adopted:
-    """A stream made of what a manager handed us: `stream` is for the link, `close` ends ours and theirs."""
+    """A stream made of what a manager handed us: `stream` is for the link, `close` ends ours and theirs, `forget` only
+    closes the descriptors of theirs, in a forked child: there they would hold the connection open behind our back."""
 
-    def __init__(self, stream: Any, is_closed: Callable[[], bool], close: Callable[[], None]) -> None:
+    def __init__(
+        self, stream: Any, is_closed: Callable[[], bool], close: Callable[[], None], forget: Callable[[], None]
+    ) -> None:
         self.stream = stream
         self.is_closed = is_closed
         self.close = close
+        self.forget = forget
         self._over = False
 
     def watch(self, loop: IoLoop, on_closed: Callable[[], object]) -> None:
@@ -88,7 +92,7 @@ def adopt(given: Any) -> Adopted:
     if reader is writer and isinstance(reader, socket.socket):
         return _adopt_socket(reader)
     pump = Pump(reader, writer, readinto_of(reader), write_of(writer))
-    return Adopted(pump.stream, pump.is_closed, lambda: None)  # the pump closes what it was given
+    return Adopted(pump.stream, pump.is_closed, lambda: None, pump.forget)  # the pump closes what it was given
 
 
 def _adopt_socket(given: socket.socket) -> Adopted:
@@ -102,7 +106,7 @@ def _adopt_socket(given: socket.socket) -> Adopted:
         with contextlib.suppress(OSError):
             given.close()
 
-    return Adopted(stream, lambda: given.fileno() < 0, close)
+    return Adopted(stream, lambda: given.fileno() < 0, close, lambda: close_descriptor(given))
 
 
 def dial(address: tuple[Any, ...], timeout: float, identity: Any = None) -> Any:
