@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -144,6 +145,38 @@ def test_a_timer_from_another_thread_shortens_the_poll(started: IoLoop) -> None:
     begin = time.monotonic()
     started.call_later(0.01, done.set)
     assert done.wait(PATIENCE) and time.monotonic() - begin < 5
+
+
+class Short:
+    """A socket in a system that has no memory, so many times."""
+
+    def __init__(self, sock: socket.socket, times: int) -> None:
+        self._sock, self._left = sock, times
+
+    def send(self, data: bytes) -> int:
+        self._left -= 1
+        if self._left >= 0:
+            raise OSError(errno.ENOBUFS, "no buffer space available")
+        return self._sock.send(data)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_wake_that_there_is_no_memory_for(started: IoLoop, times: int) -> None:
+    """It counted as one that was on its way, so that no later one was sent."""
+    if not started._poller.live:
+        pytest.skip("it does not see changes while it waits")
+    soon(started)
+    started._wake_writer = Short(started._wake_writer, times)  # type: ignore[assignment]
+    for _ in range(20):
+        soon(started)
+    rounds: list[None] = []
+    started.on_tick = lambda: rounds.append(None)
+    for _ in range(20):
+        soon(started)
+    assert len(rounds) < 100, "it sleeps in between"
 
 
 def test_errors_of_handlers_are_told_and_cost_nothing_else(started: IoLoop, caplog: pytest.LogCaptureFixture) -> None:

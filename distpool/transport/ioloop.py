@@ -107,7 +107,7 @@ class IoLoop:
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
         self._woken = False
-        self._handlers[self._wake_reader.fileno()] = lambda events: self._drain_wakes()
+        self._handlers[self._wake_reader.fileno()] = self._drain_wakes
         self._poller.add(self._wake_reader.fileno())
 
     # -- registration ------------------------------------------------------------------------------------------
@@ -167,14 +167,27 @@ class IoLoop:
             try:
                 self._woken = True
                 self._wake_writer.send(b"\0")
-            except OSError:
-                pass  # full: it will wake anyway; closed: nobody is there
+            except BlockingIOError:
+                pass  # full: it will wake anyway
+            except OSError:  # no memory for a byte, or closed: nobody is there
+                self._woken = False
+                self._wake_without_a_byte()
             except BaseException:
                 # Ctrl-C in the main thread: with the flag set and no byte sent, nothing could wake the leader again.
                 self._woken = False
                 raise
 
-    def _drain_wakes(self) -> None:
+    def _wake_without_a_byte(self) -> None:
+        """There is always room to write where the leader reads wakes: it takes no memory to have that reported. (Only
+        epoll sees it at once; its changes are atomic.)"""
+        if self._poller.live:
+            with contextlib.suppress(OSError, ValueError):
+                self._poller.modify(self._wake_reader.fileno(), True)
+
+    def _drain_wakes(self, events: int) -> None:
+        if events & 2:
+            with contextlib.suppress(OSError, ValueError):
+                self._poller.modify(self._wake_reader.fileno(), False)
         # In this order: a `wake` between the two has its reason looked at in this round. The other way round, its byte
         # would be read here while `_woken` stays set, and no later `wake` would reach the poll.
         with contextlib.suppress(BlockingIOError):
