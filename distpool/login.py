@@ -344,7 +344,7 @@ class Agent:
             if "kill" in order:
                 for ospid, worker in self._workers.items():
                     if worker.number == order["kill"]:  # nobody else reaps, so the process id is still this worker's
-                        os.kill(ospid, order["signal"])
+                        zygote.send_signal(ospid, order["signal"])
             if "start" in order:
                 birth = self._start(int(order["start"]))
                 if birth is not None:
@@ -353,9 +353,7 @@ class Agent:
 
     def _stop(self) -> NoReturn:
         """Nobody is there any more."""
-        for ospid in self._workers:
-            os.kill(ospid, signal.SIGKILL)
-        for ospid in self._workers:
+        for ospid in [ospid for ospid in self._workers if zygote.send_signal(ospid, signal.SIGKILL)]:
             os.waitpid(ospid, 0)
         os._exit(0)
 

@@ -17,6 +17,7 @@ of one pipe per worker.
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import json
@@ -37,6 +38,11 @@ if sys.platform != "win32":
 
 FEW = 4
 """Workers that are forked before all is loaded, at most: they load the rest themselves when they have time."""
+
+PAUSE = 0.01
+"""Seconds until the system may have again what a message takes."""
+
+_SHORT = (errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)  # of memory; of descriptors that may be under way
 
 FRAME = struct.Struct("!I")
 """Length of a control message in front of its JSON."""
@@ -104,6 +110,16 @@ def raise_descriptor_limit() -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return soft, hard
+
+
+def send_signal(ospid: int, signum: int) -> bool:
+    """False: it was refused. A child that has become another user (a program with the setuid bit, say) is not ours to
+    end any more, and all the others are not to pay for it."""
+    try:
+        os.kill(ospid, signum)
+    except OSError:
+        return False
+    return True
 
 
 def _stdio_to_null() -> None:
@@ -194,7 +210,7 @@ class Zygote:
         if "kill" in message:
             # Nobody else reaps, so an id that is in the table cannot have been given to another process.
             if message["kill"] in self.children:
-                os.kill(message["kill"], message["signal"])
+                send_signal(message["kill"], message["signal"])
         elif "keep" in message:
             self.directory = ""  # others still use it: the launcher will remove it
         return None
@@ -287,17 +303,22 @@ class Zygote:
             except BlockingIOError:
                 self._wait_for_room()
                 continue
-            except OSError:
-                self._stop()
+            except OSError as error:
+                if error.errno not in _SHORT:
+                    self._stop()
+                self._wait_for_room(PAUSE)  # to end here would be the end of all workers
+                continue
             descriptors = None
             data = data[sent:]
 
-    def _wait_for_room(self) -> None:
+    def _wait_for_room(self, pause: float | None = None) -> None:
+        """With `pause`: for that long, because it is not the socket that has none."""
         poll = select.poll()
-        poll.register(self.control, select.POLLOUT)
+        if pause is None:
+            poll.register(self.control, select.POLLOUT)
         if self.master_gone >= 0:
             poll.register(self.master_gone, select.POLLIN)
-        if any(descriptor == self.master_gone for descriptor, _ in poll.poll()):
+        if any(descriptor == self.master_gone for descriptor, _ in poll.poll(pause and pause * 1000)):
             self._stop()
 
     def _reap(self) -> None:
@@ -323,8 +344,9 @@ class Zygote:
 
     def _stop(self) -> NoReturn:
         """The master has closed, or is gone: end everything, tell whoever still listens, leave nothing."""
-        for ospid in self.children:
-            os.kill(ospid, signal.SIGKILL)
+        for ospid in list(self.children):
+            if not send_signal(ospid, signal.SIGKILL):
+                self.children.pop(ospid)  # it may run for ever
         for ospid in list(self.children):
             _, status = os.waitpid(ospid, 0)
             self._bury(ospid)

@@ -265,6 +265,31 @@ def test_it_does_not_wait_for_who_does_not_read(start: Callable[..., Login]) -> 
     assert one.until("exited") == {"exited": 0, "status": -9}
 
 
+def test_a_worker_that_cannot_be_killed_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has become another user's process."""
+    orders, events = os.pipe(), os.pipe()
+    agent = login.Agent(settings(), orders[0], events[1], b'{"kill": 3, "signal": 9}\n')
+    agent._workers[4711] = login._Worker(3, -1, -1)
+
+    def kill(ospid: int, signum: int) -> None:
+        raise PermissionError("operation not permitted")
+
+    class Ended(Exception):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended
+
+    monkeypatch.setattr(os, "kill", kill)
+    monkeypatch.setattr(os, "_exit", end)
+    assert agent._obey() is None
+    with pytest.raises(Ended):
+        agent._stop()
+    monkeypatch.undo()
+    for descriptor in (*orders, *events, agent._wake_read, agent._wake_write):
+        os.close(descriptor)
+
+
 def test_a_worker_whose_child_prints_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker is dead, the child is not: nobody can wait for its end."""
     orders, lifeline, events, output = os.pipe(), os.pipe(), os.pipe(), os.pipe()

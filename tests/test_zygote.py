@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import select
@@ -20,7 +22,7 @@ import pytest
 
 from distpool import config, startup
 from distpool.managers.process import PACKAGE, LaunchSpec, boot_code
-from distpool.zygote import FEW
+from distpool.zygote import FEW, Child, Zygote
 
 FRAME = struct.Struct("!I")
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -127,6 +129,63 @@ def test_kill_requests(peer: Peer) -> None:
     peer.control.sendall(peer.frame({"kill": ospid, "signal": 9}))  # gone: nothing happens
     peer.control.sendall(peer.request(1))
     assert "ospid" in peer.read()
+
+
+def bare(control: socket.socket) -> Zygote:
+    """Without what it sets up in its own process."""
+    made = object.__new__(Zygote)
+    made.control, made.master_gone, made.children, made.directory = control, -1, {}, ""
+    return made
+
+
+def test_who_cannot_be_killed_costs_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that has become another user's process: the zygote died of it, and all others with the zygote."""
+    asked: list[int] = []
+
+    def kill(ospid: int, signum: int) -> None:
+        asked.append(ospid)
+        if ospid == 4711:
+            raise PermissionError(errno.EPERM, "operation not permitted")
+
+    class Ended(Exception):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended
+
+    monkeypatch.setattr(os, "kill", kill)
+    monkeypatch.setattr(os, "waitpid", lambda ospid, options: (ospid, signal.SIGKILL))
+    monkeypatch.setattr(os, "_exit", end)
+    with contextlib.ExitStack() as stack:
+        ours, theirs = map(stack.enter_context, socket.socketpair())
+        made = bare(theirs)
+        made.children = {ospid: Child(os.open(os.devnull, os.O_RDONLY), "") for ospid in (4711, 4712)}
+        assert made._handle({"kill": 4711, "signal": 9}) is None
+        with pytest.raises(Ended):
+            made._stop()
+        assert asked == [4711, 4711, 4712] and made.children == {}
+        assert b'"exited": 4712' in ours.recv(4096)
+
+
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ETOOMANYREFS])
+def test_an_answer_that_the_system_is_short_of_something_for(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = [OSError(number, os.strerror(number))] * 3
+    send_fds = socket.send_fds
+
+    def send(*args: Any) -> int:
+        if refused:
+            raise refused.pop()
+        return send_fds(*args)
+
+    monkeypatch.setattr(socket, "send_fds", send)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("it has ended"))
+    with contextlib.ExitStack() as stack:
+        ours, theirs = map(stack.enter_context, socket.socketpair())
+        bare(theirs)._send({"id": 1}, [theirs.fileno()])
+        ours.settimeout(10)
+        data, descriptors, _, _ = socket.recv_fds(ours, 4096, 8)
+        assert json.loads(data[4:]) == {"id": 1} and len(descriptors) == 1
+        os.close(descriptors[0])
 
 
 def test_orderly_end_reports_everybody(peer: Peer) -> None:
