@@ -192,8 +192,10 @@ def prepare(settings: dict[str, Any], own_path: list[str]) -> None:
     try:
         os.chdir(settings["cwd"])
     except OSError as error:
-        fallback = os.path.expanduser("~")
-        os.chdir(fallback if os.path.isdir(fallback) else os.sep)
+        try:
+            os.chdir(os.path.expanduser("~"))
+        except OSError:  # missing, or of those that may not be entered
+            os.chdir(os.sep)
         why = f"distpool: cannot work in {settings['cwd']!r} ({error.strerror}); using {os.getcwd()!r}"
         print(why, file=sys.stderr)
     path = list(settings["sys_path"])

@@ -171,6 +171,16 @@ def test_a_directory_that_is_gone(tmp_path: Path) -> None:
     assert code == 0 and out == f"{tmp_path} []\n" and "cannot work in" in err and "No such file" in err
 
 
+def test_neither_the_directory_nor_the_home_may_be_entered(tmp_path: Path) -> None:
+    order = {"cwd": str(tmp_path / "none"), "sys_path": [], "own_path": False}
+    code, out, err = outcome(
+        f"enter = os.chdir; os.chdir = lambda path: enter(path if path != {str(tmp_path)!r} else '/no/such')\n"
+        f"startup.prepare({order!r}, []); print(os.getcwd())",
+        env={"HOME": str(tmp_path)},
+    )
+    assert (code, out) == (0, "/\n") and "cannot work in" in err and "using '/'" in err
+
+
 def test_the_environment_is_replaced() -> None:
     code = (
         "import time; wanted = {**os.environ, 'NEW': '1', 'TZ': 'UTC-5'}; del wanted['OLD']\n"
