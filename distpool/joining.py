@@ -214,11 +214,15 @@ class Launch:
     def _connect(self, member: Member, worker: WorkerConfig) -> None:
         """On a library thread: the manager's own transport, if it has one."""
         call_soon = self.node.loop.call_soon
+        adopted: Adopted | None = None
         try:
             given = self.manager.connect(member.pid, worker)
             adopted = None if given is None else self._encrypted(adopt(given), member)
             connect_at = b"" if given is None else codec.encode(worker.connect_at, what="connect_at")[0]
         except BaseException as error:  # SystemExit too
+            if adopted is not None:  # or the worker would wait at the other end, and pumps at this one
+                adopted.stream.close()
+                adopted.end()
             call_soon(partial(self._failed, member, worker, error))
             return
         if adopted is None:

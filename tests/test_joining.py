@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -121,6 +122,26 @@ def dialled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def at(port: int, **more: Any) -> WorkerConfig:
     return WorkerConfig(host="host", port=port, **more)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_place_that_cannot_be_sent_closes_the_connection(pair: bool) -> None:
+    """It stayed open, and the worker at its other end waited for a master."""
+    near, far = socket.socketpair()
+
+    class Transport(Manager):
+        def connect(self, pid: int, config: WorkerConfig) -> Any:
+            config.connect_at = threading.Lock()
+            return (near.makefile("rb"), near.makefile("wb")) if pair else near
+
+    with near, far:
+        world = World(Transport(WorkerConfig()))
+        world.launch.start()
+        world.run()
+        (member,) = world.members
+        assert "cannot pickle" in str(member.failures[0]) and not member.connected
+        far.settimeout(10)
+        assert far.recv(1) == b"", "its end"
 
 
 # -- launching -----------------------------------------------------------------------------------------------------
