@@ -21,6 +21,7 @@ from distpool import config
 from distpool.managers.base import parse_header
 from distpool.managers.process import PACKAGE, no_forks
 from distpool.node.node import Node
+from distpool.sigpipe import quietly
 from distpool.transport.link import Link
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
@@ -44,7 +45,8 @@ class _Child:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env
             )
         assert self.process.stdin is not None
-        with contextlib.suppress(OSError), self.process.stdin as stdin:  # it died at once: its output says why
+        # It may have died at once: its output says why.
+        with contextlib.suppress(OSError), quietly(), self.process.stdin as stdin:
             stdin.write(cookie.encode() + b"\n")
 
     def read(self) -> None:

@@ -28,6 +28,7 @@ from typing import Any, TextIO
 from distpool import monitor
 from distpool.logs import Log
 from distpool.node.node import Node
+from distpool.sigpipe import QUIET
 
 log = Log("top")
 
@@ -140,7 +141,7 @@ class Endpoint:
                 with client.makefile("rb") as requests:
                     while requests.readline(64).strip() == b"stats":
                         answer = {"ospid": os.getpid(), "time": time.time(), "workers": monitor.stats()}
-                        client.sendall(json.dumps(answer).encode() + b"\n")
+                        client.sendall(json.dumps(answer).encode() + b"\n", QUIET)
         finally:
             self._clients.release()
 

@@ -26,6 +26,7 @@ from distpool import config
 from distpool.errors import LaunchWorkerError
 from distpool.managers.base import parse_header
 from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, boot_code, last_lines, no_forks
+from distpool.sigpipe import quietly
 
 MAX_NOISE = 1 << 20
 """Bytes that may come before the header line."""
@@ -145,8 +146,9 @@ def start(spec: LaunchSpec) -> _Starting:
         process, output, lifeline = _open(spec)
     starting = _Starting(process, output, lifeline)
     try:
-        while line:  # short, and the worker reads it first of all
-            line = line[os.write(lifeline, line) :]
+        with quietly():
+            while line:  # short, and the worker reads it first of all
+                line = line[os.write(lifeline, line) :]
     except OSError:
         pass  # it died at once; its output says why
     return starting

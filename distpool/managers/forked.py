@@ -29,11 +29,10 @@ from distpool import config
 from distpool.errors import LaunchWorkerError
 from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, last_lines, unlink
 from distpool.managers.zygotes import ZygoteProcess
+from distpool.sigpipe import QUIET
 
 FRAME = struct.Struct("!I")
 """As in distpool.zygote, which is in a higher layer."""
-
-_QUIET = getattr(socket, "MSG_NOSIGNAL", 0)  # as in `transport.link`
 
 CLOSE_SECONDS = 5.0
 """What a zygote may take to end its workers; then it is killed."""
@@ -150,7 +149,7 @@ class ForkServer:
         with self._lock:
             try:
                 while self._outbox and not self._ended:
-                    sent = self._control.send(self._outbox, _QUIET)
+                    sent = self._control.send(self._outbox, QUIET)
                     del self._outbox[:sent]
             except BlockingIOError:
                 return False

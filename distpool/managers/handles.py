@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distpool.managers.process import SIGKILL, Loop
+from distpool.sigpipe import QUIET
 from distpool.transport.pump import readinto_of
 
 _AGAIN = 0.05  # seconds until we ask again for the exit status of a process that somebody else is waiting for
@@ -144,7 +145,7 @@ def _copied(source: Any) -> int:
         buffer = bytearray(65536)
         with near, contextlib.suppress(Exception):  # the readable is user code: whatever it raises is its end
             while count := readinto(buffer):
-                near.sendall(memoryview(buffer)[:count])
+                near.sendall(memoryview(buffer)[:count], QUIET)
 
     threading.Thread(target=copy, name="distpool-output", daemon=True).start()
     return far.detach()

@@ -29,6 +29,7 @@ from distpool import config
 from distpool.managers.process import no_forks
 from distpool.managers.specs import Spec
 from distpool.managers.ssh_client import LoginError
+from distpool.sigpipe import quietly
 
 _FAILED = 255  # what ssh exits with for errors of its own; and for commands that a signal ended
 _JANITOR = '"$@"; status=$?; rm -rf -- "$0"; exit $status'
@@ -244,7 +245,7 @@ class BinarySession:
         stdin = self._process.stdin
         assert stdin is not None
         view = memoryview(data)
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), quietly():
             while view:
                 view = view[stdin.write(view) or 0 :]
 

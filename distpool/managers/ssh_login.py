@@ -26,6 +26,7 @@ from distpool.managers.login_protocol import EventReader, LoginSettings
 from distpool.managers.process import SIGKILL, LaunchedProcess, last_lines
 from distpool.managers.record import WorkerConfig
 from distpool.managers.ssh_client import Connection, LoginError, Session
+from distpool.sigpipe import quietly
 
 MAX_BANNER = 1000
 """Lines that the shell may print before our own output begins (CONFORMANCE C201)."""
@@ -63,7 +64,7 @@ class RemoteProcess(LaunchedProcess):
     def show(self, data: bytes) -> None:
         """Its output. On the login's thread, to which `sink` belongs; waits while the group does not take it."""
         view = memoryview(data)
-        with contextlib.suppress(OSError):  # the group has closed it
+        with contextlib.suppress(OSError), quietly():  # the group has closed it
             while view and self.sink >= 0:
                 view = view[os.write(self.sink, view) :]
 

@@ -28,6 +28,7 @@ from distpool.managers.process import no_forks
 from distpool.managers.specs import split_spec
 from distpool.managers.ssh_client import LoginError
 from distpool.managers.ssh_config import Config, Target
+from distpool.sigpipe import QuietSocket
 from distpool.transport import silence
 
 log = Log("ssh")
@@ -81,7 +82,7 @@ def _reach(target: Target, configuration: Config, deadline: float, opened: list[
     except (OSError, UnicodeError) as error:
         raise LoginError(f"cannot connect to {place}: {_text(error)}") from error
     _watch_line(sock)
-    return sock
+    return QuietSocket.of(sock)
 
 
 def _watch_line(sock: socket.socket) -> None:
@@ -144,7 +145,7 @@ def _proxy(target: Target, opened: list[Any]) -> socket.socket:
                 start_new_session=True,
             )
     opened.append(_Command(process))
-    return ours
+    return QuietSocket.of(ours)
 
 
 def _start(target: Target, sock: Any, deadline: float) -> paramiko.Transport:

@@ -23,6 +23,7 @@ from typing import Any
 from distpool import config
 from distpool.errors import AuthenticationError, ProtocolError
 from distpool.flag import Flag
+from distpool.sigpipe import QUIET
 from distpool.transport.ioloop import IoLoop, Timer
 from distpool.transport.silence import Watch, acknowledged, tune
 from distpool.transport.stream import Stream
@@ -33,8 +34,6 @@ _SPARE_SECONDS = 1.0  # memory for big frames is kept for so long without any
 _SPARE_BYTES = 1 << 20
 _ROUNDS = 32  # reads of a big frame before other links have their turn
 _GATHER = 64  # buffers per sendmsg; Linux allows 1024
-#: Programs that end quietly when their output is a pipe that nobody reads let SIGPIPE end them: not for one of ours.
-_QUIET = getattr(socket, "MSG_NOSIGNAL", 0)
 
 
 class Link:
@@ -166,7 +165,7 @@ class Link:
             return
         data = parts[0]
         try:
-            sent = self._sock.send(data, _QUIET) if self._plain else self._sock.send(data)
+            sent = self._sock.send(data, QUIET) if self._plain else self._sock.send(data)
         except OSError as error:
             if not _goes_later(error):
                 return  # the reading side sees the end of the stream and reports it, once
@@ -180,7 +179,7 @@ class Link:
         outbox = self._outbox
         while outbox:
             try:
-                flags = (_QUIET,) if self._plain else ()
+                flags = (QUIET,) if self._plain else ()
                 if len(outbox) > 1 and hasattr(self._sock, "sendmsg"):
                     parts = [outbox[i] for i in range(min(len(outbox), _GATHER))]
                     sent = self._sock.sendmsg(parts, (), *flags) if flags else self._sock.sendmsg(parts)

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from distpool.errors import AuthenticationError
+from distpool.sigpipe import quietly
 
 if TYPE_CHECKING:
     import ssl
@@ -32,30 +32,6 @@ if TYPE_CHECKING:
 _AT_ONCE = 1 << 20  # bytes that one `recv_into` gathers: a TLS record holds 16 KiB, a turn of the I/O loop costs more
 _SLICE = 1 << 18  # bytes of one write, sixteen records: with four it takes twice the time
 _TURN = 0.001  # seconds that the leader waits for a thread which is writing
-
-
-_SIGPIPE = getattr(signal, "SIGPIPE", None)
-_NOTHING = contextlib.nullcontext()
-
-
-def _quietly() -> contextlib.AbstractContextManager[object]:
-    """OpenSSL writes where MSG_NOSIGNAL cannot be said (see `link`): a peer that is gone shall not end the program."""
-    if _SIGPIPE is None or signal.getsignal(_SIGPIPE) is signal.SIG_IGN:  # as Python sets it
-        return _NOTHING
-    return _without_sigpipe(_SIGPIPE)
-
-
-@contextlib.contextmanager
-def _without_sigpipe(sigpipe: int) -> Iterator[None]:
-    """It is for the thread that writes: what has come is taken before that thread could hear of it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (sigpipe,))
-    try:
-        yield
-    finally:
-        if sigpipe not in before:
-            if sigpipe in signal.sigpending():
-                signal.sigwait((sigpipe,))
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Identity:
@@ -255,7 +231,7 @@ class TlsStream:
             # to be repeated with the same bytes. Hence slices: who calls again with the same data repeats the same one.
             view = memoryview(data)
             sent, size = 0, len(view)
-            with _quietly():
+            with quietly():
                 while sent < size and sent < _AT_ONCE:
                     try:
                         sent += self._sock.send(view[sent : sent + _SLICE])
@@ -291,7 +267,7 @@ def connect(sock: socket.socket, identity: Identity, timeout: float) -> TlsStrea
         sock.close()
         raise
     try:
-        with _quietly():
+        with quietly():
             secure.do_handshake()
         identity.check(secure)
     except (ssl.SSLCertVerificationError, AuthenticationError):
@@ -330,7 +306,7 @@ class Acceptance:
         import ssl
 
         try:
-            with _quietly():
+            with quietly():
                 self._sock.do_handshake()
             self._identity.check(self._sock)
         except ssl.SSLWantReadError:
