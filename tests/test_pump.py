@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import signal
 import socket
 import threading
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from distpool.transport.pump import Pump, readinto_of, write_of
+
+PATIENCE = 30.0
 
 
 def make(reader: Any, writer: Any) -> Pump:
@@ -192,6 +195,43 @@ def test_threads_end() -> None:
     near.close()
     far.close()
     wait_until(lambda: not [t for t in set(threading.enumerate()) - before if "pump" in t.name])
+
+
+@pytest.mark.skipif(not hasattr(select, "poll"), reason="numbers of descriptors are limited here")
+def test_streams_in_non_blocking_mode_with_high_numbers() -> None:
+    """`select.select` refuses those from 1024 on."""
+    fcntl, resource = pytest.importorskip("fcntl"), pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] != resource.RLIM_INFINITY and before[1] < 2048:
+        pytest.skip("no such descriptors here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 2048), before[1]))
+    numbers = []
+    try:
+        for number in (*os.pipe(), *os.pipe()):
+            numbers.append(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 1500))
+            os.close(number)
+        source, theirs, sink, ours = numbers
+        for number in (source, ours):
+            os.set_blocking(number, False)
+        pump = make(os.fdopen(source, "rb", 0), os.fdopen(ours, "wb", 0))
+        os.write(theirs, b"hello")
+        pump.stream.settimeout(PATIENCE)
+        assert pump.stream.recv(5) == b"hello"
+        much = os.urandom(1 << 18)
+        sender = threading.Thread(target=pump.stream.sendall, args=(much,))
+        sender.start()
+        data = b""
+        while len(data) < len(much):
+            piece = os.read(sink, 65536)
+            assert piece
+            data += piece
+        sender.join(PATIENCE)
+        assert data == much
+        os.close(theirs)
+        wait_until(pump.is_closed)
+        os.close(sink)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_what_cannot_be_read_or_written() -> None:

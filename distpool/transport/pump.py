@@ -210,7 +210,11 @@ def _closed(end: Any) -> bool:
 
 def _wait_for(end: Any, reading: bool) -> None:
     """Wait until a stream in non-blocking mode can go on; an error if it cannot be waited for."""
-    if reading:
+    if hasattr(select, "poll"):  # as `_select`
+        poll = select.poll()
+        poll.register(end, select.POLLIN if reading else select.POLLOUT)
+        poll.poll()
+    elif reading:
         select.select([end], [], [])
     else:
         select.select([], [end], [])
