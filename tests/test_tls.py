@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import queue
+import select
 import signal
 import socket
 import ssl
@@ -186,6 +187,29 @@ def test_a_peer_that_is_gone_raises_no_sigpipe(listener: Listener, identity: Ide
             assert not told and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
     finally:
         signal.signal(signal.SIGPIPE, before)
+
+
+def test_the_rest_is_read_behind_who_writes_at_the_moment(listener: Listener, identity: Identity) -> None:
+    """It was taken for the end, and the last words of a dead process were lost."""
+    with streams(listener, identity) as (near, far):
+        left = End("left", Role.CONNECTOR, near)  # type: ignore[arg-type]
+        right = End("right", Role.ACCEPTOR, far)  # type: ignore[arg-type]
+        right.start()
+        left.start()
+        assert left.ready.wait(PATIENCE) and right.ready.wait(PATIENCE)
+
+        def last_look() -> None:
+            left.link.send(Kind.CALLS, b"last words")
+            select.select([far], [], [], PATIENCE)
+            far._busy.acquire()
+            threading.Timer(0.05, far._busy.release).start()
+            right.link.read_rest()
+
+        right.loop.call_soon(last_look)
+        assert right.closed.wait(PATIENCE)
+        assert right.next_frame(0.0).control == b"last words"
+        left.stop()
+        right.loop.stop()
 
 
 def test_links_over_tls(listener: Listener, identity: Identity) -> None:

@@ -33,6 +33,7 @@ from distpool.wire.protocol import Handshake, Role
 _SPARE_SECONDS = 1.0  # memory for big frames is kept for so long without any
 _SPARE_BYTES = 1 << 20
 _ROUNDS = 32  # reads of a big frame before other links have their turn
+_LAST_LOOK = 1.0  # seconds that the last read may wait for a thread which is writing (TLS)
 _GATHER = 64  # buffers per sendmsg; Linux allows 1024
 
 
@@ -335,6 +336,8 @@ class Link:
 
     def read_rest(self) -> None:
         """Read what the kernel still holds after the peer's death; ends with the link closed."""
+        if self._pending is not None:
+            self._sock.patience = _LAST_LOOK  # who writes keeps us out for a moment; that is not the end
         while not self._closed:
             before = self.bytes_in
             self._on_readable()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 1 << 20  # bytes that one `recv_into` gathers: a TLS record holds 16 KiB, a turn of the I/O loop costs more
 _SLICE = 1 << 18  # bytes of one write, sixteen records: with four it takes twice the time
-_TURN = 0.001  # seconds that the leader waits for a thread which is writing
+_TURN = 0.001  # seconds that the leader waits for a thread which is writing, if nobody says otherwise (`patience`)
 
 
 class Identity:
@@ -162,6 +162,7 @@ class TlsStream:
 
         self._sock = sock
         self._busy = threading.Lock()  # protects OpenSSL's connection; nobody waits for it for long
+        self.patience = _TURN
         self._not_now = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
         self._over = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
         self.family = sock.family
@@ -201,7 +202,7 @@ class TlsStream:
 
     def recv_into(self, buffer: Any, /) -> int:
         """Fill as much of `buffer` as has come; BlockingIOError, and 0 at the end."""
-        if not self._busy.acquire(timeout=_TURN):
+        if not self._busy.acquire(timeout=self.patience):
             raise BlockingIOError
         try:
             view = memoryview(buffer)
