@@ -32,6 +32,7 @@ class FakeLink:
         self.shares_memory = False
         self.bytes_in = 0
         self.acknowledged = False
+        self.adopted: Any = None
         self.closed: list[Any] = []
         self.opened = self.rest_read = 0
         self.arguments = arguments
@@ -616,6 +617,17 @@ def test_a_link_that_the_other_side_has_lost_is_made_anew(worker: World) -> None
     worker.loop.ring(module._DOUBT)
     assert isinstance(link.closed[0], TimeoutError)
     assert worker.dialled().kinds() == [Kind.PEER]
+
+
+def test_a_manager_s_link_has_the_time_of_a_host_that_is_silent(worker: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing there says that the other side, which may be stopped for a moment, has got the question."""
+    monkeypatch.setenv("DISTPOOL_SILENT_SECONDS", "7")
+    link = worker.link(3)
+    link.adopted = FakeAdopted()
+    worker.told(dial())
+    assert [timer.seconds for timer in worker.loop.later] == [7.0]
+    worker.loop.ring(7.0)
+    assert isinstance(link.closed[0], TimeoutError) and len(worker.tasks) == 1
 
 
 def test_a_link_that_still_brings_something_stays(worker: World) -> None:

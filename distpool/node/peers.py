@@ -293,7 +293,9 @@ class Peers:
                     link.close(TimeoutError("the other side has lost it"))
                     make()
 
-        self._node.loop.call_later(_DOUBT, look)
+        # Of a manager's streams no kernel tells: a process that is stopped, or holds the GIL, shall not be cut off.
+        seconds = _DOUBT if link.adopted is None else max(_DOUBT, config.silent_seconds())
+        self._node.loop.call_later(seconds, look)
 
     def on_identity(self, link: Link, frame: Frame) -> None:
         """Worker: the cluster's certificate and key, for the encrypted link that is needed next."""
