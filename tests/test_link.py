@@ -571,3 +571,23 @@ def test_a_system_without_memory_for_a_send_loses_no_frame(size: int) -> None:
         for body in bodies:
             left.link.send(Kind.RESULTS, b"", body)
         assert [body_of(right.next_frame()) for _ in bodies] == bodies and not refused
+
+
+def test_a_system_without_memory_for_a_while_does_not_keep_the_leader_busy() -> None:
+    """The socket has room all the time: the poller said so in each turn."""
+    with ends() as (left, right):
+        sock, left_out = left.link._sock, threading.Event()
+        tries: list[None] = []
+
+        class Short:
+            def __getattr__(self, name: str) -> Any:
+                if name in ("send", "sendmsg") and not left_out.is_set():
+                    tries.append(None)
+                    raise OSError(errno.ENOBUFS, "no memory")
+                return getattr(sock, name)
+
+        left.link._sock = Short()
+        left.link.send(Kind.RESULTS, b"", b"body")
+        assert not left.link.drain(0.3)
+        left_out.set()
+        assert body_of(right.next_frame()) == b"body" and len(tries) < 100

@@ -33,6 +33,8 @@ from distpool.wire.protocol import Handshake, Role
 _SPARE_SECONDS = 1.0  # memory for big frames is kept for so long without any
 _SPARE_BYTES = 1 << 20
 _ROUNDS = 32  # reads of a big frame before other links have their turn
+_TRY_AGAIN = 0.01  # seconds until the system may have memory again
+_NO_MEMORY = (errno.ENOBUFS, errno.ENOMEM)
 _LAST_LOOK = 1.0  # seconds that the last read may wait for a thread which is writing (TLS)
 _GATHER = 64  # buffers per sendmsg; Linux allows 1024
 
@@ -175,8 +177,8 @@ class Link:
         if sent < len(data):
             outbox.append(memoryview(data)[sent:])
 
-    def _write_some(self) -> None:
-        """Write as much as the socket takes. Called with `_write_lock` held."""
+    def _write_some(self) -> bool:
+        """Write as much as the socket takes; False: the system has no memory for more. Called with `_write_lock` held."""
         outbox = self._outbox
         while outbox:
             try:
@@ -189,7 +191,7 @@ class Link:
             except OSError as error:
                 if not _goes_later(error):
                     outbox.clear()  # nobody will read it; the end of the stream is reported by the reading side
-                return
+                return error.errno not in _NO_MEMORY
             self.bytes_out += sent
             while sent:
                 first = outbox[0]
@@ -199,6 +201,7 @@ class Link:
                 else:
                     outbox[0] = first[sent:]
                     sent = 0
+        return True
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until everything is in the kernel (or the link is closed); False after `timeout` seconds. Not on the
@@ -252,14 +255,21 @@ class Link:
         try:
             if self._closed:
                 return
-            self._write_some()
+            memory = self._write_some()
             if not self._outbox:
                 self._writing = False
                 self.loop.want_write(self._sock, False)
                 self._drained.set()
+            elif not memory:  # the socket has room, so the poller would report it again and again
+                self.loop.want_write(self._sock, False)
+                self.loop.call_later(_TRY_AGAIN, self._write_again)
         finally:
             self._write_lock.release()
         self._pump()
+
+    def _write_again(self) -> None:
+        if self._writing and not self._closed:
+            self.loop.want_write(self._sock, True)
 
     def _on_readable(self) -> None:
         if self._closed:
@@ -384,7 +394,7 @@ class Link:
 
 def _goes_later(error: OSError) -> bool:
     """Whether the connection is as it was: no room in it, or the system has no memory at the moment."""
-    return isinstance(error, BlockingIOError | InterruptedError) or error.errno in (errno.ENOBUFS, errno.ENOMEM)
+    return isinstance(error, BlockingIOError | InterruptedError) or error.errno in _NO_MEMORY
 
 
 def _pending_of(stream: Any) -> Callable[[], int] | None:
