@@ -69,6 +69,7 @@ class Slot:
         self._next = 1
         self._functions: collections.OrderedDict[int, int] = collections.OrderedDict()  # number -> bytes
         self._function_bytes = 0
+        self._spread: set[int] = set()  # those of which others may get their copy from it
         self._clocks: dict[int, Any] = {}  # sequence number -> timer, of calls with a time limit
         self._timed_out = 0  # number of the call for whose limit it was ended
 
@@ -239,6 +240,7 @@ class Slot:
         message = messages.Function(function.number, function.name, apart)
         link.send(Kind.FUNCTION, message.pack(), function.data, () if apart else buffers)
         if spreading is not None and apart:
+            self._spread.add(function.number)
             spreading.send(function, self.pid, link)
         self._functions[function.number] = function.size
         self._function_bytes += function.size
@@ -255,8 +257,13 @@ class Slot:
             if number not in needed:
                 self._function_bytes -= self._functions.pop(number)
                 gone.append(number)
-        if gone and self.member.link is not None:
-            self.member.link.send(Kind.FORGET, messages.Forget(gone).pack())
+        link = self.member.link
+        if gone and link is not None:
+            link.send(Kind.FORGET, messages.Forget(gone).pack())
+            spread = self._spread.intersection(gone)
+            if spread:
+                self._spread -= spread
+                self.member.group.node.spreading().forgotten(spread, self.pid)
 
     def recall(self, message: messages.Recall) -> None:
         """Ask for calls that have not started."""

@@ -141,6 +141,19 @@ def test_where_nobody_can_pass_it_on_the_master_sends_it(node: Any, why: str, mo
     assert [kind for kind, _, _ in node.links[4].sent] == [Kind.PIECE] and spreading.copies == 3
 
 
+def test_who_has_dropped_it_is_nobody_s_parent(node: Any) -> None:
+    """Not even his own, when it is sent to him again: he waited for it until he asked the master."""
+    spreading, function = Spreading(node), Function(b"abc")
+    node.links = {pid: FakeLink() for pid in range(2, 5)}
+    for pid in (2, 3):
+        spreading.send(function, pid, node.links[pid])  # type: ignore[arg-type]
+    spreading.forgotten([function.number, 99], 2)
+    spreading.send(function, 2, node.links[2])  # type: ignore[arg-type]
+    spreading.send(function, 4, node.links[4])  # type: ignore[arg-type]
+    sent = {pid: [kind for kind, _, _ in link.sent] for pid, link in node.links.items()}
+    assert sent == {2: [Kind.PIECE, Kind.PIECE], 3: [Kind.PIECE, Kind.FORWARD], 4: []}
+
+
 def test_it_is_worth_it_for_many_on_other_hosts_only(node: Any) -> None:
     spreading = Spreading(node)
     node.links = {2: FakeLink(), 3: FakeLink(), 4: FakeLink(far=False)}
@@ -206,6 +219,17 @@ def test_what_does_not_come_is_asked_for_and_given_up_in_the_end(node: Any, monk
     with pytest.raises(ConnectionError, match="has not come"):
         store.wait(5)
     assert [kind for kind, _, _ in node.master_link.sent] == [Kind.WANTED, Kind.WANTED]
+
+
+def test_one_that_is_on_its_way_again_is_not_dropped(node: Any) -> None:
+    store = Store(node)
+    node.receive(Kind.PIECE, piece(0, 0, [3]), b"abc")
+    assert store.wait(5)
+    store.drop(5)
+    node.receive(Kind.PIECE, piece(0, 0, [3]), b"a")
+    node.later.pop()()
+    node.receive(Kind.PIECE, piece(0, 1, [3]), b"bc")
+    assert [bytes(buffer) for buffer in store.wait(5)] == [b"abc"]
 
 
 def test_it_is_dropped_when_it_is_not_needed_any_more(node: Any) -> None:

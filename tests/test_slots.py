@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,6 +63,23 @@ def test_functions_are_sent_once_and_forgotten_when_there_are_many(
             office.finish(worker)  # FakeWorker fails when a call comes whose function it does not have
             assert future.result(0) == 1
     assert len(worker.functions) <= 9 and Kind.FORGET in worker.kinds
+
+
+def test_who_forgets_a_function_is_not_asked_to_pass_it_on(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_MAX_FUNCTIONS", 2)
+    monkeypatch.setattr(slots, "WORTH", -1)
+    told: dict[str, list[Any]] = {"sent": [], "forgotten": []}
+    spreading = SimpleNamespace(
+        is_worth_it=lambda: True,
+        send=lambda function, pid, link: told["sent"].append((function.number, pid)),
+        forgotten=lambda numbers, pid: told["forgotten"].extend((number, pid) for number in numbers),
+    )
+    worker = office.worker(2)
+    worker.group = SimpleNamespace(node=SimpleNamespace(spreading=lambda: spreading))
+    for _ in range(4):
+        office.submit(1, fresh())
+        office.finish(worker)
+    assert told["forgotten"] == told["sent"][: len(told["forgotten"])] and told["forgotten"]
 
 
 def test_functions_in_use_are_kept(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:

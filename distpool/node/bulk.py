@@ -18,6 +18,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distpool.errors import ProtocolError
@@ -82,6 +84,15 @@ class Spreading:
             self._begin(function, link)
         else:
             passing.send(Kind.FORWARD, pieces.Forward(number, pid).pack())
+
+    def forgotten(self, numbers: Iterable[int], pid: int) -> None:
+        """This worker has been told to drop these functions: it cannot pass them on, and may be sent them again. Any
+        thread."""
+        with self._lock:
+            for number in numbers:
+                going = self._going.get(number)
+                if going is not None and pid in going.pids:
+                    going.pids.remove(pid)
 
     def _begin(self, function: EncodedFunction, link: Link) -> None:
         self.copies += 1
@@ -176,6 +187,10 @@ class Store:
         self._to_pass.pop(number, None)
         self._begun.pop(number, None)
 
+    def _end(self, number: int, blob: _Blob) -> None:
+        if self._blobs.get(number) is blob:  # else it was dropped, and may be on its way again
+            self.drop(number)
+
     def wait(self, number: int) -> list[Any]:
         """The buffers, once they are all there. On a task's thread.
 
@@ -186,7 +201,7 @@ class Store:
             begun = self._begun.setdefault(number, threading.Event())  # before the look: nothing comes between the two
             blob = self._blobs.get(number)
             if blob is not None and blob.complete.wait(0.25):
-                self._node.loop.call_later(KEPT, lambda: self.drop(number))  # until then others may get it from here
+                self._node.loop.call_later(KEPT, partial(self._end, number, blob))  # until then others may get it here
                 return list(blob.buffers)
             if blob is None:
                 begun.wait(0.25)  # its first piece is on its way behind the function itself

@@ -178,7 +178,7 @@ class Link:
             outbox.append(memoryview(data)[sent:])
 
     def _write_some(self) -> bool:
-        """Write as much as the socket takes; False: the system has no memory for more. Called with `_write_lock` held."""
+        """Write as much as the socket takes; False: there is no memory for more. Called with `_write_lock` held."""
         outbox = self._outbox
         while outbox:
             try:
