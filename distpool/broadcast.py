@@ -10,6 +10,7 @@ Everything runs in the caller's thread; prologues run on library threads of pid 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import os
 import sys
@@ -385,7 +386,8 @@ def _run_prologue(action: _Action, pid: int) -> None:
     except Exception as failure:
         errors = [failure]
     for each in errors:
-        print(f"everywhere(later=True) failed on worker {pid}: {each}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # stderr is closed: nobody can read it
+            print(f"everywhere(later=True) failed on worker {pid}: {each}", file=sys.stderr, flush=True)
 
 
 __all__ = ["clear", "everywhere", "include", "remotecall_eval"]

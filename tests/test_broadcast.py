@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
 import types
@@ -228,6 +229,11 @@ def test_errors_on_workers_that_join_go_to_stderr(capsys: pytest.CaptureFixture[
 
     broadcast._run_prologue(Unsendable(lambda: None, {}), 5)
     assert capsys.readouterr().err == "everywhere(later=True) failed on worker 5: no way\n"
+    closed = io.StringIO()
+    closed.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", closed)
+        broadcast._run_prologue(Unsendable(lambda: None, {}), 5)
 
 
 def test_texts_have_names_that_no_tool_takes_for_files(names: dict[str, Any], tmp_path: Path) -> None:

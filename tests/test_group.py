@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fakes import ManualLoop
 
 import distpool
 from distpool import joining
@@ -37,6 +38,28 @@ def test_a_worker_that_dies_is_reported_with_its_last_words() -> None:
 def test_the_group_is_one_for_the_node() -> None:
     node = nodes.current()
     assert groups.of(node) is groups.of(node)
+
+
+def test_a_member_is_used_whatever_happens_to_what_comes_first() -> None:
+    """Who had asked for it waited for ever."""
+    works: list[Any] = []
+    node: Any = SimpleNamespace(on_fork=[], deliver=works.append, loop=ManualLoop())
+    group = groups.Group(node)
+    member: Any = SimpleNamespace(pid=2, host="", ospid=0)
+    seen: list[Any] = []
+    member.on_joined = seen.append
+    group.members[2] = member
+
+    def fail(action: Any, pid: int) -> None:
+        raise OSError("stderr is closed")
+
+    group.prologues, group.run_prologue = ["action"], fail
+    group.introduce(member)
+    assert not seen
+    with pytest.raises(OSError):
+        works[0]()
+    node.loop.run()
+    assert seen == [member]
 
 
 @pytest.mark.parametrize("part", ["group", "launcher"])

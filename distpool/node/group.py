@@ -132,9 +132,11 @@ class Group:
                 member.on_joined(member)
 
         def work() -> None:
-            for action in actions:
-                self.run_prologue(action, member.pid)
-            self.node.loop.call_soon(use)
+            try:
+                for action in actions:
+                    self.run_prologue(action, member.pid)
+            finally:  # whatever that raises: who waits for the member would wait for ever
+                self.node.loop.call_soon(use)
 
         if actions:
             self.node.deliver(work)
