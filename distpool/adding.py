@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
+import time
 from typing import Any
 
 from distpool.errors import CompositeException, LaunchWorkerError
@@ -116,8 +117,9 @@ class Adding:
         left = threading.Semaphore(0)
 
         def settle() -> None:
+            deadline = time.monotonic() + self.seconds
             for _ in self._joined:
-                left.acquire(timeout=self.seconds)
+                left.acquire(timeout=max(0.0, deadline - time.monotonic()))
             if failure is None:
                 self.future.set_result(pids)
             else:

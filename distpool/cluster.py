@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
+import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -170,8 +171,9 @@ class _Removal:
         told = threading.Semaphore(0)
 
         def settle() -> None:
+            deadline = time.monotonic() + _PATIENCE
             for _ in self._members:
-                told.acquire(timeout=_PATIENCE)
+                told.acquire(timeout=max(0.0, deadline - time.monotonic()))
             self._future.set_result(None)
 
         def after() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -153,6 +154,17 @@ def test_managers_are_told_before_the_caller_is(world: World) -> None:
     world.launch.finished(1, None)
     assert len(world.notices) == 1 and len(world.tasks) == 1 and not world.adding.future.done()
     assert world.told() == [2]
+
+
+def test_managers_that_do_not_return_are_waited_for_together(world: World) -> None:
+    """Each had the time of the whole launch."""
+    world.adding._launch.seconds = 0.2
+    for member in world.members(*range(2, 32)):
+        member.join()
+    world.launch.finished(30, None)
+    world.notices.clear()
+    began = time.monotonic()
+    assert world.told() == list(range(2, 32)) and time.monotonic() - began < 3.0
 
 
 def test_errors_of_all_in_the_order_of_the_pids_and_of_the_launch_last(world: World) -> None:

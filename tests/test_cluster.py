@@ -6,11 +6,13 @@ import concurrent.futures
 import threading
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import distpool
+from distpool import cluster
 from distpool.cluster import addprocs, addprocs_async, end_workers, rmprocs
 from distpool.node import group as groups
 from distpool.node import node as nodes
@@ -112,6 +114,17 @@ def test_a_time_that_is_no_number_starts_nothing() -> None:
     with pytest.raises(ValueError, match="^timeout must be a positive number of seconds, not nan$"):
         addprocs(1, timeout=float("nan"))
     assert groups.of(nodes.current()).last_pid == before
+
+
+def test_managers_that_do_not_return_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each had seconds of its own."""
+    monkeypatch.setattr(cluster, "_PATIENCE", 0.2)
+    node: Any = nodes.current()
+    group: Any = SimpleNamespace(members={}, gone_watchers=[])
+    members: list[Any] = [SimpleNamespace(pid=pid, notices=SimpleNamespace(put=id)) for pid in range(2, 32)]
+    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    node.loop.call_soon(cluster._Removal(node, group, members, future).begin)
+    assert future.result(3.0) is None
 
 
 def test_the_end_waits_for_what_a_worker_has_printed_that_has_gone() -> None:
