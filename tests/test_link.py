@@ -573,6 +573,21 @@ def test_a_system_without_memory_for_a_send_loses_no_frame(size: int) -> None:
         assert [body_of(right.next_frame()) for _ in bodies] == bodies and not refused
 
 
+def test_a_connection_that_cannot_be_watched_costs_nobody_else() -> None:
+    """Out of memory, or of what one user may have watched: it was an error of the whole loop."""
+    with ends(start=False) as (left, _):
+        crashes: list[BaseException] = []
+        left.loop.on_crash = crashes.append
+
+        def refuse(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, "no space left on device")
+
+        left.loop._poller.add = refuse
+        left.start()
+        assert left.closed.wait(PATIENCE)
+        assert left.reasons[0].errno == errno.ENOSPC and not crashes  # type: ignore[union-attr]
+
+
 def test_a_system_without_memory_for_a_while_does_not_keep_the_leader_busy() -> None:
     """The socket has room all the time: the poller said so in each turn."""
     with ends() as (left, right):

@@ -88,7 +88,11 @@ class Link:
         self._sock.setblocking(False)
         tune(self._sock)
         self._watch = Watch(self.loop, self._sock, self._on_silence)
-        self.loop.register_link(self._sock, self._on_event)
+        try:
+            self.loop.register_link(self._sock, self._on_event)
+        except OSError as error:  # no memory, or no more may be watched: that costs this connection and nothing else
+            self.close(error)
+            return
         parts = self.handshake.begin()
         if parts:
             self.send_parts(parts)
