@@ -166,7 +166,7 @@ class Launch:
         if kind.kill is not ClusterManager.kill:
             member.kills = partial(manager.kill, member.pid, worker)
         closed = ConnectionAbortedError("the connection was closed before it had joined")
-        member.lost_early = partial(manager.unreachable, worker, closed)
+        member.lost_early = partial(self._unreachable, worker, closed)
         member.has_identity = bool((worker.environ or {}).get("tls"))
         member.site = "" if isinstance(manager, LocalManager) else worker.bind_addr or worker.host or ""
         if self._wishes:
@@ -174,6 +174,13 @@ class Launch:
             if isinstance(manager, LocalManager) or worker.host is not None:  # numbers in the order of the pids
                 self.node.group.number(member)
         member.host = (worker.environ or {}).get("machine") or member.host  # until it says how it calls itself
+
+    def _unreachable(self, worker: WorkerConfig, error: BaseException) -> BaseException:
+        """What the manager says of that: user code, also on the leader."""
+        try:
+            return self.manager.unreachable(worker, error)
+        except Exception:
+            return error
 
     def _resources(self, member: Member, worker: WorkerConfig) -> dict[str, Any]:
         """For a worker that joins: now it is known on which host it is, if it was not before."""
@@ -291,7 +298,7 @@ class Launch:
                 # A little less than the member has for all, so that its end finds the reason.
                 sock = dial(member.address, 0.9 * self.seconds, self.node.identity)
             except (OSError, OverflowError, UnicodeError) as error:
-                failure = self.manager.unreachable(worker, error)
+                failure = self._unreachable(worker, error)
                 self.node.loop.call_soon(lambda: member.failed(failure))
             else:
                 self.node.loop.call_soon(lambda: member.connect(sock))

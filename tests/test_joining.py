@@ -248,6 +248,27 @@ def test_nobody_waits_for_an_abandoned_one(dialled: list[Any]) -> None:
 # -- reaching them -------------------------------------------------------------------------------------------------
 
 
+def test_a_manager_that_raises_as_it_is_to_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failure is what it was asked about; the worker waited for its time-out."""
+
+    class Careless(Manager):
+        def unreachable(self, config: WorkerConfig, error: BaseException) -> BaseException:
+            raise ZeroDivisionError
+
+    failure = ConnectionRefusedError("nobody listens")
+
+    def refuse(*arguments: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(joining, "dial", refuse)
+    world = World(Careless(at(1)))
+    world.launch.start()
+    world.run()
+    (member,) = world.members
+    assert member.failures == [failure]
+    assert isinstance(member.lost_early(), ConnectionAbortedError), "an error of the I/O loop would be everybody's"
+
+
 @pytest.mark.parametrize("error", [RuntimeError("no way"), SystemExit(4)], ids=repr)
 def test_a_connect_that_raises_is_the_members_failure(error: BaseException) -> None:
     class Broken(Manager):
