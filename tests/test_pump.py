@@ -234,6 +234,30 @@ def test_streams_in_non_blocking_mode_with_high_numbers() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_system_that_starts_no_further_thread(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the two would read for ever, and hold the connection open."""
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if len(started) == count:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    near, far = socket.socketpair()
+    far.settimeout(PATIENCE)
+    with near, far:
+        with pytest.raises(RuntimeError):
+            make(near.makefile("rb"), near.makefile("wb"))
+        assert far.recv(1) == b"", "the end"
+    for thread in started:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
 def test_what_cannot_be_read_or_written() -> None:
     with pytest.raises(TypeError, match="readinto"):
         readinto_of(object())

@@ -50,8 +50,14 @@ class Pump:
         self.stream, self._near = socket.socketpair()
         self._stop, self._stopped = socket.socketpair()
         self._source = _source_of(reader)
-        for target, name in ((self._pump_in, "in"), (self._pump_out, "out")):
-            threading.Thread(target=target, name=f"distpool-pump-{name}", daemon=True).start()
+        try:
+            for target, name in ((self._pump_in, "in"), (self._pump_out, "out")):
+                threading.Thread(target=target, name=f"distpool-pump-{name}", daemon=True).start()
+        except RuntimeError:  # no further thread: one alone would stay, and hold the streams open
+            self.stream.close()
+            self._end()
+            self._close()
+            raise
 
     def is_closed(self) -> bool:
         """Whether the owner has closed one of the two."""
@@ -103,6 +109,9 @@ class Pump:
         except Exception as error:  # as above
             log.debug("the writer of a custom transport failed: %r", error)
         self._end()
+        self._close()
+
+    def _close(self) -> None:
         for end in (self._writer, self._reader):
             with contextlib.suppress(Exception):
                 sock = _socket_of(end)
