@@ -58,6 +58,11 @@ class ExitingLoad(Exception):
         return exit_now, ()
 
 
+class InterruptedLoad(Exception):
+    def __setstate__(self, state):
+        raise KeyboardInterrupt
+
+
 def exit_now():
     raise SystemExit(4)
 
@@ -221,6 +226,17 @@ def test_a_state_that_cannot_be_loaded():
     error = RaisingLoad("x")
     error.attribute = 1
     assert "OSError: no state today" in str(roundtrip(raised(error)))
+
+
+@pytest.mark.parametrize("decode", [failures.decode_exception, failures.captured])
+def test_an_interrupt_while_it_is_rebuilt_is_the_callers(decode):
+    error = InterruptedLoad()
+    error.state = 1
+    data = failures.encode_exception(error)
+    with pytest.raises(KeyboardInterrupt):
+        decode(data)
+    passed_on = failures.failure_info(failures.pass_on(data, 2, []))  # to somebody who waits for it
+    assert passed_on.payload is None and passed_on.reason.endswith("KeyboardInterrupt: ")
 
 
 def test_a_class_that_is_unknown_here():

@@ -6,7 +6,7 @@
     in between  -> pass_on          -> the same for the next one, where it has to be looked into
 
 Runs where the task ran, and in the thread that wants the result. Neither direction raises, whatever the user's
-exception class does: an error about an error would hide the first one.
+exception class does: an error about an error would hide the first one. But Ctrl-C is not the class's doing.
 """
 
 from __future__ import annotations
@@ -77,14 +77,14 @@ def let_go(exc: BaseException) -> None:
 def pass_on(data: Any, peer: Any, seen: list[Any]) -> bytes:
     """The encoded exception for another process: rebuilt here, so that what is in it goes from us to `peer`."""
     info = failure_info(data)
-    exc, reason = _rebuild(info)
     payload: bytes | None = None
-    if exc is not None:
-        try:
+    try:
+        exc, reason = _rebuild(info)
+        if exc is not None:
             payload = codec.dump(exc, peer, seen, None)
-        except BaseException as error:  # as in `encode_exception`
-            reason = f"it cannot be serialised: {type(error).__name__}: {_text(error)}"
-            seen.clear()
+    except BaseException as error:  # as in `encode_exception`
+        reason = f"it cannot be serialised: {type(error).__name__}: {_text(error)}"
+        seen.clear()
     return pickle.dumps((info.type_name, info.message, info.traceback, payload, reason), codec.PROTOCOL)
 
 
@@ -94,7 +94,7 @@ def failure_info(data: Any) -> FailureInfo:
 
 
 def decode_exception(data: Any, pid: int = 0, cause: Callable[[str], BaseException] | None = None) -> BaseException:
-    """The original exception with `cause(traceback text)` as its `__cause__`; never raises.
+    """The original exception with `cause(traceback text)` as its `__cause__`; raises nothing but Ctrl-C.
 
     `cause`: default the standard library's `concurrent.futures.process._RemoteTraceback`. An exception that cannot be
     rebuilt here gives `RemoteException(pid, ...)`, whose text has its class, its message and the remote traceback.
@@ -114,7 +114,7 @@ def decode_exception(data: Any, pid: int = 0, cause: Callable[[str], BaseExcepti
 
 
 def captured(data: Any) -> CapturedException:
-    """The exception for a `RemoteException`: the original, or a DistpoolError that names it; never raises."""
+    """The exception for a `RemoteException`: the original, or a DistpoolError that names it; raises only Ctrl-C."""
     info = failure_info(data)
     exc, reason = _rebuild(info)
     if exc is None:
@@ -128,6 +128,8 @@ def _rebuild(info: FailureInfo) -> tuple[BaseException | None, str]:
     try:
         exc = pickle.loads(info.payload)
     except BaseException as error:  # also SystemExit of a strange __init__
+        if isinstance(error, KeyboardInterrupt):
+            raise  # for whoever waits for the result, which can be asked for again
         return None, f"{type(error).__name__}: {_text(error)}"
     if not isinstance(exc, BaseException):
         return None, f"its pickle gives an object of type {_type_name(type(exc))}, not an exception"
