@@ -234,6 +234,12 @@ def test_what_can_change_is_not_reusable_and_equal_bytes_are(encoder):
         "def h(): pass\ndef f():\n    h.__dict__['n'] = 1",
         "def h(): pass\ndef f():\n    def inner():\n        h.n = 1\n    inner()",
         "n = 0\ndef h():\n    global n\n    n += 1\ndef f(): return h()",
+        "def make():\n    def f():\n        f.n = 1\n    return f\nf = make()",
+        "def g():\n    f.n = 1\nf = g",
+        "def g(): return f.__code__\ndef f():\n    g().n = f.n = 1",
+        "def f():\n    f.__annotations__['n'] = 1",
+        "def f(*, n=1):\n    f.__kwdefaults__['n'] += 1",
+        "import sys\ndef f():\n    sys._getframe().f_globals['n'] = 1",
     ],
 )
 def test_functions_that_leave_traces_are_not_reusable(encoder, source):
@@ -415,6 +421,18 @@ def test_a_module_that_is_registered_by_value_later(encoder):
     finally:
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert len(encoder.encode(main.f).data) == short
+
+
+def test_an_importable_function_whose_module_is_registered_by_value_later(encoder):
+    import cloudpickle
+
+    first = encoder.encode(importable)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        assert len(encoder.encode(importable).data) > len(first.data) + 100
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert encoder.encode(importable) is first
 
 
 def test_random_changes_never_make_the_short_way_stale(encoder):
@@ -669,6 +687,27 @@ def test_many_threads_at_once(encoder):
     assert failures == []
     names["v"] = 2
     assert run(encoder.encode(main.f)) == 2
+
+
+def test_closures_of_one_code_are_not_mixed(encoder):
+    main, _ = script("def make(n): return lambda: n")
+    one, two = main.make(1), main.make(2)
+    before = sys.gettrace()
+
+    def tracer(frame, event, argument):
+        if frame.f_code is not FunctionEncoder._encode_function.__code__ or frame.f_locals["fn"] is not one:
+            return None
+        if event == "line":  # as a thread does that comes between two lines
+            encoder.encode(two)
+        return tracer
+
+    sys.settrace(tracer)
+    try:
+        encoder.encode(one)
+    finally:
+        sys.settrace(before)
+    assert run(encoder.encode(one)) == 1
+    assert run(encoder.encode(two)) == 2
 
 
 def test_hits_take_microseconds(encoder):

@@ -237,16 +237,29 @@ def by_value_until_imported(module: ModuleType) -> None:
         _unfinished.append(module)
 
 
+#: cloudpickle's own set of them, once that is loaded.
+_registry: Any = None
+
+
 def by_value_modules() -> Any:
     """Modules that the user gave to `cloudpickle.register_pickle_by_value`, or that are being imported: the C pickler
     does not know of them."""
+    global _registry
+    if _unfinished:
+        _look_again()
+    if _registry is None:
+        cloudpickle = sys.modules.get("cloudpickle.cloudpickle")
+        if cloudpickle is not None:
+            _registry = getattr(cloudpickle, "_PICKLE_BY_VALUE_MODULES", None)
+    return _registry
+
+
+def _look_again() -> None:
     for module in _unfinished[:]:
         if not is_unfinished(module):
             with suppress(ValueError):  # another thread was quicker
                 _unfinished.remove(module)
                 sys.modules["cloudpickle"].unregister_pickle_by_value(module)
-    cloudpickle = sys.modules.get("cloudpickle.cloudpickle")
-    return cloudpickle is not None and getattr(cloudpickle, "_PICKLE_BY_VALUE_MODULES", None)
 
 
 def _strangers() -> Any:

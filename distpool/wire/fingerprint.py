@@ -46,7 +46,10 @@ _attributes = attrgetter("__code__", "__defaults__", "__name__", "__qualname__",
 _BASE_GLOBALS = ("__package__", "__name__", "__path__", "__file__")
 
 #: A decoded function may be used for several calls only if a call cannot leave traces in it (see `Snapshot.pure`).
-_LEAVES_TRACES = frozenset(("setattr", "delattr", "globals", "exec", "eval", "vars", "__dict__", "__globals__"))
+_LEAVES_TRACES = frozenset(
+    ("setattr", "delattr", "globals", "exec", "eval", "vars", "f_globals")
+    + ("__dict__", "__globals__", "__annotations__", "__kwdefaults__")
+)  # fmt: skip
 _GLOBAL_STORES = frozenset(("STORE_GLOBAL", "DELETE_GLOBAL"))
 _CELL_STORES = frozenset(("STORE_DEREF", "DELETE_DEREF"))
 _ATTRIBUTE_STORES = frozenset(("STORE_ATTR", "DELETE_ATTR"))
@@ -140,10 +143,12 @@ class Snapshot:
         pending = [self._root]
         known = {id(function)}
         count = 0
+        itself = False  # captured, by whatever name: in a global or in a cell of its own
         while pending:
             for value in pending.pop().captured():
                 count += 1
                 helper = self._admit(value)
+                itself |= helper is function
                 if helper is not None and id(helper) not in known:
                     known.add(id(helper))
                     codes.append(helper.__code__)
@@ -152,7 +157,7 @@ class Snapshot:
                     pending.append(noted)
                 if count > _MAX_VALUES or len(known) > _MAX_FUNCTIONS:
                     raise _Decline
-        self.pure = _leaves_no_traces(codes)
+        self.pure = _leaves_no_traces(codes, several=itself or len(codes) > 1)
 
     def fits(self, function: FunctionType) -> bool:
         """Whether serialising `function` now would give what it gave when the snapshot was taken."""
@@ -243,12 +248,12 @@ def _global_names(code: CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*_BASE_GLOBALS, *cloudpickle._extract_code_globals(code))))
 
 
-def _leaves_no_traces(codes: list[CodeType]) -> bool:
-    """Whether no call of these can change its own globals, closure or attributes (declines when in doubt)."""
+def _leaves_no_traces(codes: list[CodeType], several: bool) -> bool:
+    """Whether no call of these can change its own globals, closure or attributes (declines when in doubt). `several`:
+    they have functions whose attributes they could set."""
     import dis
 
     free = {name for code in codes for name in code.co_freevars}
-    several = len(codes) > 1 or codes[0].co_name in codes[0].co_names
     pending = list(codes)
     while pending:
         code = pending.pop()

@@ -71,12 +71,12 @@ class EncodedFunction:
 class _Code:
     """What is known about functions with one code object."""
 
-    __slots__ = ("code", "encoded", "misses", "skip", "snapshot")
+    __slots__ = ("code", "last", "misses", "skip")
 
     def __init__(self, code: CodeType) -> None:
         self.code = code  # keeps its id taken
-        self.snapshot: Snapshot | None = None
-        self.encoded: EncodedFunction | None = None
+        # A pair, set in one step: closures of one code in several threads would mix theirs.
+        self.last: tuple[Snapshot, EncodedFunction] | None = None
         self.misses = 0
         self.skip = 0
 
@@ -101,14 +101,14 @@ class FunctionEncoder:
     def encode(self, fn: Any, peer: Any = None) -> EncodedFunction:
         """The serialised form of `fn` as it is now; raises SerializationError, TypeError if it is no callable."""
         known = self._known.get(id(fn))
-        if known is not None:
+        if known is not None and not codec.by_value_modules():
             return known[1]
         if type(fn) is FunctionType:
             entry = self._codes.get(id(fn.__code__))
             if entry is not None:
-                snapshot, encoded = entry.snapshot, entry.encoded
-                if snapshot is not None and encoded is not None and snapshot.fits(fn):
-                    return encoded
+                last = entry.last
+                if last is not None and last[0].fits(fn):
+                    return last[1]
         return self._encode(fn, peer)
 
     def clear(self) -> None:
@@ -144,15 +144,13 @@ class FunctionEncoder:
         snapshot = take(fn)
         encoded = self._encode_by_value(fn, peer, reusable=snapshot is not None and snapshot.pure)
         if encoded.references:  # must not be kept: what they refer to would never be freed at its owner
-            entry.snapshot = entry.encoded = None
+            entry.last = None
             return encoded
-        if snapshot is None or not snapshot.fits(fn):
-            snapshot = None
+        last = (snapshot, encoded) if snapshot is not None and snapshot.fits(fn) else None
         entry.misses += 1
         # A lambda of a loop captures another value each time: do not look closely at each one.
-        entry.skip = min(1 << entry.misses, 64) if entry.misses > 3 or snapshot is None else 0
-        entry.snapshot, entry.encoded = None, encoded
-        entry.snapshot = snapshot
+        entry.skip = min(1 << entry.misses, 64) if entry.misses > 3 or last is None else 0
+        entry.last = last
         return encoded
 
     def _encode_by_value(self, fn: Any, peer: Any, reusable: bool) -> EncodedFunction:
