@@ -39,11 +39,11 @@ def run(source: str, filename: str, module: str, bindings: dict[str, Any]) -> An
         provide_public_names(tree, names)
     last = tree.body[-1] if tree.body else None
     if not isinstance(last, ast.Expr):
-        exec(compile(tree, filename, "exec"), names)
+        exec(compile(tree, filename, "exec", dont_inherit=True), names)  # not this module's `from __future__`
         return None
     tree.body.pop()
-    exec(compile(tree, filename, "exec"), names)
-    return eval(compile(ast.Expression(last.value), filename, "eval"), names)
+    exec(compile(tree, filename, "exec", dont_inherit=True), names)
+    return eval(compile(ast.Expression(last.value), filename, "eval", dont_inherit=True), names)
 
 
 def run_times(source: str, filename: str, module: str, bindings: dict[str, Any], times: int, asker: int) -> list[Any]:
@@ -96,7 +96,7 @@ def import_first(source: str, filename: str) -> None:
     """Run the import statements of `source` in `__main__` of this process (the caller)."""
     names = namespace()
     for statement, nested in imports_of(ast.parse(source, filename)):
-        code = compile(ast.Module([statement], []), filename, "exec")
+        code = compile(ast.Module([statement], []), filename, "exec", dont_inherit=True)
         try:
             exec(code, names)
         except Exception:

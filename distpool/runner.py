@@ -8,6 +8,7 @@ Runs on the main thread. The program ends as it would without us: its exit code,
 
 from __future__ import annotations
 
+import builtins
 import io
 import os
 import runpy
@@ -59,14 +60,14 @@ class Program:
             run_as_main: Any = runpy._run_module_as_main  # type: ignore[attr-defined]
             run_as_main(name, self.kind == "module")
             return
-        main.__dict__.update(__builtins__=__builtins__, __spec__=None)
+        main.__dict__.update(__builtins__=builtins, __spec__=None)
         if self.kind == "code":
-            exec(compile(self.target, "<string>", "exec"), main.__dict__)
+            exec(compile(self.target, "<string>", "exec", dont_inherit=True), main.__dict__)
             return
-        main.__file__ = self.target
-        with io.open_code(os.path.abspath(self.target)) as file:
+        main.__file__ = path = os.path.abspath(self.target)
+        with io.open_code(path) as file:
             source = file.read()
-        exec(compile(source, self.target, "exec"), main.__dict__)
+        exec(compile(source, path, "exec", dont_inherit=True), main.__dict__)  # not this module's `from __future__`
 
 
 def run(program: Program, machines: int | Sequence[Any] | Path | None, options: Mapping[str, Any]) -> int:

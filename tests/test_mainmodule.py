@@ -55,6 +55,13 @@ def test_the_value_is_that_of_the_last_expression(main: dict[str, Any], source: 
     assert go(source) == value
 
 
+def test_annotations_are_what_they_are_in_a_program_unless_it_says_otherwise(main: dict[str, Any]) -> None:
+    assert go("def f(x: int): pass\nf.__annotations__") == {"x": int}
+    go("class C:\n    x: int")
+    assert main["C"].__annotations__ == {"x": int}
+    assert go("from __future__ import annotations\ndef f(x: int): pass\nf.__annotations__") == {"x": "int"}
+
+
 def test_statements_run_once_and_leave_their_names(main: dict[str, Any]) -> None:
     assert go("seen = []\nseen.append(1)\nseen") == [1]
     assert main["seen"] == [1] and go("seen + [given]", given=2) == [1, 2] and main["given"] == 2

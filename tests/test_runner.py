@@ -59,6 +59,27 @@ def test_a_script_with_workers(job: Path, tmp_path: Path) -> None:
     assert done.returncode == 5
 
 
+SURROUNDINGS = """
+import os, sys
+def f(x: int): pass
+os.chdir("..")
+print(f.__annotations__, type(__builtins__), __name__, __spec__, sys.argv)
+print(f.__code__.co_filename, globals().get("__file__"))
+"""
+
+
+def test_what_a_script_sees_of_itself_is_as_usual(tmp_path: Path) -> None:
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    (folder / "job.py").write_text(SURROUNDINGS)
+    for arguments in (["job.py", "a"], ["-c", SURROUNDINGS, "a"]):
+        command = [sys.executable, *arguments]
+        usual = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=50, check=True)
+        done = run(*arguments, cwd=folder)
+        assert (done.stdout, done.stderr) == (usual.stdout, "")
+        assert "<class 'int'>" in usual.stdout
+
+
 def test_an_uncaught_exception_looks_as_usual(job: Path) -> None:
     done = run("-p", "2", job, "fail")
     assert done.returncode == 1
