@@ -1355,6 +1355,21 @@ def use_connection(connection: Any) -> Any:
     return connection
 
 
+def close_connection(connection: Any, beside: Any) -> None:
+    connection.close()
+
+
+def test_a_connection_beside_what_travels_by_value_is_lent_once(shared: ClusterExecutor) -> None:
+    """The first pickler had lent a second descriptor, which nobody fetched: the pipe had no end."""
+    ours, theirs = multiprocessing.Pipe()
+    with ours:
+        shared.submit(close_connection, theirs, lambda: None).result(PATIENCE)
+        theirs.close()
+        assert ours.poll(PATIENCE)
+        with pytest.raises(EOFError):
+            ours.recv()
+
+
 def test_connections_of_multiprocessing_travel_as_themselves(shared: ClusterExecutor) -> None:
     """Seen: they came as the numbers of descriptors, of which each process closed one of its own: of a link, say."""
     ours, theirs = multiprocessing.Pipe()

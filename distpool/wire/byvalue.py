@@ -69,7 +69,7 @@ _FIXED = frozenset(
 
 
 class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """One message; `reducers` and `peer` as in `codec.register_reducer`."""
+    """One message; `reducers` and `peer` as in `codec.register_reducer`, `pipes`: `codec.Pipes`."""
 
     def __init__(
         self,
@@ -78,8 +78,10 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
         reducers: dict[type, Callable[[Any, Any], tuple[Any, ...]]],
         peer: Any,
         seen: list[Any] | None,
+        pipes: Any = None,
     ) -> None:
         super().__init__(file, protocol=5, buffer_callback=callback)
+        self._pipes = pipes
         self._reducers = reducers
         self._peer = peer
         self._seen = seen
@@ -107,6 +109,8 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
             return build_cached, (obj.__wrapped__, obj.cache_parameters())
         if kind is functools.cached_property:
             return build_cached_property, (obj.func, obj.attrname)
+        if self._pipes is not None and kind is self._pipes.kind:
+            return self._pipes.reduce(obj)
         if kind is functools.singledispatchmethod:
             return build_dispatched_method, (obj.func, obj.dispatcher)
         if issubclass(kind, type):

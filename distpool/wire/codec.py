@@ -160,12 +160,11 @@ def dump(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] 
 
     Raises what the pickler or the user's code raises.
     """
-    if not _pipes_go:
-        _send_pipes()
+    pipes = _pipes()
     if not (_strangers() or by_value_modules()):
         start = len(seen) if seen is not None else 0
         try:
-            data = _dump_by_reference(obj, peer, seen, buffers)
+            data = _dump_by_reference(obj, peer, seen, buffers, pipes)
         except _TRY_BY_VALUE as error:
             # Deep recursion may surface as a PicklingError of our own reducers; there is no second try for it.
             if isinstance(error.__cause__, RecursionError):
@@ -177,34 +176,48 @@ def dump(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] 
             del seen[start:]
         if buffers is not None:
             buffers.clear()
-    return dump_by_value(obj, peer, seen, buffers)
+    return dump_by_value(obj, peer, seen, buffers, pipes)
 
 
-def dump_by_value(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] | None) -> bytes:
-    """The pickle of `obj` by cloudpickle: what other processes cannot import travels by value."""
+def dump_by_value(
+    obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] | None, pipes: Pipes | None = None
+) -> bytes:
+    """The pickle of `obj` by cloudpickle: what other processes cannot import travels by value. `pipes`: those of a
+    first try."""
     from distpool.wire.byvalue import ByValuePickler
 
-    if not _pipes_go:
-        _send_pipes()
     file = BytesIO()
-    ByValuePickler(file, _callback(buffers), _reducers, peer, seen).dump(obj)
+    ByValuePickler(file, _callback(buffers), _reducers, peer, seen, pipes or _pipes()).dump(obj)
     return file.getvalue()
 
 
-#: Whether connections of `multiprocessing` can be sent. Nobody can have one before its module is loaded.
-_pipes_go = False
+class Pipes:
+    """Ends of a `multiprocessing.Pipe` in one message. They are sent as its own messages send them: its resource sharer
+    passes the descriptor on, between processes of one machine. Plain pickle writes down the descriptor's number; the
+    receiver would read, write and close whatever of its own has that number, such as the link to its master.
+
+    Each is lent once, if a second pickler follows the first one as well: a descriptor that nobody fetches stays open,
+    and who waits for the end of the pipe waits for ever.
+    """
+
+    def __init__(self, kind: type, reduce_fn: Callable[[Any], Any]) -> None:
+        self.kind = kind
+        self._reduce_fn = reduce_fn
+        self._made: dict[int, tuple[Any, tuple[Any, ...]]] = {}  # by id; the first of the pair keeps that taken
+
+    def reduce(self, connection: Any) -> tuple[Any, ...]:
+        """For a pickler's table of reducers."""
+        made = self._made.get(id(connection))
+        if made is None:
+            made = self._made[id(connection)] = connection, (receive_pipe, self._reduce_fn(connection))
+        return made[1]
 
 
-def _send_pipes() -> None:
-    """Have the end of a `multiprocessing.Pipe` sent as its own messages send it: its resource sharer passes the
-    descriptor on, between processes of one machine. Plain pickle writes down the descriptor's number; the receiver
-    would read, write and close whatever of its own has that number, such as the link to its master."""
-    global _pipes_go
+def _pipes() -> Pipes | None:
+    """For a new message; None: `multiprocessing.connection` is not there, so nobody can have one."""
     module: Any = sys.modules.get("multiprocessing.connection")
     reduce_fn = getattr(module, "reduce_connection", None)  # None also while the module is being loaded
-    if reduce_fn is not None:
-        copyreg.pickle(module.Connection, lambda connection: (receive_pipe, reduce_fn(connection)))
-        _pipes_go = True
+    return None if reduce_fn is None else Pipes(module.Connection, reduce_fn)
 
 
 def receive_pipe(build: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -267,13 +280,17 @@ def _strangers() -> Any:
     return byvalue is not None and getattr(byvalue, "strangers", False)
 
 
-def _dump_by_reference(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] | None) -> bytes:
+def _dump_by_reference(
+    obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] | None, pipes: Pipes | None
+) -> bytes:
     file = BytesIO()
     pickler = pickle.Pickler(file, PROTOCOL, buffer_callback=_callback(buffers))
     # A dict, although a mapping of our own could be kept for all messages: the pickler asks it for every object.
     table: dict[type, Any] = dict(copyreg.dispatch_table)
     for type_, reduce_fn in _reducers.items():
         table[type_] = partial(reduce_for_peer, reduce_fn, peer, seen)
+    if pipes is not None:
+        table[pipes.kind] = pipes.reduce
     pickler.dispatch_table = table
     pickler.dump(obj)
     return file.getvalue()
