@@ -350,6 +350,41 @@ assert found == {} and Settings.level == 0
     )
 
 
+def test_what_another_thread_decodes_meanwhile_is_not_the_initializers(program):
+    program(
+        INITIALIZE
+        + """
+import threading
+class Meanwhile:
+    def __init__(self, data): self.data = data
+    def __setstate__(self, state):
+        thread = threading.Thread(target=functions.decode_function, args=(state["data"],))
+        thread.start()
+        thread.join()
+found = ["first"]
+def use(): return found
+begin(lambda argument: None, Meanwhile(encoder.encode(use).data))
+found[0] = "second"
+assert call(use) == ["second"]
+"""
+    )
+
+
+def test_a_class_that_was_there_before_the_initializer_changed_it(program):
+    program(
+        INITIALIZE
+        + """
+class Settings:
+    level = 0
+def init(value): Settings.level = value
+def use(): return Settings.level
+assert call(use) == 0
+begin(init, 3)
+assert call(use) == 3
+"""
+    )
+
+
 def test_attributes_that_an_initializer_gave_to_a_function_last(program):
     """The old way to hand a queue or a lock to the tasks of a pool."""
     program(
@@ -445,6 +480,26 @@ def test_classes_with_slots(program):
         assert (back.a, back.b) == (1, [2])
         assert call(lambda: Private().put(3).get()) == call(same, Private().put(3)).get() == (3, 3)
         assert call(same, Data(5)) == Data(5) and call(same, Pair(5)) == Pair(5)
+        """
+    )
+
+
+def test_classes_inside_of_others_keep_their_whole_names(program):
+    program(
+        """
+        import dataclasses, enum
+        class Outer:
+            @dataclasses.dataclass
+            class Inner:
+                x: int
+            class Meta(type): pass
+            class Made(metaclass=Meta): __slots__ = "a"
+        def make():
+            class Local: pass
+            return Local
+        for cls in (Outer.Inner, Outer.Meta, Outer.Made, Outer, make()):
+            assert call(lambda: (cls.__qualname__, cls.__name__)) == (cls.__qualname__, cls.__name__)
+        assert call(repr, Outer.Inner(1)) == "Outer.Inner(x=1)"
         """
     )
 

@@ -555,6 +555,19 @@ def fib(n): return n if n < 2 else fib(n - 1) + fib(n - 2)
     assert run(encoder.encode(lambda: main.fib(3))) == 2
 
 
+def test_cached_functions_inside_of_others_travel_as_well(encoder):
+    @functools.lru_cache(maxsize=7)
+    def local(x):
+        return x + 1
+
+    class Local:
+        method = functools.lru_cache(lambda self, x: x * 2)
+
+    assert run(encoder.encode(local), 1) == 2
+    parameters, doubled = run(encoder.encode(lambda: (local.cache_parameters(), Local().method(4))))
+    assert parameters == {"maxsize": 7, "typed": False} and doubled == 8
+
+
 def test_callables_without_equality_or_hash(encoder):
     class Awkward:
         __hash__ = None

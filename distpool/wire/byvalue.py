@@ -9,14 +9,14 @@ Runs where `codec` runs.
    changes classes that came from elsewhere.
 2. A name that the sender does not have is looked up in `__main__` of the process that runs the function, as in Julia:
    `everywhere("def foo(): ...", [2])`, then `remotecall_fetch(lambda: foo(), 2)`. Names that the sender has travel.
-3. The main module of a child of `multiprocessing` (`__mp_main__`) is as unknown elsewhere as `__main__`, and so are
-   its functions under `functools.lru_cache`, which would go by name: they travel with an empty cache.
+3. The main module of a child of `multiprocessing` (`__mp_main__`) is as unknown elsewhere as `__main__`. What cannot be
+   imported under `functools.lru_cache`, which would go by name, travels with an empty cache.
 4. What an initializer does to globals lasts, as in the process pools of the standard library: each message has globals
    of its own, so `def init(): global model; model = load()` would reach no other function (`decode_initializer`).
 5. `functools.cached_property` has a lock (up to Python 3.11) and `functools.singledispatch` a table of weak references,
    which cannot be sent: both are made anew on the other side.
-6. A class keeps its `__slots__`. cloudpickle's copy has a `__dict__` in their place, so that instances of it do not
-   load where the class has none: at home.
+6. A class keeps its `__slots__` and its `__qualname__`. cloudpickle's copy has a `__dict__` in place of the ones, so
+   that instances of it do not load where the class has none: at home; and of the other, which its repr shows, the end.
 7. Code keeps the name of its file (cloudpickle from 3.1.3 on leaves it out): a remote traceback shows the user's lines.
 """
 
@@ -50,9 +50,6 @@ _ids_by_class: Any = getattr(internals, "_DYNAMIC_CLASS_TRACKER_BY_CLASS", {})
 _Cached = functools._lru_cache_wrapper
 #: What every function of `singledispatch` runs.
 _DISPATCHED = functools.singledispatch(print).__code__  # type: ignore[attr-defined]
-
-#: While an initializer is decoded: the globals and the classes that are built for it.
-_built: list[Any] | None = None
 
 #: What initializers left here: name of a module (of their globals) -> name -> value; attributes that they gave to
 #: functions, by the name of the module and that of the function; classes that they changed.
@@ -105,7 +102,7 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
             return _by_value_function(obj, reduced)
         if kind is types.CodeType:
             return _by_value_code(obj, internals._code_reduce(obj))
-        if kind is _Cached and obj.__module__ in ("__main__", "__mp_main__"):
+        if kind is _Cached and (obj.__module__ == "__mp_main__" or internals._lookup_module_and_qualname(obj) is None):
             return build_cached, (obj.__wrapped__, obj.cache_parameters())
         if kind is functools.cached_property:
             return build_cached_property, (obj.func, obj.attrname)
@@ -160,16 +157,12 @@ def build_function(
     Functions of one message share their globals, and a function takes its builtins from there when it is made: also
     those that it defines when it runs. Hence such builtins stay once a function of the message has asked for them.
     """
-    if _built is not None and not any(made is namespace for made in _built):
-        _built.append(namespace)
     found = namespace.get("__builtins__")
     shared = found if type(found) is _NamesOfMain else None
     if unknown and shared is None:
         shared = _NamesOfMain(vars(builtins))
     namespace["__builtins__"] = shared if unknown else vars(builtins)
     function = types.FunctionType(code, namespace, name, defaults, closure)
-    if _built is not None:
-        _built.append(function)
     if shared is not None:
         namespace["__builtins__"] = shared
     return function
@@ -231,6 +224,9 @@ def _by_value_class(cls: type, reduced: Any) -> Any:
         return reduced
     build, args, state, _, _, set_state = reduced
     slots = vars(cls).get("__slots__")
+    if build is internals._make_skeleton_class and cls.__qualname__ != cls.__name__:
+        metaclass, name, bases, names, *rest = args
+        args = metaclass, name, bases, {**names, "__qualname__": cls.__qualname__}, *rest
     # A named tuple has empty ones by itself, and its metaclass wants no others.
     if slots is not None and build is internals._make_skeleton_class and not (issubclass(cls, tuple) and not slots):
         metaclass, name, bases, names, *rest = args
@@ -249,8 +245,6 @@ def build_class(build: Callable[..., type], args: tuple[Any, ...]) -> type:
         return found
     made = build(*args)
     _foreign.add(made)
-    if _built is not None:
-        _built.append(made)
     if made.__module__ not in sys.modules:
         strangers = True
     return made
@@ -263,20 +257,43 @@ def set_class_state(cls: type, packed: tuple[Callable[[type, Any], Any], Any]) -
         set_state(cls, state)
 
 
+class _Noting(pickle.Unpickler):
+    """Of one message: what `build_function` and `build_class` make for it, and the globals of those functions. Not for
+    what other threads decode meanwhile: an initializer may take long to load."""
+
+    def __init__(self, data: Any, buffers: Any) -> None:
+        super().__init__(BytesIO(data), buffers=buffers)
+        self.made: list[Any] = []
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        return self._function if found is build_function else self._class if found is build_class else found
+
+    def _function(
+        self, unknown: bool, code: types.CodeType, namespace: dict[str, Any], *rest: Any
+    ) -> types.FunctionType:
+        if not any(made is namespace for made in self.made):
+            self.made.append(namespace)
+        function = build_function(unknown, code, namespace, *rest)
+        self.made.append(function)
+        return function
+
+    def _class(self, build: Callable[..., type], args: tuple[Any, ...]) -> type:
+        made = build_class(build, args)
+        if made in _foreign:
+            self.made.append(made)
+        return made
+
+
 def decode_initializer(data: Any, buffers: Any, references: Any) -> tuple[Any, Any, Callable[[], None]]:
     """Receiving side: an initializer, its arguments, and what to call when it has returned. Before any other call.
 
     The globals that it has then assigned, and those that it used and may have changed, are what functions of the same
     module find that come later. `references`: types of values that are the same everywhere.
     """
-    global _built
-    built: list[Any] = []
-    _built = built
-    try:
-        function, arguments = pickle.loads(data, buffers=buffers)
-    finally:
-        _built = None
-    before = [(made, _names_of(made)) for made in built]
+    unpickler = _Noting(data, buffers)
+    function, arguments = unpickler.load()
+    before = [(made, _names_of(made)) for made in unpickler.made]
     return function, arguments, lambda: _leave(before, references)
 
 
