@@ -148,7 +148,7 @@ class ClusterExecutor(Submitter):
         changes = {name: value for name, value in given.items() if value is not _UNSET}
         return ExecutorView(self, _make_policy(self._policy, changes))
 
-    def _view(self, policy: Policy) -> ExecutorView:
+    def _view(self, policy: Policy | None) -> ExecutorView:
         return ExecutorView(self, policy)
 
     def __reduce__(self) -> Any:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from distpool.config import LONGEST, as_int
 from distpool.errors import ProcessExitedException
 from distpool.node import group as groups
 from distpool.node import node as nodes
@@ -72,13 +73,14 @@ def dump_stacks(pids: int | Iterable[int] | None = None, *, timeout: float = 5.0
     """
     if isinstance(timeout, bool) or not isinstance(timeout, int | float):
         raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
-    if timeout <= 0:
+    if not timeout > 0:  # NaN too
         raise ValueError("timeout must be greater than 0")
     node = _master_node("dump_stacks")
     if pids is None:
         members, own = _living(node) if node is not None else [], False
     else:
-        wanted = sorted({pids} if isinstance(pids, int) else set(pids))
+        pids = as_int(pids)
+        wanted = sorted({pids} if isinstance(pids, int) else set(map(as_int, pids)))
         members, own = [_member(node, pid) for pid in wanted if pid != 1], 1 in wanted
     texts = {1: observe.stacks()} if own else {}
     if not members:
@@ -257,7 +259,7 @@ class Monitor:
         self, members: list[Member], kind: Kind, make: Callable[[int], messages.Message], timeout: float
     ) -> dict[int, Frame]:
         """The answers that come within `timeout` seconds, by pid. Not on the leader."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + min(timeout, LONGEST)
         number = next(self._numbers)
         inquiry = self._open[number] = _Inquiry({member.pid for member in members})
         loop = self._node.loop

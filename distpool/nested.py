@@ -166,8 +166,7 @@ def _on_submit(node: Node, slot: Slot, frame: Frame) -> None:
     staged = scheduler.stage(buffers[split:]) if len(buffers) > split else []
     flags = messages.ONE if function.reusable else messages.ONE_FRESH
     record = messages.CALL.pack(function.number, 1, len(arguments), len(staged), flags) + arguments
-    policy = Policy(**message.options) if message.options is not None else executor._policy
-    call = Call(scheduler, function, record, staged, future, policy)
+    call = Call(scheduler, function, record, staged, future, _policy_of(executor, message.options))
     future._call = call
     slot.forwarded[message.request] = future
     scheduler.enqueue(call)
@@ -181,13 +180,29 @@ def _submit_again(
     try:
         function = decode_function(body[: message.function_bytes], buffers[:split])
         args, kwargs = codec.decode_args(body[message.function_bytes :], buffers[split:])
-        view = executor if message.options is None else executor._view(Policy(**message.options))
+        view = executor if message.options is None else executor._view(_policy_of(executor, message.options))
         inner: Future[Any] = view.submit(function, *args, **kwargs)
     except BaseException as error:
         forward._settle(Outcome(RAISED_HERE, error, (), 1))
         return
     slot.forwarded[message.request] = inner
     inner.add_done_callback(lambda done: forward.cancel() if done.cancelled() else forward._settle(done.outcome()))
+
+
+def _policy_of(executor: Any, options: dict[str, Any] | None) -> Policy | None:
+    """The executor's own, with what a handle has changed."""
+    own: Policy | None = executor._policy
+    if options is None:
+        return own
+    base, changes = own or Policy(), dict(options)
+    if changes.get("retry_delays") is not None:
+        changes["retry_delays"] = tuple(changes["retry_delays"])
+        if changes.get("retries", 0) is None:
+            changes["retries"] = base.retries or len(changes["retry_delays"])
+    if changes.get("pids") is not None:
+        changes["pids"] = frozenset(changes["pids"])
+    policy = base._replace(**changes)
+    return None if policy == Policy() else policy
 
 
 def _why_not(executor: Any) -> str:
@@ -370,28 +385,32 @@ class ExecutorHandle(concurrent.futures.Executor):
 
     def options(self, **options: Any) -> ExecutorHandle:
         """A handle with another policy; see `ClusterExecutor.options`."""
-        base = Policy(**self._options) if self._options is not None else None
-        policy = make_policy(base, **options)
-        return ExecutorHandle(self._key, self._max_workers, policy_fields(policy))
+        given = {name: value for name, value in (self._options or {}).items() if (name, value) != ("retries", None)}
+        given.update(options)
+        policy = make_policy(None, **given) or Policy()  # checks them
+        fields = _fields(policy, given)
+        if policy.retry_delays is not None:
+            fields.setdefault("retries", None)  # the executor's own, or as many as there are delays
+        return ExecutorHandle(self._key, self._max_workers, fields)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Nothing: the executor belongs to the process that made it."""
 
 
-def policy_fields(policy: Policy | None) -> dict[str, Any] | None:
-    """The policy as it travels (JSON). `retry_check` is code, which the owner would have to decode: refused."""
-    if policy is None:
-        return None
-    if policy.retry_check is not None:
+def policy_fields(policy: Policy | None, base: Policy | None) -> dict[str, Any]:
+    """What `policy` has otherwise than `base`, as it travels (JSON)."""
+    new, old = policy or Policy(), base or Policy()
+    return _fields(new, [name for name in Policy._fields if getattr(new, name) != getattr(old, name)])
+
+
+def _fields(policy: Policy, names: Iterable[str]) -> dict[str, Any]:
+    """`retry_check` is code, which the owner would have to decode: refused."""
+    fields = {name: getattr(policy, name) for name in names}
+    if fields.get("retry_check") is not None:
         raise ValueError("retry_check cannot be used through a handle: give it to the executor")
-    return {
-        "timeout": policy.timeout,
-        "retries": policy.retries,
-        "retry_delays": policy.retry_delays,
-        "pids": sorted(policy.pids) if policy.pids is not None else None,
-        "keep": policy.keep,
-        "label": policy.label,
-    }
+    if fields.get("pids") is not None:
+        fields["pids"] = sorted(fields["pids"])
+    return fields
 
 
 # -- travelling --------------------------------------------------------------------------------------------------
@@ -403,7 +422,7 @@ def arrive(key: str, size: int, options: dict[str, Any] | None) -> Any:
     home = _exports(node).get(key)
     if home is None:
         return ExecutorHandle(key, size, options)
-    return home if options is None else home._view(Policy(**options))
+    return home if options is None else home._view(_policy_of(home, options))
 
 
 def reduce_executor(executor: Any, peer: Any) -> tuple[Any, ...]:
@@ -417,7 +436,7 @@ def reduce_executor(executor: Any, peer: Any) -> tuple[Any, ...]:
 def reduce_view(view: Any, peer: Any) -> tuple[Any, ...]:
     """For `codec.register_reducer`: an `ExecutorView` on its way to another process."""
     _, (key, size, _) = reduce_executor(view._executor, peer)
-    return arrive, (key, size, policy_fields(view._policy))
+    return arrive, (key, size, policy_fields(view._policy, view._executor._policy))
 
 
 def _reduce_handle(handle: ExecutorHandle, peer: Any) -> tuple[Any, ...]:

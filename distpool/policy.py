@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from distpool.config import as_int
 from distpool.work import Policy
 
 #: Of an iterable of delays that may be endless no more are taken, if `retries` does not say how many are wanted.
@@ -18,6 +19,7 @@ def make_policy(base: Policy | None, **changes: Any) -> Policy | None:
     if unknown:
         raise TypeError(f"unknown option {sorted(unknown)[0]!r}")
     values.update(changes)
+    values["retries"] = as_int(values["retries"])
     timeout, retries, delays, pids = (values[name] for name in ("timeout", "retries", "retry_delays", "pids"))
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float)):
         raise TypeError(f"timeout must be a number of seconds or None, not {type(timeout).__name__}")
@@ -37,10 +39,13 @@ def make_policy(base: Policy | None, **changes: Any) -> Policy | None:
         if not counted:
             values["retries"] = len(delays)
     if pids is not None:
-        values["pids"] = pids = frozenset([pids] if isinstance(pids, int) else pids)
+        pids = as_int(pids)
+        values["pids"] = pids = frozenset([pids] if isinstance(pids, int) else map(as_int, pids))
         if not all(isinstance(pid, int) for pid in pids):
             raise TypeError("pids must be the number of a worker, or several")
     check_retry_check(values["retry_check"])
+    if not isinstance(values["label"], str | None):
+        raise TypeError(f"label must be a text, not {type(values['label']).__name__}")
     policy = Policy(**values)
     return None if policy == Policy() else policy
 

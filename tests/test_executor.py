@@ -906,6 +906,9 @@ def test_options_pids(shared: ClusterExecutor) -> None:
         seen |= found
     assert len(seen) == 2
     assert shared.options(pids=shared.workers[0]).submit(square, 2).result(PATIENCE) == 4
+    numbers = pytest.importorskip("numpy").array(shared.workers)
+    assert shared.options(pids=numbers).workers == shared.options(pids=list(numbers)).workers == shared.workers
+    assert shared.options(pids=numbers[0], retries=numbers[0]).workers == shared.workers[:1]
     with pytest.raises((RuntimeError, ValueError)):
         shared.options(pids=[987654]).submit(square, 2).result(PATIENCE)
 
@@ -925,8 +928,9 @@ def test_options_stack(make: Callable[..., ClusterExecutor]) -> None:
         *((TypeError, {"retry_check": check}) for check in (5, int, (ValueError, 5))),
         (TypeError, {"nonsense": 1}),
     ]
+    bad_views = [(TypeError, {"label": 5})]
     pids = [(TypeError, {"pids": pids}) for pids in ("23", [2.5], [None])]
-    for kind, bad in cases + pids:
+    for kind, bad in cases + pids + bad_views:
         for owner in (executor, view):
             with pytest.raises(kind):
                 owner.options(**bad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import signal
@@ -264,6 +265,9 @@ def test_chosen_workers_and_this_process(executor: distpool.ClusterExecutor) -> 
     texts = distpool.dump_stacks([1, pid])
     assert sorted(texts) == [1, pid]
     assert "test_chosen_workers_and_this_process" in texts[1]
+    numpy = pytest.importorskip("numpy")
+    for pids in (numpy.int64(pid), [numpy.int64(pid)], numpy.array([pid])):
+        assert list(distpool.dump_stacks(pids)) == [pid]
 
 
 def test_a_worker_that_holds_the_interpreter_lock(executor: distpool.ClusterExecutor) -> None:
@@ -308,8 +312,8 @@ def test_bad_arguments() -> None:
         distpool.dump_stacks(["2"])  # type: ignore[list-item]
     with pytest.raises(TypeError):
         distpool.dump_stacks(timeout="1")  # type: ignore[arg-type]
-    for timeout in (0, -1):
-        with pytest.raises(ValueError, match="timeout"):
+    for timeout in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="timeout must be"):
             distpool.dump_stacks(timeout=timeout)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -243,8 +244,7 @@ def test_options_travel_with_each_call(task: Task, handle: ExecutorHandle) -> No
     other.submit(abs, -1)
     options = task.submitted(0)[0].options
     assert (options["timeout"], options["pids"], options["retries"], options["label"]) == (2.5, [3, 4], 1, "x")
-    assert Policy(**options).timeout == 2.5
-    assert policy_fields(None) is None
+    assert set(options) == {"timeout", "pids", "retries", "label"}, "the rest is the executor's own"
     with pytest.raises(ValueError, match="retry_check"):
         handle.options(retries=1, retry_check=lambda error: True)
 
@@ -262,6 +262,8 @@ def test_a_handle_travels_on_as_itself(task: Task, handle: ExecutorHandle) -> No
 class Home:
     """An executor at home."""
 
+    _policy = Policy(timeout=9.0, retries=2, retry_check=OSError)
+
     def _view(self, policy: Any) -> Any:
         return "view", policy
 
@@ -270,9 +272,47 @@ def test_one_that_comes_home_is_the_executor_itself(task: Task) -> None:
     home = Home()
     nested._exports(task.node)["key"] = home
     assert nested.arrive("key", 3, None) is home
-    assert nested.arrive("key", 3, policy_fields(Policy(label="x"))) == ("view", Policy(label="x"))
+    assert nested.arrive("key", 3, {"label": "x"}) == ("view", home._policy._replace(label="x"))
     del home
     assert type(nested.arrive("key", 3, None)) is ExecutorHandle, "it does not live for its handles"
+
+
+def json_of(options: Any) -> Any:
+    return json.loads(json.dumps(options))
+
+
+def test_what_a_handle_does_not_change_is_the_executors(task: Task, handle: ExecutorHandle) -> None:
+    """A label took the retries along, and retries=0 went unheard."""
+    home = Home()
+    cases: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
+        ([{"label": "x"}], {"label": "x"}),
+        ([{"retries": 0}], {"retries": 0}),
+        ([{"timeout": None}, {"pids": [3, 2]}], {"timeout": None, "pids": frozenset((2, 3))}),
+        ([{"retry_delays": [1, 2, 3]}], {"retry_delays": (1.0, 2.0, 3.0)}),
+        ([{"retry_delays": [1, 2, 3]}, {"label": "x"}], {"retry_delays": (1.0, 2.0, 3.0), "label": "x"}),
+        ([{"retry_delays": iter([1, 2]), "retries": 1}], {"retry_delays": (1.0,), "retries": 1}),
+        ([{"retry_delays": [1]}, {"retry_delays": None}], {}),
+    ]
+    for steps, changes in cases:
+        other = handle
+        for step in steps:
+            other = other.options(**step)
+        found = nested._policy_of(home, json_of(other._options))
+        assert found == home._policy._replace(**changes)
+    plain = SimpleNamespace(_policy=None)
+    given = json_of(handle.options(retry_delays=[1, 2])._options)
+    assert nested._policy_of(plain, given) == Policy(retries=2, retry_delays=(1.0, 2.0))
+    assert nested._policy_of(plain, json_of(handle.options(retries=0)._options)) is None
+
+
+def test_a_view_travels_as_what_it_has_changed() -> None:
+    own = Policy(retries=2, retry_check=OSError)
+    cases = (None, own, own._replace(retries=0), own._replace(pids=frozenset((3, 2)), keep=True), Policy(label="x"))
+    for policy in cases:
+        fields = json_of(policy_fields(policy, own))
+        assert (nested._policy_of(SimpleNamespace(_policy=own), fields) or Policy()) == (policy or Policy())
+    with pytest.raises(ValueError, match="retry_check"):
+        policy_fields(own, None)
 
 
 # -- the owner's side ----------------------------------------------------------------------------------------------
