@@ -23,6 +23,7 @@ from typing import Any
 
 from distpool import mainmodule
 from distpool.calls import _node, remotecall_fetch
+from distpool.config import as_int
 from distpool.errors import CompositeException, RemoteException
 from distpool.members import procs, workers
 from distpool.node import group as groups
@@ -154,6 +155,7 @@ def everywhere(code_or_function: Any, pids: Pids = None, /, *, later: bool = Fal
         raise TypeError(f"everywhere() takes source text or something callable, not {type(code_or_function).__name__}")
     if later and pids is not None:
         raise ValueError("later=True is for all processes: it cannot be combined with pids")
+    pids = as_int(pids)
     targets = _targets(pids)
     if isinstance(action, _Source):
         mainmodule.import_first(action.text, action.filename)
@@ -180,6 +182,7 @@ def remotecall_eval(module: str | types.ModuleType, pids: int | Iterable[int], s
         raise TypeError(f"source must be a str, not {type(source).__name__}")
     if pids is None:
         raise TypeError("pids must be a pid or several")
+    pids = as_int(pids)
     action = dataclasses.replace(_source(source, sys._getframe(1), {}), module=name)
     return _spread(action, _targets(pids), isinstance(pids, int))
 
@@ -197,6 +200,7 @@ def include(path: str | os.PathLike[str], pids: Pids = None) -> Any:
     tree = ast.parse(data, full)  # a SyntaxError here, not on each of them
     del tree
     text = _decoded(data)
+    pids = as_int(pids)
     mainmodule.import_first(text, full)
     return _spread(_Source(text, full, _MAIN, {}), _targets(pids), isinstance(pids, int))
 
@@ -212,7 +216,7 @@ def clear(names_or_pool: Any, pids: Pids = None, mod: str | types.ModuleType = _
     if not all(isinstance(name, str) for name in names):
         raise TypeError("clear() takes names (str) or a CachingPool")
     module = mod.__name__ if isinstance(mod, types.ModuleType) else mod
-    targets = dict.fromkeys(workers() if pids is None else _targets(pids))
+    targets = dict.fromkeys(workers() if pids is None else _targets(as_int(pids)))
     for future in [request(mainmodule.clear_names, pid, (names, module), remote=True) for pid in targets]:
         future.result()
     return None
@@ -222,7 +226,8 @@ def clear(names_or_pool: Any, pids: Pids = None, mod: str | types.ModuleType = _
 
 
 def _source(text: str, frame: types.FrameType, bindings: dict[str, Any]) -> _Source:
-    text = textwrap.dedent(text)
+    if next(filter(str.strip, text.splitlines()), "")[:1].isspace():  # else it would only change texts in the text
+        text = textwrap.dedent(text)
     file = _file(frame)
     # The calling file stays visible to `include` inside the text; the number tells texts apart. What stands in angle
     # brackets is no file for coverage.py and `trace`, which otherwise end with an error because they cannot read it.
@@ -242,7 +247,7 @@ def _for_callable(function: Any, bindings: dict[str, Any]) -> _Action:
 def _targets(pids: Pids) -> list[int]:
     if pids is None:
         return procs()
-    found = [pids] if isinstance(pids, int) else list(pids)
+    found = [pids] if isinstance(pids, int) else list(map(as_int, pids))
     for pid in found:
         if isinstance(pid, bool) or not isinstance(pid, int):
             raise TypeError(f"a pid is an int, not {type(pid).__name__}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from distpool.config import as_int
 from distpool.node import group as groups
 from distpool.node import node as nodes
 from distpool.node.group import Group, WorkerInfo
@@ -44,7 +45,7 @@ def procs(pid: int | None = None) -> list[int]:
     group = _group()
     if pid is None:
         return [1, *(group.listed() if group is not None else [])]
-    _check_pid(pid)
+    pid = _check_pid(pid)
     site = _site(group, pid)
     members = group.members if group is not None else {}
     near = [other for other in (group.listed() if group is not None else []) if members[other].site == site]
@@ -72,11 +73,9 @@ def check_same_host(pids: Iterable[int]) -> bool:
 
     ValueError: no such process; ProcessExitedException: it is gone. Example: `check_same_host([1, 2, 3])`
     """
-    wanted = list(pids)
+    wanted = [_check_pid(pid) for pid in pids]
     if myrole() == "worker":
         return bool(_ask(check_same_host, wanted))
-    for pid in wanted:
-        _check_pid(pid)
     group = _group()
     return len({_site(group, pid) for pid in wanted}) <= 1
 
@@ -137,9 +136,11 @@ def _add_hook(hooks: list[Callable[[WorkerInfo], object]], function: Hook) -> Ho
     return function
 
 
-def _check_pid(pid: Any) -> None:
+def _check_pid(pid: Any) -> int:
+    pid = as_int(pid)
     if not isinstance(pid, int) or isinstance(pid, bool):
         raise TypeError(f"a pid is an int, not {type(pid).__name__}")
+    return pid
 
 
 def _site(group: Group | None, pid: int) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from distpool.calls import PlainLease, _node, remotecall_fetch, start
+from distpool.config import as_int
 from distpool.errors import ProcessExitedException, RemoteException
 from distpool.members import procs
 from distpool.node import group as groups
@@ -434,6 +435,7 @@ def _channel_for(queue: WorkerQueue) -> RemoteChannel:
 
 
 def _checked(pid: Any) -> int:
+    pid = as_int(pid)
     if isinstance(pid, bool) or not isinstance(pid, int):
         raise TypeError(f"a pid is an int, not {type(pid).__name__}")
     return pid

@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from distpool.config import as_int
 from distpool.logs import Log
 from distpool.policy import check_delay, check_retry_check
 
@@ -51,6 +52,7 @@ class ExponentialBackOff:
     def __init__(
         self, n: int, first_delay: float = 0.05, max_delay: float = 10.0, factor: float = 5.0, jitter: float = 0.1
     ) -> None:
+        n = as_int(n)
         if isinstance(n, bool) or not isinstance(n, int):
             raise TypeError(f"n must be an int, not {type(n).__name__}")
         given = {"n": n, "first_delay": first_delay, "max_delay": max_delay, "factor": factor, "jitter": jitter}

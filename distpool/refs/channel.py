@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from distpool.config import as_int
 from distpool.errors import ChannelClosedError, RemoteException
 from distpool.node import node as nodes
 from distpool.refs import gc
@@ -54,6 +55,7 @@ class Channel(ChannelCore):
     """This very class (not its subclasses) does not block: the server may call it on the leader."""
 
     def __init__(self, maxsize: int = 0, type: type = object) -> None:
+        maxsize = as_int(maxsize)
         if isinstance(maxsize, bool) or not isinstance(maxsize, int | float):
             raise TypeError("maxsize must be a number")
         if maxsize < 0:

@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 
 from distpool import errors
+from distpool.config import as_int
 from distpool.errors import ChannelClosedError
 from distpool.node import node as nodes
 from distpool.node.node import Node
@@ -52,6 +53,7 @@ class RemoteChannel(Reference):
     _ahead: Ahead | None = None  # once the owner has reserved room for items of this process
 
     def __init__(self, factory: Callable[[], Any] | int | None = None, pid: int | None = None) -> None:
+        factory, pid = as_int(factory), as_int(pid)
         if isinstance(factory, int):
             factory, pid = None, factory
         node = _node()

@@ -14,6 +14,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from distpool.config import as_int
 from distpool.errors import ProcessExitedException, RemoteException
 from distpool.node import node as nodes
 from distpool.refs import gc
@@ -408,7 +409,7 @@ def dead_future() -> RemoteFuture:
 def new_future(pid: int | None) -> RemoteFuture:
     """`distpool.Future(pid)`: an unset future owned by `pid`, unknown to its owner until it is first used."""
     refs = gc.of(nodes.current())
-    where = refs.node.pid if pid is None else pid
+    where = refs.node.pid if pid is None else as_int(pid)
     if where != refs.node.pid:
         refs.node.peers.ensure(where)
     return RemoteFuture.make(refs, refs.new_id(), where, 0)

@@ -312,6 +312,19 @@ def test_counts_and_pids_of_other_libraries() -> None:
     assert remotecall_fetch(abs, pid, -3) == remotecall(abs, pid, -3).result(20) == 3
     distpool.remote_do(abs, pid, -3)
     distpool.interrupt([pid])
+    assert distpool.everywhere("number_of_mine = 5\nnumber_of_mine", pid) == 5
+    assert distpool.everywhere("number_of_mine += 1", [pid, pid]) is None
+    assert distpool.remotecall_eval("__main__", pid, "number_of_mine") == 7
+    distpool.clear("number_of_mine", pid)
+    assert distpool.procs(pid) == distpool.procs() and distpool.check_same_host([1, pid])
+    pool = distpool.WorkerPool([])
+    assert pool.push(pid) is pool and pool.workers() == distpool.WorkerPool([pid]).workers() == pids
+    assert pool.take() == pids[0] and remotecall_fetch(abs, pool.put(pid), -3) == 3
+    future, channel = distpool.Future(pid), distpool.RemoteChannel(pid)
+    assert type(future.where) is type(channel.where) is int
+    assert distpool.RemoteChannel(lambda: distpool.Channel(2), pid).put(1).take() == 1
+    assert distpool.Channel(Number(1)).put(1).take() == 1  # type: ignore[arg-type]
+    assert list(distpool.ExponentialBackOff(Number(2), jitter=0)) == [0.05, 0.25]  # type: ignore[arg-type]
     distpool.rmprocs(pid)
     with distpool.ClusterExecutor(Number(2), max_workers=Number(2)) as executor:  # type: ignore[arg-type]
         executor.scale(Number(1))  # type: ignore[arg-type]

@@ -53,6 +53,13 @@ def test_C181_value_of_the_last_expression(team: list[int]) -> None:
     ) == 6  # fmt: skip
 
 
+def test_texts_in_the_text_are_as_they_are(team: list[int]) -> None:
+    text = "text = '''a\n   \n b'''\ntext"
+    for pid in (1, team[0]):
+        assert everywhere(text, pid) == "a\n   \n b"
+        assert everywhere("\n  \n   x = 1\n   x", pid) == 1
+
+
 def test_C182_there_and_only_there(team: list[int]) -> None:
     p, q = team[:2]
     assert everywhere("defined_on_p = 1", p) is None
