@@ -67,21 +67,26 @@ def _read(document: Any) -> tuple[dict[tuple[int, int], list[_Bar]], dict[tuple[
         place = int(entry["pid"]), int(entry.get("tid", 0))
         args = entry.get("args") or {}
         if entry["ph"] == "M" and entry["name"] == "process_name":
-            names[place[0], 0] = str(args["name"])
+            names[place[0], 0] = _printable(args["name"])
             rows.setdefault((place[0], 0), [])
         elif entry["ph"] == "X":
             begin, duration = float(entry["ts"]), float(entry["dur"])
-            if not (math.isfinite(begin) and math.isfinite(duration)):
+            if not math.isfinite(begin + duration):
                 raise ValueError("a time must be a finite number")
-            function = str(args.get("function", ""))
-            detail = function if function and function != entry["name"] else ""
-            status = str(args.get("status", "ok"))
-            bar = _Bar(str(entry["name"]), begin, begin + duration, 1, duration, status, detail)
+            name, function = _printable(entry["name"]), _printable(args.get("function", ""))
+            detail = function if function and function != name else ""
+            status = _printable(args.get("status", "ok"))
+            bar = _Bar(name, begin, begin + duration, 1, duration, status, detail)
             rows.setdefault(place, []).append(bar)
     for place, bars in rows.items():
         bars.sort(key=lambda bar: (bar.begin, -bar.end))
         names.setdefault(place, f"worker {place[0]}" if not place[1] else f"helper {place[1]}")
     return dict(sorted(rows.items())), names
+
+
+def _printable(text: Any) -> str:
+    """Names are anybody's: without what XML does not know, such as the surrogates of file names."""
+    return "".join(character if character.isprintable() else "?" for character in str(text))
 
 
 def _draw(rows: dict[tuple[int, int], list[_Bar]], names: dict[tuple[int, int], str], width: int = 1200) -> str:

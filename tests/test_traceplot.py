@@ -94,6 +94,16 @@ def test_names_are_only_text(tmp_path: Path) -> None:
     assert any(name in tip for tip in bars(root))
 
 
+def test_names_that_xml_does_not_know(tmp_path: Path) -> None:
+    root = draw(tmp_path, document(event("a\x00\x1b[2J\udcff\n", 0, 10)))  # a file's name may be like that
+    assert list(bars(root)) == ["a??[2J??: 10 µs\nfrom 0 µs"]
+
+
+def test_an_end_that_is_no_number(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a trace file: a time must be a finite number"):
+        draw(tmp_path, document(event("f", 1e308, 1e308)))
+
+
 def test_many_functions(tmp_path: Path) -> None:
     content = document(*(event(f"function_{i}" * 9, 10 * i, 10) for i in range(40)))
     root = draw(tmp_path, content)
