@@ -29,6 +29,7 @@ from distpool import monitor
 from distpool.logs import Log
 from distpool.node.node import Node
 from distpool.sigpipe import QUIET
+from distpool.transport.door import Door
 
 log = Log("top")
 
@@ -96,9 +97,8 @@ class Endpoint:
         self._clients = threading.Semaphore(_CLIENTS)
         self._listener = self._listen(address)
         self.address: Any = self._listener.getsockname()
-        self._listener.setblocking(False)
         node.on_fork.append(self._listener.close)
-        node.loop.register(self._listener, self._on_accept)
+        self._door = Door(node.loop, self._listener, None, self._on_client, log.warning)
 
     def _listen(self, address: str | tuple[str, int]) -> socket.socket:
         if isinstance(address, tuple):
@@ -124,11 +124,7 @@ class Endpoint:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
 
-    def _on_accept(self) -> None:
-        try:
-            client, _ = self._listener.accept()
-        except OSError:
-            return
+    def _on_client(self, client: socket.socket) -> None:
         if not self._clients.acquire(blocking=False):
             client.close()
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import socket
@@ -130,6 +131,38 @@ def test_only_so_many_at_a_time(node: Any, rows: Any, monkeypatch: pytest.Monkey
     until(served, "the place is given back")
     for client in clients:
         client.close()
+
+
+class Refusing:
+    """A listener of a process that has no descriptor left, until it has."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener, self.asked, self.left = listener, 0, False
+
+    def accept(self) -> Any:
+        self.asked += 1
+        if not self.left:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self.listener.accept()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.listener, name)
+
+
+def test_without_descriptors_the_loop_does_not_spin(node: Any, rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    listen = top.Endpoint._listen
+    monkeypatch.setattr(top.Endpoint, "_listen", lambda self, address: Refusing(listen(self, address)))
+    client = top.Client(serve(node, "127.0.0.1:0", monkeypatch))
+    refusing = node.top._listener
+    until(lambda: refusing.asked, "the first look")
+    for _ in range(100):
+        turned = threading.Event()
+        node.loop.call_soon(turned.set)
+        assert turned.wait(20)
+    assert refusing.asked < 50
+    refusing.left = True
+    assert client.stats()["workers"] == [row()]
+    client.close()
 
 
 def test_an_address_in_use_is_logged_and_not_tried_again(
