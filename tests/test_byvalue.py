@@ -504,6 +504,104 @@ def test_classes_inside_of_others_keep_their_whole_names(program):
     )
 
 
+def test_enumerations(program):
+    program(
+        """
+        import dataclasses, enum
+        class Color(enum.Enum):
+            RED = 1
+            CRIMSON = 1
+            BLUE = 2
+            @classmethod
+            def _missing_(cls, value): return cls.BLUE
+        class Planet(enum.Enum):
+            EARTH = (6.0, 2.0)
+            MARS = (3.0, 1.5)
+            def __init__(self, mass, radius):
+                self.mass, self.radius = mass, radius
+                self.moons = [mass]
+                self.first = type(self).EARTH if radius == 1.5 else self
+            @property
+            def gravity(self): return self.mass / self.radius
+        class Coord(bytes, enum.Enum):
+            def __new__(cls, value, label):
+                member = bytes.__new__(cls, [value])
+                member._value_, member.label = value, label
+                return member
+            X = (0, "x")
+            Y = (1, "y")
+        class Number(int, enum.Enum):
+            def __new__(cls, value): return int.__new__(cls, value * 10)
+            ONE = 1
+        class Access(enum.Flag, boundary=enum.KEEP):
+            READ = 1
+            WRITE = 2
+            BOTH = 3
+        class Meta(enum.EnumMeta):
+            def __len__(cls): return 77
+        class Made(enum.Enum, metaclass=Meta):
+            A = enum.member(len)
+            B = enum.member(lambda: 4)
+        @dataclasses.dataclass
+        class Creature:
+            size: str
+            legs: int = 4
+        class Animal(Creature, enum.Enum):
+            DOG = "medium"
+            BEE = "small", 6
+        class Base(enum.Enum):
+            def __init__(self, value): self.double = value * 2
+        class Derived(Base):
+            ONE = 1
+        def look():
+            return (
+                Color.CRIMSON is Color.RED, Color["CRIMSON"], Color(9), list(Color.__members__), len(Color),
+                Planet.MARS.gravity, Planet((3.0, 1.5)) is Planet.MARS, Planet.MARS.moons, Planet.EARTH.value,
+                Planet.MARS.first is Planet.EARTH, Planet.EARTH.first is Planet.EARTH, [p.name for p in Planet],
+                Coord.Y.label, bytes(Coord.Y), Coord(0).label, Coord.X.value, Number.ONE + 1, Number.ONE.value,
+                (Access.READ | Access.WRITE).name, Access.BOTH in (Access.READ | Access.WRITE,), Access(8).value,
+                [a.name for a in Access], len(Made), Made.A.value([1]), Made.B.value(), Animal.BEE.legs,
+                Animal.DOG.size, Derived.ONE.double,
+            )
+        here = look()
+        assert call(look) == here and other(look) == here
+        def check(planet, coord, color):
+            return planet is Planet.MARS, coord is Coord.Y, color is Color.RED, look(), planet, coord, color
+        expected = True, True, True, here, Planet.MARS, Coord.Y, Color.RED
+        assert call(check, Planet.MARS, Coord.Y, Color.RED) == expected
+        found = other(call(lambda: check), Planet.MARS, Coord.Y, Color.RED)
+        assert found == expected and found[4] is Planet.MARS and found[5] is Coord.Y
+        Planet.MARS.moons.append(5)
+        Planet.gravity = property(lambda self: "changed")
+        assert call(lambda: (Planet.MARS.moons, Planet.MARS.gravity)) == ([3.0, 5], "changed")
+        assert "__init__" not in call(lambda: list(vars(Color))), call(lambda: list(vars(Color)))
+        """,
+        two=True,
+    )
+
+
+def test_what_annotations_name(program):
+    program(
+        """
+        import sys
+        from typing import *
+        Parameters, Several = ParamSpec("Parameters", bound=Callable), TypeVarTuple("Several")
+        Number = NewType("Number", int)
+        class Timed(Generic[Parameters]):
+            def __init__(self, function: Callable[Parameters, Number]): self.function = function
+        def use(*values: Unpack[Several]) -> Number: return Number(len(Timed(values).function))
+        assert call(use, 1, 2) == 2
+        assert call(lambda: [Parameters.__name__, Several.__name__, Number.__name__, Number.__supertype__]) == [
+            "Parameters", "Several", "Number", int
+        ]
+        if sys.version_info >= (3, 12):
+            exec("type Numbers = list[int]")
+            exec("def first[T, **P](values: Numbers, f: Callable[P, T] = None) -> T: return values[0]")
+            assert call(first, [5]) == 5 and call(lambda: Numbers.__value__) == list[int]
+        """
+    )
+
+
 def test_functions_that_dispatch_on_a_type(program):
     program(
         """

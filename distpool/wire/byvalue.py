@@ -1,4 +1,4 @@
-"""The pickler for what other processes cannot import: cloudpickle, corrected in seven ways (layer 1).
+"""The pickler for what other processes cannot import: cloudpickle, corrected in nine ways (layer 1).
 
 Imported on first need only (`codec.dump_by_value`, and the other side's unpickler by name): cloudpickle is dear.
 Runs where `codec` runs.
@@ -18,17 +18,23 @@ Runs where `codec` runs.
 6. A class keeps its `__slots__` and its `__qualname__`. cloudpickle's copy has a `__dict__` in place of the ones, so
    that instances of it do not load where the class has none: at home; and of the other, which its repr shows, the end.
 7. Code keeps the name of its file (cloudpickle from 3.1.3 on leaves it out): a remote traceback shows the user's lines.
+8. An `Enum` keeps its aliases and what its `__init__` or `__new__` gave to its members. cloudpickle makes the members
+   again, of their values alone and before the class has those methods.
+9. `NewType`, `ParamSpec`, `TypeVarTuple` and `type X = ...`, which would go by name, are made anew on the other side.
 """
 
 from __future__ import annotations
 
 import builtins
+import enum
 import functools
 import pickle
 import sys
 import types
+import typing
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from io import BytesIO
 from typing import Any
 
@@ -110,12 +116,40 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
             return self._pipes.reduce(obj)
         if kind is functools.singledispatchmethod:
             return build_dispatched_method, (obj.func, obj.dispatcher)
+        if kind in _HINTS:
+            return _by_value_hint(obj)
         if issubclass(kind, type):
             reduced = super().reducer_override(obj)
             if reduced is NotImplemented and obj.__module__ == "__mp_main__":
                 reduced = internals._dynamic_class_reduce(obj)
             return _by_value_class(obj, reduced)
         return NotImplemented
+
+
+#: What annotations name, and what it is made of: attributes that are arguments, and such that are options.
+_HINTS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    typing.NewType: (("__name__", "__supertype__"), ()),
+    typing.ParamSpec: (("__name__",), ("__bound__", "__covariant__", "__contravariant__")),
+    typing.TypeVarTuple: (("__name__",), ()),
+}
+if hasattr(typing, "TypeAliasType"):  # from Python 3.12 on
+    _HINTS[typing.TypeAliasType] = ("__name__", "__value__"), ("__type_params__",)
+
+
+def _by_value_hint(hint: Any) -> Any:
+    if hint.__module__ != "__mp_main__" and internals._lookup_module_and_qualname(hint, hint.__name__) is not None:
+        return NotImplemented
+    arguments, options = _HINTS[type(hint)]
+    given = {name.strip("_"): getattr(hint, name) for name in options}
+    return build_hint, (type(hint), [getattr(hint, name) for name in arguments], given, hint.__module__)
+
+
+def build_hint(kind: Any, arguments: list[Any], options: dict[str, Any], module: str) -> Any:
+    """Receiving side: a new one."""
+    made = kind(*arguments, **options)
+    with suppress(AttributeError):  # an alias says by itself where it is from
+        made.__module__ = module
+    return made
 
 
 def _by_value_function(function: types.FunctionType, reduced: Any) -> Any:
@@ -233,7 +267,90 @@ def _by_value_class(cls: type, reduced: Any) -> Any:
         args = metaclass, name, bases, {**names, "__slots__": slots}, *rest
         own = types.MemberDescriptorType  # private names, which cloudpickle overlooks
         state = {key: value for key, value in state[0].items() if type(value) is not own}, *state[1:]
+    if build is internals._make_skeleton_enum:
+        build, args, state, set_state = _by_value_enum(cls, args, state, set_state) or (build, args, state, set_state)
     return build_class, (build, args), (set_state, state), None, None, set_class_state
+
+
+#: Attributes that every member of an enumeration is given.
+_MEMBER = frozenset(("_value_", "_name_", "__objclass__", "_sort_order_"))
+#: Builtins that members may be at the same time, made again by what their `__getnewargs__` says.
+_PLAIN: tuple[Any, ...] = (int, str, float, bytes, tuple, complex)
+
+
+def _by_value_enum(cls: Any, args: tuple[Any, ...], state: tuple[Any, Any], set_state: Any) -> tuple[Any, ...] | None:
+    """Builder, its arguments, state, setter; None if cloudpickle's way loses nothing, or there is no other."""
+    members: dict[str, Any] = dict(cls.__members__)
+    bases, name, qualname, _, module, *rest = args
+    kinds = [kind for kind in cls.__mro__[:-1] if not kind.__flags__ & _HEAP_TYPE]
+    plain: Any = kinds[-1] if kinds else object
+    if (
+        (plain is not object and plain not in _PLAIN)
+        or any(vars(kind).get("__slots__") for kind in cls.__mro__)
+        or (
+            list(members) == [member.name for member in cls]
+            and all(vars(member).keys() <= _MEMBER for member in members.values())
+            and "__new_member__" not in vars(cls)
+            and type(cls) is type(bases[-1])
+        )
+    ):
+        return None
+    made = []
+    for key, member in members.items():
+        made.append((key, member._value_, plain.__getnewargs__(member) if plain is not object else ()))
+    attributes = {
+        key: {name: value for name, value in vars(member).items() if name not in _MEMBER}
+        for key, member in members.items()
+    }
+    boundary = getattr(cls, "_boundary_", None)
+    rest_of_state = {key: value for key, value in state[0].items() if key not in members}, *state[1:]
+    built = type(cls), plain, bases, name, qualname, made, boundary, module, *rest
+    return build_enum, built, (set_state, attributes, rest_of_state), set_enum_state
+
+
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+
+
+def build_enum(
+    metaclass: Any,
+    plain: Any,
+    bases: tuple[type, ...],
+    name: str,
+    qualname: str,
+    members: list[tuple[str, Any, tuple[Any, ...]]],
+    boundary: Any,
+    module: str,
+    number: str,
+    extra: Any,
+) -> type:
+    """Receiving side: an enumeration whose members are as they were at home, but for their attributes."""
+    waiting = iter(members)
+
+    def make(cls: Any, *args: Any) -> Any:
+        _, value, data = next(waiting)
+        member = plain.__new__(cls, *data)
+        member._value_ = value
+        return member
+
+    names = metaclass.__prepare__(name, bases)
+    names["__new__"], names["__init__"] = make, lambda self, *args: None
+    for key, value, _ in members:
+        names[key] = enum.member(value)
+    made = metaclass.__new__(metaclass, name, bases, names, **({} if boundary is None else {"boundary": boundary}))
+    for temporary in ("__init__", "__new_member__"):
+        if temporary in vars(made):
+            type.__delattr__(made, temporary)
+    made.__module__, made.__qualname__ = module, qualname
+    tracked: type = internals._lookup_class_or_track(number, made)
+    return tracked
+
+
+def set_enum_state(cls: Any, packed: tuple[Callable[[type, Any], Any], dict[str, dict[str, Any]], Any]) -> None:
+    """Receiving side: methods, and attributes of the members."""
+    set_state, attributes, state = packed
+    set_state(cls, state)
+    for key, values in attributes.items():
+        vars(cls.__members__[key]).update(values)
 
 
 def build_class(build: Callable[..., type], args: tuple[Any, ...]) -> type:
