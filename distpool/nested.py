@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from distpool.transport.link import Link
 
 _CANCEL_PATIENCE = 5.0  # seconds to wait for the owner's answer
+_making = threading.RLock()  # protects Node.exports and Node.requests while they are made
 
 
 # -- the owner's side --------------------------------------------------------------------------------------------
@@ -138,8 +139,9 @@ def _slot_of(node: Node, pid: int) -> Slot:
 
 
 def _exports(node: Node) -> weakref.WeakValueDictionary[str, Any]:
-    if node.exports is None:
-        node.exports = weakref.WeakValueDictionary()
+    with _making:
+        if node.exports is None:
+            node.exports = weakref.WeakValueDictionary()
     exports: weakref.WeakValueDictionary[str, Any] = node.exports
     return exports
 
@@ -312,8 +314,9 @@ class ExecutorHandle(concurrent.futures.Executor):
 
     def __init__(self, key: str, size: int, options: dict[str, Any] | None) -> None:
         node = nodes.current()
-        if node.requests is None:
-            node.requests = _Requests(node)
+        with _making:  # calls of two tables would have the same numbers, and one of them no answers
+            if node.requests is None:
+                node.requests = _Requests(node)
         self._node = node
         self._key = key
         self._max_workers = size
@@ -428,8 +431,9 @@ def arrive(key: str, size: int, options: dict[str, Any] | None) -> Any:
 def reduce_executor(executor: Any, peer: Any) -> tuple[Any, ...]:
     """For `codec.register_reducer`: a `ClusterExecutor` on its way to another process."""
     if executor._key is None:
-        executor._key = os.urandom(8).hex()
-        _export(executor, executor._key)
+        key = os.urandom(8).hex()
+        _export(executor, key)  # first: who sees the key may send it
+        executor._key = key
     return arrive, (executor._key, executor._max_workers, None)
 
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -313,6 +313,69 @@ def test_a_view_travels_as_what_it_has_changed() -> None:
         assert (nested._policy_of(SimpleNamespace(_policy=own), fields) or Policy()) == (policy or Policy())
     with pytest.raises(ValueError, match="retry_check"):
         policy_fields(own, None)
+
+
+class Meeting:
+    """Holds whoever comes first in the middle of something until another one has come, or half a second."""
+
+    def __init__(self) -> None:
+        self._count = itertools.count()
+        self._second = threading.Event()
+
+    def __call__(self) -> None:
+        if next(self._count):
+            self._second.set()
+        else:
+            self._second.wait(0.5)
+
+
+def in_two_threads(function: Callable[[], Any]) -> list[Any]:
+    with ThreadPoolExecutor(2) as threads:
+        return [future.result(PATIENCE) for future in [threads.submit(function) for _ in range(2)]]
+
+
+def test_two_threads_get_their_first_handles_at_once(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They had a table each, and the calls of one of them no answer."""
+    meet = Meeting()
+
+    class Slow(nested._Requests):
+        def __init__(self, node: Any) -> None:
+            meet()
+            super().__init__(node)
+
+    monkeypatch.setattr(nested, "_Requests", Slow)
+
+    def first_call() -> Any:
+        made = ExecutorHandle("key", 3, None)
+        return made.submit(abs, -1), task.node.requests
+
+    (one, table), (two, other) = in_two_threads(first_call)
+    assert table is other
+    task.wait_for(2)
+    for index in range(2):
+        request = task.submitted(index)[0].request
+        task.answer(request, request)
+    assert {one.result(PATIENCE), two.result(PATIENCE)} == {1, 2}
+
+
+def test_two_threads_send_an_executor_for_the_first_time(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them sent a key that nobody knew yet."""
+    meet = Meeting()
+    export = nested._export
+
+    def slow(executor: Any, key: str) -> None:
+        meet()
+        export(executor, key)
+
+    monkeypatch.setattr(nested, "_export", slow)
+    home = Home()
+    home._key, home._max_workers, home._crew = None, 3, SimpleNamespace(node=task.node)  # type: ignore[attr-defined]
+
+    def send() -> bool:
+        _, (key, _, _) = nested.reduce_executor(home, 2)
+        return nested._exports(task.node).get(key) is home
+
+    assert in_two_threads(send) == [True, True]
 
 
 # -- the owner's side ----------------------------------------------------------------------------------------------
