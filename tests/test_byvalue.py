@@ -504,6 +504,39 @@ def test_classes_inside_of_others_keep_their_whole_names(program):
     )
 
 
+def test_classes_can_be_pickled_by_others_on_workers(program):
+    """As a Manager's queue does, or shelve."""
+    program(
+        """
+        import enum
+        def become_worker(): codec.classes_in_main = True
+        call(become_worker)
+        class Event:
+            def __init__(self, value): self.value = value
+        class Kind(enum.Enum):
+            A = 1
+        class Outer:
+            class Inner: pass
+        def make():
+            class Event: pass
+            return Event
+        def trip(value): return pickle.dumps(value), type(pickle.loads(pickle.dumps(value))) is type(value)
+        data, same = call(lambda: trip(Event(3)))
+        assert same and type(pickle.loads(data)) is Event and pickle.loads(data).value == 3
+        data, same = call(lambda: trip(Kind.A))
+        assert same and pickle.loads(data) is Kind.A
+        assert call(lambda: trip(Outer.Inner()))[1]
+        call(lambda: make())
+        assert call(lambda: trip(Event(4)))[1]
+        class Event: pass
+        assert call(lambda: trip(Event()))[1]
+        def taken(): return type(sys.modules["__main__"].main).__name__
+        class main: pass
+        assert call(lambda: (main(), taken())[1]) == "function"
+        """
+    )
+
+
 def test_enumerations(program):
     program(
         """

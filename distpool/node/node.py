@@ -25,6 +25,7 @@ from distpool.transport.ioloop import IoLoop
 from distpool.transport.link import Link
 from distpool.transport.segments import Kept
 from distpool.transport.shm import SegmentPool
+from distpool.wire import codec
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.functions import FunctionEncoder
 
@@ -201,6 +202,7 @@ def become_worker(cookie: str) -> Node:
     global _node
     node = Node(0, cookie)
     node.loop.owns_interrupts = True
+    codec.classes_in_main = True
     _node = node
     return node
 

@@ -1,4 +1,4 @@
-"""The pickler for what other processes cannot import: cloudpickle, corrected in nine ways (layer 1).
+"""The pickler for what other processes cannot import: cloudpickle, corrected in ten ways (layer 1).
 
 Imported on first need only (`codec.dump_by_value`, and the other side's unpickler by name): cloudpickle is dear.
 Runs where `codec` runs.
@@ -20,7 +20,8 @@ Runs where `codec` runs.
 7. Code keeps the name of its file (cloudpickle from 3.1.3 on leaves it out): a remote traceback shows the user's lines.
 8. An `Enum` keeps its aliases and what its `__init__` or `__new__` gave to its members. cloudpickle makes the members
    again, of their values alone and before the class has those methods.
-9. `NewType`, `ParamSpec`, `TypeVarTuple` and `type X = ...`, which would go by name, are made anew on the other side.
+9. A class of `__main__` is found by its name in workers, so that its instances can be pickled there by other means.
+10. `NewType`, `ParamSpec`, `TypeVarTuple` and `type X = ...`, which would go by name, are made anew on the other side.
 """
 
 from __future__ import annotations
@@ -364,7 +365,18 @@ def build_class(build: Callable[..., type], args: tuple[Any, ...]) -> type:
     _foreign.add(made)
     if made.__module__ not in sys.modules:
         strangers = True
+    if made.__module__ == "__main__" and getattr(sys.modules.get("distpool.wire.codec"), "classes_in_main", False):
+        _name_in_main(made)
     return made
+
+
+def _name_in_main(cls: type) -> None:
+    """On a worker: who pickles an instance there by other means (a Manager's queue, shelve) writes down where its class
+    is to be found; at home that is so. What is there already stays, unless it is an older definition of this kind."""
+    names = vars(sys.modules["__main__"])
+    found = names.get(cls.__name__)
+    if cls.__qualname__ == cls.__name__ and (found is None or (isinstance(found, type) and found in _foreign)):
+        names[cls.__name__] = cls
 
 
 def set_class_state(cls: type, packed: tuple[Callable[[type, Any], Any], Any]) -> None:

@@ -61,6 +61,9 @@ class Reduced(tuple[Any, ...]):
         return made
 
 
+#: Whether classes of another `__main__` are known by their names here: in workers (see `byvalue.build_class`).
+classes_in_main = False
+
 #: type -> reducer. Filled when modules above this one are imported; only read afterwards.
 _reducers: dict[type, Reducer] = {}
 
