@@ -205,7 +205,7 @@ class Crew:
         self.members.pop(member.pid, None)
         slot = self._slots.pop(member.pid, None)
         place = self.supply.place_of(member.pid)
-        if slot is not None and place is not None and not self._dismissed:
+        if slot is not None and place is not None and not self._dismissed and not slot.retiring:
             place.note_death(idle=not (slot.done or slot.failed or slot.inflight))
         self.supply.gone(member)
         if slot is None:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 from faults.helpers import Gate, all_at_once, hold, note, noted
+from wires import until
 
 import distpool
-from distpool import ClusterExecutor, LaunchWorkerError, ProcessExitedException
+from distpool import ClusterExecutor, LaunchWorkerError, ProcessExitedException, supply
 from distpool.node import node as nodes
 
 PATIENCE = 30.0
@@ -79,6 +80,21 @@ def test_shrinking_while_calls_wait(make: Callable[..., ClusterExecutor], tmp_pa
     while len(executor.workers) != 1:
         assert time.monotonic() < deadline
         executor.submit(abs, 1).result(PATIENCE)
+
+
+def test_workers_that_are_sent_home_idle_have_not_died(
+    make: Callable[..., ClusterExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever grew and shrank often got no more workers: thirty that had run nothing were taken for a broken place."""
+    monkeypatch.setattr(supply, "_IDLE_DEATHS", 1)
+    executor = make(1)
+    all_at_once(executor, 1)
+    crew = executor._crew
+    for _ in range(4):
+        executor.scale(2)
+        until(lambda: len(executor.workers) == 2, "the second worker")
+        executor.scale(1)
+        until(lambda: len(crew.members) == 1, "the end of the second worker")
 
 
 def test_replaced_after_so_many_tasks(make: Callable[..., ClusterExecutor], tmp_path: Path) -> None:
