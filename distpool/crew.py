@@ -84,8 +84,13 @@ class Crew:
         return existing() is self.node
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait (at most `timeout` seconds) until the work is done, the workers are gone and their output is printed."""
+        """Wait (at most `timeout` seconds) until the work is done, the workers are gone and their output is printed.
+
+        Not at all in a finalizer that runs on the leader: it would wait for itself.
+        """
         loop = self.node.loop
+        if not loop.may_wait:
+            return
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.finished.is_set():
             if not loop.lead(self.finished.is_set, deadline):

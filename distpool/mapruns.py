@@ -424,6 +424,7 @@ class MapRun:
             return True
         self.scheduler.check_process()
         loop = self.scheduler.loop
+        loop.check_wait()
         if loop.lead(until, deadline):
             return until()
         sleeper = threading.Semaphore(0)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import collections
 import multiprocessing.pool as stdlib
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
 
 from distpool.errors import DistpoolError, SerializationError
+from distpool.flag import Flag
 from distpool.logs import Log
 from distpool.refs.refs import RAISED_HERE, open_outcome
 from distpool.scheduling import Scheduler
@@ -108,6 +110,7 @@ class Callbacks:
         )  # protects _turn and _owner; re-entrant: the collector may run user code anywhere
         self._turn: object = None  # of the thread that runs callbacks
         self._owner = 0  # its id, while a callback runs
+        self._leaders = 0  # signal handlers that lead the loop until a callback has run
 
     def put(self, function: Callable[[], object]) -> None:
         """Run `function()` after all that were put before. Any thread, the leader too."""
@@ -146,12 +149,30 @@ class Callbacks:
                 self._turn, self._owner = None, 0
             self._start()
 
+    def wait_for(self, ran: Flag, deadline: float | None = None) -> None:
+        """Wait until a callback has run, which sets `ran` and calls `tell`."""
+        loop = self.scheduler.loop
+        loop.check_wait()
+        if loop.leads:  # in a signal handler
+            self._leaders += 1
+            try:
+                loop.lead(ran.is_set, deadline)
+            finally:
+                self._leaders -= 1
+            return
+        with loop.following():
+            ran.wait(None if deadline is None else deadline - time.monotonic())
+
+    def tell(self) -> None:
+        """A callback has run."""
+        if self._leaders:
+            self.scheduler.loop.wake()
+
     def join(self) -> None:
         """Wait until every callback has run (those of the calling thread excepted)."""
         self.give_way()
-        with self.scheduler.loop.following():
-            for result in list(self.results):
-                result._await_callback()
+        for result in list(self.results):
+            result._await_callback()
 
 
 __all__ = ["Callbacks", "PoolTerminated", "open_entry", "park_at_exit"]

@@ -90,11 +90,11 @@ class AsyncResult(stdlib.ApplyResult):  # type: ignore[type-arg]
         callbacks = self._callbacks
         callbacks.scheduler.check_process()
         callbacks.give_way()
+        deadline = None if timeout is None else time.monotonic() + timeout
         if self._event is None:
-            self._await(None if timeout is None else time.monotonic() + timeout)
+            self._await(deadline)
         else:
-            with callbacks.scheduler.loop.following():
-                self._event.wait(timeout)
+            callbacks.wait_for(self._event, deadline)
 
     def get(self, timeout: float | None = None) -> Any:
         """The value, or the call's exception; `multiprocessing.TimeoutError` after `timeout` seconds."""
@@ -140,11 +140,12 @@ class AsyncResult(stdlib.ApplyResult):  # type: ignore[type-arg]
             self._callback = self._error_callback = None
             assert self._event is not None
             self._event.set()
+            self._callbacks.tell()
             self._callbacks.results.discard(self)
 
     def _await_callback(self) -> None:
         if self._event is not None and self._caller != threading.get_ident():
-            self._event.wait()
+            self._callbacks.wait_for(self._event)
 
 
 class _Watched(Future[Any]):

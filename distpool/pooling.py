@@ -213,8 +213,7 @@ def terminate(pool: DistPool) -> None:
         pool._inputs.stop(_terminated)
     pool._executor.shutdown(wait=False)
     crew.node.loop.call_soon(lambda: _kill(crew))
-    if not crew.node.loop.leads:  # in a signal handler, in the midst of the loop: nobody could do what we wait for
-        crew.wait()
+    crew.wait()
 
 
 def _terminated() -> BaseException:

@@ -53,7 +53,7 @@ class Recalls:
         """
         deadline = time.monotonic() + _PATIENCE
         for event in events:
-            if event.is_set() or self._loop.leads or self._loop.lead(event.is_set, deadline):
+            if event.is_set() or not self._loop.may_wait or self._loop.lead(event.is_set, deadline):
                 continue
             with self._loop.following():
                 event.wait(max(0.0, deadline - time.monotonic()))

@@ -18,6 +18,8 @@ from distpool.node.threads import ThreadCache
 class Loop:
     """Says when somebody is about to wait."""
 
+    may_wait, leads = True, False
+
     def __init__(self) -> None:
         self.followed = threading.Event()
 

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import itertools
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -604,3 +605,92 @@ def look_at() -> str:
     with pytest.raises(RuntimeError, match="just being opened"):
         OPENING[0].result(1)
     return "refused"
+
+
+# -- signal handlers that wait -----------------------------------------------------------------------------------------
+
+WAITS_IN_A_HANDLER = """
+import os, signal, sys, threading
+from distpool import ClusterExecutor, DistPool
+from distpool.node import node as nodes
+
+waits, route = sys.argv[1:]
+make = DistPool if waits.startswith("pool") else ClusterExecutor
+held = make(2)
+pool = executor = held
+
+def ended(value):
+    called.append(value)
+
+called = []
+how = {
+    "result": lambda: executor.submit(abs, -1).result(),
+    "limited": lambda: type(executor.options(timeout=0.2).submit(signal.pause).exception()).__name__,
+    "map": lambda: list(executor.map(abs, [-1])),
+    "imap": lambda: list(executor.imap_unordered(abs, [-1])),
+    "pmap": lambda: executor.pmap(abs, [-1]),
+    "shutdown": lambda: (executor.submit(abs, -1).add_done_callback(ended), executor.shutdown(), len(called))[2],
+    "pool-map": lambda: pool.map(abs, [-1]),
+    "pool-callback": lambda: (pool.apply_async(abs, (-1,), callback=ended).get(), called)[0],
+    "pool-join": lambda: (pool.apply_async(abs, (-1,), callback=ended), pool.close(), pool.join(), len(called))[3],
+    "pool-terminate": lambda: (pool.terminate(), pool.join()),
+}[waits]
+found = []
+struck = threading.Event()
+
+def handler(signum, frame):
+    if struck.is_set():
+        return
+    struck.set()
+    read, write = pipe
+    os.write(write, b"x")  # what the main thread waits for comes meanwhile
+    found.append(how())
+
+signal.signal(signal.SIGUSR1, handler)
+path = "/proc/%d/fd/" % os.getpid()
+pipe = os.pipe()
+wait = lambda end: open(end, "rb", 0).read(1)
+if make is DistPool:
+    waiting = pool.apply_async(wait, (path + str(pipe[0]),))
+else:
+    waiting = executor.submit(wait, path + str(pipe[0]))
+loop = nodes.current().loop
+def send():
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+def insist():  # one that comes just before the poll is heard behind it
+    while not struck.wait(0.1):
+        send()
+
+loop.call_soon(lambda: loop.call_later(0.3, send if route == "leader" else lambda: nodes.current().deliver(insist)))
+try:
+    waiting.get() if make is DistPool else waiting.result()
+except Exception as error:
+    assert waits == "pool-terminate", error
+assert len(found) == 1, found
+print(found[0], flush=True)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+@pytest.mark.parametrize("route", ["leader", "poll"])
+@pytest.mark.parametrize(
+    ("waits", "found"),
+    [
+        ("result", "1"),
+        ("limited", "TimeoutError"),
+        ("map", "[1]"),
+        ("imap", "[1]"),
+        ("pmap", "[1]"),
+        ("shutdown", "1"),
+        ("pool-map", "[1]"),
+        ("pool-callback", "1"),
+        ("pool-join", "1"),
+        ("pool-terminate", "(None, None)"),
+    ],
+)
+def test_a_signal_handler_waits_in_the_poll(waits: str, found: str, route: str) -> None:
+    """Of the main thread, which leads: nobody else could bring what it waits for. It waited for ever."""
+    command = [sys.executable, "-c", WAITS_IN_A_HANDLER, waits, route]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout.strip(), done.returncode) == (found, 0), done.stderr

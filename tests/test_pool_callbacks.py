@@ -7,6 +7,7 @@ import multiprocessing.pool
 import pickle
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -18,6 +19,7 @@ from fakes import PATIENCE, Office
 
 from distpool import pool_callbacks
 from distpool.errors import DistpoolError, SerializationError
+from distpool.flag import Flag
 from distpool.pool_callbacks import Callbacks, PoolTerminated, as_both, open_entry, park_at_exit
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.wire import codec
@@ -110,13 +112,26 @@ def test_join_waits_for_each_result_s_callback(callbacks: Callbacks) -> None:
         asked = False
 
         def _await_callback(self) -> None:
-            assert callbacks.scheduler.loop._followers  # the loop is led meanwhile
             self.asked = True
 
     results: set[Any] = {Result(), Result()}
     callbacks.results = results
     callbacks.join()
     assert all(result.asked for result in results)
+
+
+def test_the_loop_is_led_while_somebody_waits_for_a_callback(callbacks: Callbacks) -> None:
+    ran, loop = Flag(), callbacks.scheduler.loop
+    followed: list[int] = []
+
+    def callback() -> None:
+        followed.append(loop._followers)
+        ran.set()
+        callbacks.tell()
+
+    loop.call_soon(lambda: loop.call_later(0.05, lambda: callbacks.put(callback)))
+    callbacks.wait_for(ran, time.monotonic() + PATIENCE)
+    assert ran.is_set() and followed[0] > 0
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ class Deliveries:
         self._node = node
         self._changed = threading.Condition()  # protects `_left`, and its place in `node.delivering`
         self._left = 0
+        self._leaders = 0  # signal handlers that lead the loop until all have returned
         self._threads: set[int] = set()  # that run callbacks now; each adds and removes itself
 
     def run(self, callbacks: Callable[[], object]) -> None:
@@ -40,14 +41,24 @@ class Deliveries:
                     if not self._left:
                         self._node.delivering.discard(self)
                         self._changed.notify_all()
+                if self._leaders:
+                    self._node.loop.wake()
 
         self._node.deliver(work)
 
     def wait(self) -> None:
         """Wait until all have returned. Inside a callback: not at all, it would wait for itself."""
-        if threading.get_ident() in self._threads or not self._left:
+        loop = self._node.loop
+        if threading.get_ident() in self._threads or not self._left or not loop.may_wait:
             return
-        with self._node.loop.following(), self._changed:
+        if loop.leads:  # in a signal handler
+            self._leaders += 1
+            try:
+                loop.lead(lambda: not self._left)
+            finally:
+                self._leaders -= 1
+            return
+        with loop.following(), self._changed:
             self._changed.wait_for(lambda: not self._left)
 
 

@@ -30,6 +30,9 @@ class Deferral:
     def __init__(self) -> None:
         self.depth = 0
         self.may_raise = False
+        self.at_rest = (
+            False  # a handler of the user's runs where nothing is half done: whoever leads may do so in there
+        )
         self.late: list[tuple[int, Any]] = []  # signal and frame of what came meanwhile
         self._replaced: list[tuple[int, Any]] = []  # signal and the handler that was there
         self._thread = 0  # who is inside
@@ -52,7 +55,11 @@ class Deferral:
         if handler is None:
             handler = _signal.getsignal(signum)
         if callable(handler):
-            handler(signum, frame)
+            before, self.at_rest = self.at_rest, True
+            try:
+                handler(signum, frame)
+            finally:
+                self.at_rest = before
 
     def enter(self, sigint: bool = True) -> bool:
         """Install the deferring handlers; False if SIGINT, which is asked for, has a handler of the user's own."""

@@ -10,7 +10,8 @@ or block. When a claimant leaves, the I/O thread does not take over at once (tha
 to be saved) but after `config.GRACE` seconds without a leader, or immediately if other threads wait for handlers.
 
 Ctrl-C, and whatever the user's signal handlers raise, must not tear our handlers in the main thread: it leads only
-while signals are deferred (`transport.deferral`). If SIGINT has a handler of the user's own, it does not lead.
+while signals are deferred (`transport.deferral`). If SIGINT has a handler of the user's own, it does not lead. A signal
+handler that runs in its poll, and waits for something, leads in there: nothing is half done, and nobody else could.
 """
 
 from __future__ import annotations
@@ -35,8 +36,7 @@ log = Log("ioloop")
 _MAX_CRASHES = 10  # of the I/O thread itself: a poller that is broken for good must not spin
 #: RuntimeError of whoever would wait for ever; see `IoLoop.check_wait`.
 ON_LEADER = (
-    "a finalizer or signal handler cannot wait here: it runs in the middle of something that has to end before anything"
-    " can be received"
+    "a finalizer cannot wait here: it runs in the middle of something that has to end before anything can be received"
 )
 _LONGEST = 86400.0  # seconds of one poll: epoll refuses more than 24 days; waits and timers look again
 
@@ -157,7 +157,7 @@ class IoLoop:
         with self._timer_lock:
             heapq.heappush(self._timers, (timer.when, next(self._order), timer))
             first = self._timers[0][2] is timer
-        if first and self._leader_id != threading.get_ident():
+        if first and (self._leader_id != threading.get_ident() or self._deferral.at_rest):
             self.wake()
         return timer
 
@@ -202,11 +202,19 @@ class IoLoop:
     def check_wait(self) -> None:
         """RuntimeError if the calling thread must not wait for what the leader brings.
 
-        The collector runs a user's `__del__` in the middle of anything, and so come signal handlers. On the leader, or
-        in a thread that has a lock which the leader needs, a wait would never end.
+        The collector runs a user's `__del__` in the middle of anything. On the leader, or in a thread that has a lock
+        which the leader needs, a wait would never end.
         """
-        if self._leader_id == threading.get_ident() or any(held() for held in self.held):
+        if not self.may_wait:
             raise RuntimeError(ON_LEADER)
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether the calling thread may wait for what the leader brings; see `check_wait`."""
+        me = threading.get_ident()
+        if self._leader_id == me and not (me == self._main and self._deferral.at_rest):
+            return False
+        return not any(held() for held in self.held)
 
     # -- leading -----------------------------------------------------------------------------------------------
 
@@ -263,6 +271,8 @@ class IoLoop:
         if deferral is not None and not deferral.enter(not self.owns_interrupts):
             return False
         try:
+            if deferral is not None and deferral.at_rest and self._leader_id == self._main:
+                return self._lead_inside(until, deadline, deferral)
             if not self._leading.acquire(blocking=False) and not self._claim(deadline):
                 return False
             try:
@@ -279,6 +289,16 @@ class IoLoop:
                 deferral.leave()
         return True
 
+    def _lead_inside(self, until: Callable[[], bool], deadline: float | None, deferral: Deferral) -> bool:
+        """A signal handler waits in the poll of this very thread, which leads."""
+        if not self.may_wait:
+            return False
+        try:
+            self._lead(until, deadline, False, deferral)
+        finally:
+            self.wake()  # the outer poll has to look again how long it may take
+        return True
+
     def _claim(self, deadline: float | None) -> bool:
         """Take the lead from the I/O thread, which is asked to step back; False if another claimant has it."""
         if self._claims or self._leader_id == threading.get_ident() or self._claimed:
@@ -292,7 +312,10 @@ class IoLoop:
             self._claims -= 1
 
     def _lead(self, until: Callable[[], bool], deadline: float | None, brisk: bool, deferral: Deferral | None) -> None:
-        self._claimed = True
+        before, self._claimed = self._claimed, True
+        rest = False
+        if deferral is not None:
+            rest, deferral.at_rest = deferral.at_rest, False
         poll = self._glances.poll if brisk else self._poller.poll
         try:
             while not until():
@@ -303,7 +326,9 @@ class IoLoop:
                         break
                 self._run_once(timeout, poll, deferral)
         finally:
-            self._claimed = False
+            self._claimed = before
+            if deferral is not None:
+                deferral.at_rest = rest
 
     def _run_once(
         self,
