@@ -119,11 +119,17 @@ class Callbacks:
 
     def _start(self) -> None:
         turn = object()
-        with self._lock:
-            if self._turn is not None or not self._waiting:
-                return
-            self._turn = turn
-        self.scheduler.node.deliver(lambda: self._work(turn))
+        try:
+            with self._lock:
+                if self._turn is not None or not self._waiting:
+                    return
+                self._turn = turn
+            self.scheduler.node.deliver(lambda: self._work(turn))
+        except BaseException:  # Ctrl-C: perhaps no thread is on its way; one that is finds its turn given away
+            with self._lock:
+                if self._turn is turn:
+                    self._turn = None
+            raise
 
     def _work(self, turn: object) -> None:
         while True:
@@ -171,8 +177,13 @@ class Callbacks:
     def join(self) -> None:
         """Wait until every callback has run (those of the calling thread excepted)."""
         self.give_way()
+        self._start()  # an interrupt may have ended that of who put the last one
         for result in list(self.results):
             result._await_callback()
+
+    def forget(self, result: AsyncResult) -> None:
+        """It will not have an outcome, and nobody has it."""
+        self.results.discard(result)
 
 
 __all__ = ["Callbacks", "PoolTerminated", "open_entry", "park_at_exit"]

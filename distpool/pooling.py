@@ -73,15 +73,17 @@ def apply_async(
         seen: list[Any] = []
         data, buffers = codec.encode_args(args, dict(kwds), None, seen)
         staged = scheduler.stage(buffers) if buffers else []
+        record = CALL.pack(function.number, 1, len(data), len(staged), ONE if function.reusable else ONE_FRESH) + data
+        if seen:
+            staged = with_references(staged, seen)
+        call = Call(scheduler, function, record, staged, future, pool._policy)
+        future._call = call
+        scheduler.enqueue(call)
     except Exception as error:
         future._settle(Outcome(RAISED_HERE, error, (), 1))
-        return result
-    record = CALL.pack(function.number, 1, len(data), len(staged), ONE if function.reusable else ONE_FRESH) + data
-    if seen:
-        staged = with_references(staged, seen)
-    call = Call(scheduler, function, record, staged, future, pool._policy)
-    future._call = call
-    scheduler.enqueue(call)
+    except BaseException:  # Ctrl-C: perhaps it was not sent
+        pool._callbacks.forget(result)
+        raise
     return result
 
 
@@ -125,11 +127,16 @@ def map_async(
         pool._callbacks, callback, error_callback, run, entries, chunksize=chunksize, error=error, bar=bar
     )
     if run is None:
-        pass
-    elif chunksize == 1:
-        run.feed(items if items is not iterable else list(items))
-    else:
-        run.feed_cut(items, chunksize, plain=single and type(iterable) is range and type(run) is MapRun)
+        return result
+    try:
+        if chunksize == 1:
+            run.feed(items if items is not iterable else list(items))
+        else:
+            run.feed_cut(items, chunksize, plain=single and type(iterable) is range and type(run) is MapRun)
+    except BaseException:  # Ctrl-C: it will not be complete
+        pool._callbacks.forget(result)
+        run.close()
+        raise
     return result
 
 

@@ -107,6 +107,26 @@ def test_who_runs_no_callback_gives_nothing_away(callbacks: Callbacks) -> None:
     assert other.wait(PATIENCE)
 
 
+def test_an_interrupt_as_their_thread_is_called_does_not_end_them(
+    callbacks: Callbacks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their turn stayed taken, and no callback of the pool ran any more."""
+    ran: queue.SimpleQueue[int] = queue.SimpleQueue()
+    node = callbacks.scheduler.node
+
+    def interrupted(function: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(node, "deliver", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            callbacks.put(lambda: ran.put(1))
+    callbacks.join()  # those that were left are run before they are waited for
+    assert ran.get(timeout=PATIENCE) == 1
+    callbacks.put(lambda: ran.put(2))
+    assert ran.get(timeout=PATIENCE) == 2
+
+
 def test_join_waits_for_each_result_s_callback(callbacks: Callbacks) -> None:
     class Result:
         asked = False

@@ -182,3 +182,23 @@ def test_a_pool_that_is_closed_this_very_moment_takes_no_input(pool: Pool) -> No
     with pytest.raises(ValueError, match="Pool not running"):
         pool.imap(abs, [1])
     assert not inputs._feeds
+
+
+class Interrupted:
+    """Ctrl-C comes while it is serialised."""
+
+    def __reduce__(self) -> Any:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("how", ["apply", "map", "chunks"])
+def test_what_was_interrupted_before_it_was_sent_is_not_waited_for(pool: Pool, how: str) -> None:
+    """`join` waited for its callback, for ever."""
+    callback = [].append
+    with pytest.raises(KeyboardInterrupt):
+        if how == "apply":
+            pool.apply_async(abs, (Interrupted(),), callback=callback)
+        else:
+            pool.map_async(abs, [1, Interrupted()], 1 if how == "map" else 2, callback=callback)
+    pool._callbacks.join()
+    assert not pool._callbacks.results
