@@ -217,7 +217,7 @@ class OrderedMap:
     def _take(self) -> None:
         """Take elements from the input while that is quick, and feed them in whole batches."""
         assert self._source is not None
-        taken, room = self._taken, self._room()
+        taken, room = self._taken, max(0, self._room())  # it may have shrunk since who calls has looked
         ended = False
         try:
             if self._at_hand:

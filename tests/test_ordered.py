@@ -303,3 +303,22 @@ def test_closing_twice_and_dropping() -> None:
 
 def test_a_map_that_was_never_made_is_quiet() -> None:
     OrderedMap.__new__(OrderedMap).__del__()
+
+
+def test_a_look_ahead_that_shrinks_takes_nothing_for_a_moment() -> None:
+    """That of "auto" batches does when their time is measured, in between two looks: it was taken for an error of the
+    input."""
+
+    class Shrinking(Fake):
+        looks = 0
+
+        def ahead(self, at_hand: bool) -> int:
+            self.looks += 1
+            return {3: 200, 4: 1}.get(self.looks, 64)
+
+    carrier = Shrinking(plan=lambda index, argument: Outcome(LOCAL_VALUE, argument, (), 2))
+    ordered = OrderedMap(carrier, iter(range(500)), Recovery(), at_hand=True, batch=1, eager_errors=True)
+    values: list[Any] = []
+    while ordered.advance():
+        values += ordered.take()
+    assert values == list(range(500))
