@@ -49,7 +49,7 @@ class Carrier(Protocol):
         """Elements fed so far; the next one gets this index."""
 
     def feed(self, arguments: list[Any]) -> None:
-        """Run these elements: bare arguments for one iterable, else tuples."""
+        """Run these elements: bare arguments for one iterable, else tuples. RuntimeError: nothing new may begin."""
 
     def again(self, index: int, argument: Any) -> None:
         """Run a failed element once more."""
@@ -97,6 +97,7 @@ class SpanCarrier:
         return self.run.scheduler.failure is None
 
     def feed(self, arguments: list[Any]) -> None:
+        self.run.check_open()
         self.run.feed(arguments)
 
     def again(self, index: int, argument: Any) -> None:

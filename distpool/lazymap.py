@@ -162,6 +162,7 @@ class LazyMap(Iterator[Any]):
         room = (self._room() + more) * (self._chunk or 1)
         until = time.monotonic() + _QUICK
         try:
+            self.run.check_open()  # else an endless input would keep it open
             while len(taken) < room:
                 taken.append(next(self._source))
                 if time.monotonic() > until and not (self._chunk and len(taken) % self._chunk):

@@ -209,6 +209,13 @@ class MapRun:
         self._taken = 0  # elements that left `_blocks`, less those put back; under the scheduler's lock
         self._sleepers: list[Any] = []
 
+    def check_open(self) -> None:
+        """RuntimeError after the executor's shutdown: nothing more is taken from an input that comes bit by bit."""
+        scheduler = self.scheduler
+        if scheduler.closing:
+            ended = "interpreter shutdown" if scheduler.node.exiting else "shutdown"
+            raise RuntimeError(f"cannot schedule new futures after {ended}")
+
     # -- feeding (user's thread) -------------------------------------------------------------------------------
 
     def feed(self, arguments: list[Any]) -> None:

@@ -214,3 +214,17 @@ def test_an_interrupt_behind_what_takes_a_result_out_costs_that_result(
     assert len(set(found)) == 9
     with pytest.raises(StopIteration):
         next(results)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_nothing_is_taken_after_the_shutdown(office: Office, robot: Robot, ordered: bool) -> None:
+    """Else whoever goes on with an endless input keeps the executor from ending. What was taken is delivered first."""
+    results = lazy(office, itertools.count(), ordered=ordered)
+    found = {results.next(time.monotonic() + PATIENCE)}
+    office.scheduler.closing = True
+    with pytest.raises(RuntimeError, match="^cannot schedule new futures after shutdown$"):
+        while True:
+            found.add(results.next(time.monotonic() + PATIENCE))
+    assert found == set(range(len(found))) and 4 <= len(found) <= 6
+    with pytest.raises(StopIteration):
+        next(results)
