@@ -287,6 +287,7 @@ class Crew:
         """The worker has run all it may run."""
         slot.retiring = True
         self.scheduler.slots.pop(slot.pid, None)
+        self.scheduler.reclaims.unpin(slot)  # now: when it is gone, the others may be as well
         self.supply.leaves(slot.pid)
         slot.member.say_goodbye(_PATIENCE)
         self._refill()
@@ -302,6 +303,7 @@ class Crew:
         surplus = len(staying) + self._launching - size
         for slot in sorted(staying, key=lambda slot: slot.load)[: max(0, surplus)]:
             slot.retiring = True
+            self.scheduler.reclaims.unpin(slot)
             if slot.load:
                 slot.recall(messages.Recall(slot.load, []))
             else:

@@ -88,10 +88,16 @@ class Reclaims:
         slot.member.on_last_words = slot.stop_clocks
         with scheduler.lock:
             unfinished = slot.unfinished()
-            pinned, slot.pinned = list(slot.pinned), collections.deque()
         for entry, index, count, ran in unfinished:
             for number in range(index, index + count):
                 scheduler.settle(entry, number, Outcome(RAISED_HERE, make_error(ran), (), slot.pid))
+        self.unpin(slot)
+
+    def unpin(self, slot: Slot) -> None:
+        """It is to go, or has gone: calls that wait for it go to others of those that may run them."""
+        scheduler = self._scheduler
+        with scheduler.lock:
+            pinned, slot.pinned = list(slot.pinned), collections.deque()
         for call in pinned:
             scheduler.enqueue(call)
         scheduler.pump()

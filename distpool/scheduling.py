@@ -214,11 +214,11 @@ class Scheduler:
         return False
 
     def _pin(self, call: Call) -> None:
-        """A call that only certain workers may run waits at the least loaded of them."""
+        """A call that only certain workers may run waits at the least loaded of them, if more may be sent there."""
         pids = call.policy.pids  # type: ignore[union-attr]
         candidates = [slot for slot in list(self.slots.values()) if slot.pid in pids and not slot.retiring]  # type: ignore[operator]
         if candidates:
-            min(candidates, key=lambda slot: slot.load + len(slot.pinned)).pinned.append(call)
+            min(candidates, key=lambda slot: (slot.exhausted, slot.load + len(slot.pinned))).pinned.append(call)
             return
         error = RuntimeError(f"none of the workers {sorted(pids)} is a living worker of this executor")  # type: ignore[arg-type]
         self.loop.call_soon(lambda: self.settle(call, 0, Outcome(RAISED_HERE, error, (), 1)))

@@ -97,6 +97,27 @@ def test_workers_that_are_sent_home_idle_have_not_died(
         until(lambda: len(crew.members) == 1, "the end of the second worker")
 
 
+def test_calls_for_a_worker_that_is_sent_home_go_to_another_one(make: Callable[..., ClusterExecutor]) -> None:
+    """At once: they waited for what runs there, and if the others had ended by then, for nobody."""
+    executor = make(2)
+    all_at_once(executor, 2)
+    gates = [Gate(), Gate()]
+    view = executor.options(pids=executor.workers)
+    futures = [view.submit(hold, gate.address, number) for number, gate in enumerate(gates)]
+    for gate in gates:
+        gate.arrivals(1)
+    waiting = [view.submit(abs, -number) for number in range(4)]
+    executor._crew.scheduler.pump()  # each has got its worker now
+    executor.scale(1)
+    until(lambda: len(executor.workers) == 1, "a worker that is to leave")
+    (stays,) = executor.workers
+    last = next(number for number, future in enumerate(futures) if future._call.slot.pid == stays)  # type: ignore[union-attr]
+    gates[last].close()
+    assert [future.result(PATIENCE) for future in waiting] == [0, 1, 2, 3]
+    gates[1 - last].close()
+    assert [future.result(PATIENCE) for future in futures] == [0, 1]
+
+
 def test_replaced_after_so_many_tasks(make: Callable[..., ClusterExecutor], tmp_path: Path) -> None:
     executor = make(2, max_tasks_per_child=5)
     futures = [executor.submit(note, tmp_path / "ran", number) for number in range(100)]
