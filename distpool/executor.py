@@ -203,6 +203,7 @@ class ClusterExecutor(Submitter):
         crew.scheduler.closing = True
         if cancel_futures:
             crew.scheduler.cancel_waiting(spare=crew.coming)
+        crew.node.loop.call_soon(crew.scheduler.pump)  # Ctrl-C in a submit may have left its call to nobody
         crew.node.loop.call_soon(crew.scheduler.check_done)
         if wait:
             crew.wait()

@@ -86,6 +86,7 @@ def _at_exit(node: Node) -> None:
             with node.loop.following():
                 crew.finished.wait(max(0.0, deadline - time.monotonic()))
         else:
+            node.loop.call_soon(crew.scheduler.pump)
             node.loop.call_soon(crew.scheduler.check_done)
             crew.wait()
     if not interrupted:

@@ -376,9 +376,13 @@ class MapRun:
 
     def fail_rest(self, outcome: Outcome) -> None:
         """Nothing of this map will be sent any more."""
-        while blocks := self._urgent or self._blocks:
-            block = blocks.popleft()
-            self._taken += len(block.items)
+        while True:
+            with self.scheduler.lock:  # somebody may still feed, and so dispatch
+                blocks = self._urgent or self._blocks
+                if not blocks:
+                    return
+                block = blocks.popleft()
+                self._taken += len(block.items)
             for offset in range(len(block.items)):
                 self.settle(block.index + offset, outcome)
 

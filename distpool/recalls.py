@@ -10,14 +10,13 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from distpool.mapruns import MapRun
 from distpool.slots import Slot
 from distpool.transport.ioloop import IoLoop
 from distpool.wire import messages
-
-if TYPE_CHECKING:
-    from distpool.work import Call
+from distpool.work import Call
 
 _PATIENCE = 2.0  # seconds to wait for workers' answers
 
@@ -57,12 +56,21 @@ class Recalls:
                 continue
             with self._loop.following():
                 event.wait(max(0.0, deadline - time.monotonic()))
+        return self.conclude(calls)
+
+    def conclude(self, calls: list[Call]) -> list[Call]:
+        """Nobody waits for these any more; those that will not run."""
         with self._lock:
             for call in calls:
                 call.cancelled = call.slot is None  # an answer that comes later puts the others back
                 if call.cancelled:
                     call.release()
             return [call for call in calls if call.cancelled]
+
+    def interrupted(self, calls: list[Call]) -> None:
+        """Ctrl-C while they were asked for: what has come back was let go, and is nobody else's to end."""
+        for call in self.conclude(calls):
+            call.future.cancel()
 
     def answered(self, slot: Slot, sequences: list[int]) -> None:
         """The worker has answered for these. Leader."""
@@ -79,6 +87,22 @@ class Recalls:
             event.set()
 
 
+def take_waiting(queue: Any, slots: list[Slot], spare: int) -> tuple[list[MapRun], list[Call], list[Call]]:
+    """Take the maps out of the queue; they, the calls that wait but for the first `spare`, and those that workers have.
+    The scheduler's lock is held."""
+    waiting = list(queue)  # others append meanwhile
+    runs = [entry for entry in waiting if type(entry) is MapRun]
+    for run in runs:  # now: calls that come back would make room for their elements
+        queue.remove(run)
+        run.queued = False
+    calls = [entry for entry in waiting if type(entry) is Call][spare:]
+    ahead: list[Call] = []
+    for slot in slots:  # the leader changes what is in flight without the lock
+        calls.extend(slot.pinned)
+        ahead.extend(entry for entry in list(slot.inflight.values()) if type(entry) is Call)
+    return runs, calls, ahead
+
+
 def withdraw(run: Any, slots: list[Slot]) -> None:
     """Nobody wants the rest of this map: recall what workers have not started. Leader."""
     for slot in slots:
@@ -89,4 +113,4 @@ def withdraw(run: Any, slots: list[Slot]) -> None:
             slot.recall(messages.Recall(slot.load, []))
 
 
-__all__ = ["Recalls", "withdraw"]
+__all__ = ["Recalls", "take_waiting", "withdraw"]

@@ -28,7 +28,7 @@ from distpool.logs import Log
 from distpool.mapruns import MapRun
 from distpool.node.deliveries import Deliveries
 from distpool.node.node import Node, existing
-from distpool.recalls import Recalls, withdraw
+from distpool.recalls import Recalls, take_waiting, withdraw
 from distpool.reclaim import Reclaims
 from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.retries import Retries
@@ -119,9 +119,12 @@ class Scheduler:
         self.check_process()
         if self.lock._is_owned():
             return False  # a finalizer in the middle of the dispatch: too late
-        events = self._whole(lambda: self._begin_cancel(call))
         try:
+            events = self._whole(lambda: self._begin_cancel(call))
             return events is None or bool(events and self._recalls.wait([call], events))
+        except BaseException:
+            self._recalls.interrupted([call])
+            raise
         finally:
             self._whole(lambda: None)
 
@@ -470,27 +473,26 @@ class Scheduler:
         `meanwhile` is called before the workers' answers are waited for. `spare`: so many calls at the head of the
         queue count as started: those of workers that are still coming up.
         """
-        with self.lock:
-            # Maps leave the queue now: calls that come back would make room for their elements.
-            waiting = list(self._queue)  # others append meanwhile
-            runs = [entry for entry in waiting if type(entry) is MapRun]
-            for run in runs:
-                self._queue.remove(run)
-                run.queued = False
-            calls = [entry for entry in waiting if type(entry) is Call][spare:]
-            ahead: list[Call] = []
-            for slot in list(self.slots.values()):  # the leader changes these, and what is in flight, without the lock
-                calls.extend(slot.pinned)
-                ahead.extend(entry for entry in list(slot.inflight.values()) if type(entry) is Call)
-        self._look_again()
+        calls, ahead = self._whole(lambda: self._take_waiting(spare))
         for call in calls:
             call.future.cancel()
-        events = self._recalls.ask(ahead)
+        try:
+            events = self._whole(lambda: self._recalls.ask(ahead))
+            meanwhile()
+            for call in self._recalls.wait(ahead, events):
+                call.future.cancel()
+        except BaseException:
+            self._recalls.interrupted(ahead)
+            raise
+        finally:
+            self._look_again()
+
+    def _take_waiting(self, spare: int) -> tuple[list[Call], list[Call]]:
+        """The calls that wait here and that workers have; maps are cancelled."""
+        with self.lock:
+            runs, calls, ahead = take_waiting(self._queue, list(self.slots.values()), spare)
         self.loop.call_soon(lambda: self._cancel_maps(runs))
-        meanwhile()
-        for call in self._recalls.wait(ahead, events):
-            call.future.cancel()
-        self._look_again()
+        return calls, ahead
 
     def _cancel_maps(self, runs: list[MapRun]) -> None:
         for run in runs:

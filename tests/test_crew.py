@@ -231,3 +231,23 @@ def test_a_worker_that_ignores_sigterm_leaves_when_its_call_is_done(
     assert future.result(PATIENCE) == arrival.ospid
     executor._crew.wait(PATIENCE)
     assert executor._crew.finished.is_set()
+
+
+def test_a_call_whose_submit_was_interrupted_does_not_keep_the_executor_open(
+    make: Callable[..., ClusterExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was in the queue and nobody had been told: shutdown waited for it, for ever."""
+    executor = make(1)
+    all_at_once(executor, 1)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executor._crew.scheduler, "pump", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            executor.submit(abs, -1)
+    ended = threading.Thread(target=executor.shutdown, daemon=True)
+    ended.start()
+    ended.join(PATIENCE)
+    assert not ended.is_alive()

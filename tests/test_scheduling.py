@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from fakes import PATIENCE, FakeWorker, Office, fresh, result, together
 
-from distpool import config, scheduling
+from distpool import config, mapruns, scheduling
 from distpool.lazymap import open_entry
+from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.wire import messages
 from distpool.wire.frames import Kind
 from distpool.work import Policy
@@ -759,3 +760,63 @@ def test_the_time_limit_of_a_call_whose_worker_was_given_back(office: Office) ->
     slot._clocks[2] = office.node.loop.call_later(1000.0, int)
     slot.member.on_last_words()
     assert not slot._clocks and slot.usable
+
+
+@pytest.mark.parametrize("answer", ["before", "behind", "never"])
+@pytest.mark.parametrize("all_of_them", [False, True], ids=["one", "all"])
+def test_an_interrupt_while_a_call_is_recalled_leaves_it_with_an_end(
+    office: Office, monkeypatch: pytest.MonkeyPatch, answer: str, all_of_them: bool
+) -> None:
+    """What had come back was dropped, and nobody ended it: `result()` waited for ever."""
+    worker = office.worker(2)
+    futures = [office.submit(number) for number in range(2)]
+    first, _ = worker.start()
+    ahead = first + 1
+
+    def back() -> None:
+        office.recalled(worker, [ahead], [ahead])
+
+    def interrupted(calls: list[Any], events: list[Any]) -> list[Any]:
+        assert len(events) == 1
+        if answer == "before":
+            back()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(office.scheduler._recalls, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        if all_of_them:
+            office.scheduler.cancel_waiting()
+        else:
+            futures[1].cancel()
+    if answer == "before":
+        assert futures[1].cancelled()
+        return
+    if answer == "behind":
+        back()
+    office.results(worker, (first, 0))
+    office.finish(worker)
+    assert [future.result(PATIENCE) for future in futures] == [0, 1]
+
+
+def test_a_map_is_failed_and_sent_at_the_same_time(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its consumer feeds it while the leader ends what waits: each element ends once, one way or the other."""
+    run = office.run(list(range(50)), fresh(), ordered=False)
+    worker = office.worker(2)
+    popped, failed = threading.Event(), threading.Event()
+    take = mapruns._Scalars.take
+
+    def slowly(block: Any, of: Any, count: int) -> Any:
+        popped.set()
+        failed.wait(0.2)  # it must wait for us
+        return take(block, of, count)
+
+    monkeypatch.setattr(mapruns._Scalars, "take", slowly)
+    thread = threading.Thread(target=lambda: (office.finish(worker), office.finish(worker)))
+    thread.start()
+    assert popped.wait(PATIENCE)
+    run.fail_rest(Outcome(RAISED_HERE, CancelledError(), (), 1))
+    failed.set()
+    thread.join(PATIENCE)
+    while worker.inbox:
+        office.finish(worker)
+    assert run.settled == 50 and sorted(run.ready) == list(range(50)) and run.remaining == 0
