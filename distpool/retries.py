@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from distpool.logs import Log
 from distpool.node.node import Node
+from distpool.refs.lent import Lent
 from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.transport.ioloop import Timer
 
@@ -46,6 +47,8 @@ class Retries:
         again = False
         try:
             _, error = call.future._open(outcome)
+            if type(outcome) is Lent and error is not None:  # opened twice, its references would be given back twice
+                outcome = Outcome(RAISED_HERE, error, (), outcome.pid)
             again = error is not None and policy.may_retry(error)
         except BaseException as failure:  # the user's retry_check raised, or left: that error counts
             outcome = Outcome(RAISED_HERE, failure, (), 1)

@@ -10,6 +10,8 @@ import pytest
 from fakes import PATIENCE, Office, fresh
 from wires import until
 
+import distpool
+from distpool import Channel, ClusterExecutor, RemoteChannel
 from distpool.policy import make_policy
 from distpool.work import Policy
 
@@ -162,3 +164,22 @@ def test_the_executor_is_not_idle_meanwhile(office: Office) -> None:
     assert not idle.is_set()
     office.on_leader(lambda: office.scheduler.fail_all(lambda: RuntimeError("over")))
     assert type(future.exception(PATIENCE)) is RuntimeError and idle.wait(PATIENCE)
+
+
+def _fail_with_a_channel() -> None:
+    channel = RemoteChannel(lambda: Channel(1))
+    channel.put("kept")
+    raise TypeError(channel)
+
+
+def test_an_error_that_is_not_retried_keeps_its_references() -> None:
+    """It was opened to be looked at, and again by whoever asked: the references of the first were given back, and those
+    of the second had nothing behind them."""
+    with ClusterExecutor(1, retries=1, retry_check=ValueError) as executor:
+        for _ in range(10):
+            error = executor.submit(_fail_with_a_channel).exception(PATIENCE)
+            assert isinstance(error, TypeError)
+            channel = error.args[0]
+            for _ in range(3):  # whatever is to be given back has been
+                distpool.remotecall_fetch(abs, channel.where, -1)
+            assert channel.take(timeout=PATIENCE) == "kept"
