@@ -426,8 +426,8 @@ class Scheduler:
         for call in stranded:
             self.settle(call, 0, Outcome(RAISED_HERE, make_error(False), (), slot.pid))
         for entry, index in failed:
-            ended = timed_out and type(entry) is Call and entry.sequence == timed_out
-            error: BaseException = TimeoutError(slot.timeout_text) if ended else make_error(True)
+            text = timed_out.get(entry.sequence) if type(entry) is Call else None
+            error: BaseException = TimeoutError(text) if text is not None else make_error(True)
             outcome = Outcome(RAISED_HERE, error, (), slot.pid)
             if type(entry) is Call and entry.policy is not None and entry.attempt < entry.policy.retries:
                 self.retries.consider(entry, outcome)

@@ -63,7 +63,6 @@ class Slot:
         self.done = 0
         self.failed = 0
         self.since = 0.0  # monotonic seconds: when a call was sent to it while it was idle, or its last results came
-        self.timeout_text = ""
         self.forwarded: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # calls of its tasks
         self._remaining = max_tasks  # calls it may still be sent
         self._next = 1
@@ -71,7 +70,7 @@ class Slot:
         self._function_bytes = 0
         self._spread: set[int] = set()  # those of which others may get their copy from it
         self._clocks: dict[int, Any] = {}  # sequence number -> timer, of calls with a time limit
-        self._timed_out = 0  # number of the call for whose limit it was ended
+        self._timed_out: dict[int, str] = {}  # number of a call whose time was up -> what to say
 
     # -- how much more -----------------------------------------------------------------------------------------
 
@@ -300,10 +299,10 @@ class Slot:
             if not self.has_started(sequence) and (self.load > 1 or time.monotonic() - sent < _UNBEGUN):
                 self._wind_clock(loop, sequence, max(seconds, _LOOK), text, sent)
                 return
-            self._timed_out = sequence
-            self.timeout_text = text
+            self._timed_out[sequence] = text
             self.member.kill(text)
 
+        self._clocks.setdefault(sequence)  # first: this thread may stand still for longer than the limit
         self._clocks[sequence] = loop.call_later(seconds, time_is_up)
 
     def stop_clock(self, sequence: int) -> None:
@@ -312,8 +311,8 @@ class Slot:
         if clock is not None:
             clock.cancel()
 
-    def stop_clocks(self) -> int:
-        """The worker is gone; the number of the call for whose limit it was ended, or 0."""
+    def stop_clocks(self) -> dict[int, str]:
+        """The worker is gone; the numbers of the calls whose time was up, as a rule one, and the text of the error."""
         for sequence in list(self._clocks):
             self.stop_clock(sequence)
         return self._timed_out

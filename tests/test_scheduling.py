@@ -506,6 +506,40 @@ def test_time_that_a_call_stands_behind_another_one_does_not_count(office: Offic
     assert type(limited.exception(0)) is TimeoutError and type(first.exception(0)) is not TimeoutError
 
 
+def test_a_time_limit_shorter_than_it_takes_to_note_it(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its timer found nothing noted, and the call had no limit at all."""
+    worker, loop = office.worker(2), office.node.loop
+    call_later = loop.call_later
+
+    def slowly(seconds: float, callback: Callable[[], object]) -> Any:
+        fired = threading.Event()
+        timer = call_later(seconds, lambda: (callback(), fired.set()))
+        if not loop.leads:
+            assert fired.wait(PATIENCE)
+        return timer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "call_later", slowly)
+        limited = office.submit(1, policy=Policy(timeout=0.01))
+    worker.start()
+    worker.wait(lambda: worker.killed, "its time is up")
+    office.lost(worker)
+    assert type(limited.exception(0)) is TimeoutError
+
+
+def test_two_calls_whose_time_is_up_before_their_worker_is_gone(office: Office) -> None:
+    """One waits for the other: only the last of the two was told so, the other that its worker had died."""
+    worker = office.worker(2)
+    outer = office.submit(1, policy=Policy(timeout=0.05))
+    worker.start()
+    office.frame(worker, Kind.BLOCKED, messages.Blocked(1).pack())
+    inner = office.submit(2, policy=Policy(timeout=0.05))
+    worker.start()
+    worker.wait(lambda: len(worker.killed) == 2, "both times are up")
+    office.lost(worker)
+    assert type(outer.exception(0)) is TimeoutError and type(inner.exception(0)) is TimeoutError
+
+
 def test_a_call_within_its_time_limit(office: Office) -> None:
     worker = office.worker(2)
     future = office.submit(1, policy=Policy(timeout=0.2))
