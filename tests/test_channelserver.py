@@ -18,7 +18,7 @@ from distpool.refs import ahead, channels
 from distpool.refs.refs import Outcome
 from distpool.wire import codec
 from distpool.wire.frames import Kind
-from distpool.wire.records import PLAIN_ERROR
+from distpool.wire.records import PLAIN_ERROR, VALUE
 
 WAIT = 30.0
 
@@ -289,6 +289,76 @@ def test_finalizing_again_does_not_touch_another_object_of_the_same_reference(te
     with contextlib.suppress(TimeoutError):
         second.put("item", timeout=WAIT)
     assert second.take(timeout=WAIT) == "item"
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+@pytest.mark.parametrize("operation", ["take", "fetch", "wait", "put"])
+def test_who_waits_when_the_reference_is_finalized(team: list[int], operation: str, where: str) -> None:
+    """Nobody else may be left who could serve it; and later it must not swallow an item, nor its own come late."""
+    channel = RemoteChannel(lambda: Channel(1), 1 if where == "here" else team[0])
+    if operation == "put":
+        channel.put("first")
+    kept = remotecall_fetch(Kept, team[1], channel)
+    arguments = ("late",) if operation == "put" else ()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(getattr(channel, operation), *arguments)
+        wait_until(lambda: channel._waits)
+        channel.finalize()
+        with pytest.raises(RuntimeError, match="was finalized"):
+            waiting.result(WAIT)
+    if operation != "put":
+        remotecall_fetch(Kept.put, team[1], kept, "first")
+    assert remotecall_fetch(Kept.rest, team[1], kept) == ["first"]
+
+
+class Kept:
+    """A channel that its process holds, for others to use by number."""
+
+    held: dict[int, RemoteChannel] = {}
+
+    def __new__(cls, channel: RemoteChannel) -> Any:
+        cls.held[channel.id] = channel
+        return channel.id
+
+    @staticmethod
+    def put(number: int, item: Any) -> None:
+        Kept.held[number].put(item, timeout=WAIT)
+
+    @staticmethod
+    def rest(number: int) -> list[Any]:
+        Kept.held[number].close()
+        return list(Kept.held.pop(number))
+
+
+def test_an_item_that_comes_when_the_reference_was_finalized(team: list[int]) -> None:
+    """The owner had served it just before: it goes back to the head."""
+    channel, inside = here(2)
+    remotecall_fetch(Kept, team[0], channel)
+    number = channel.id
+
+    def take_and_finalize() -> str:
+        """The answer comes when the waiter has been told."""
+        reference = Kept.held[number]
+        give_up = channels._RemoteReply._give_up
+
+        def answered(late: Any) -> None:
+            nodes.current().peers.requests.settle(late.number, VALUE, codec.encode("item")[0], [])
+            give_up(late)
+
+        channels._RemoteReply._give_up = answered  # type: ignore[method-assign]
+        other = threading.Thread(target=lambda: (wait_until(lambda: reference._waits), reference.finalize()))
+        other.start()
+        try:
+            reference.take(timeout=WAIT)
+        except RuntimeError as error:
+            return str(error)
+        finally:
+            other.join()
+            channels._RemoteReply._give_up = give_up  # type: ignore[method-assign]
+        return "taken"
+
+    assert "finalized" in remotecall_fetch(take_and_finalize, team[0])
+    assert inside.take(timeout=WAIT) == "item"
 
 
 def test_an_item_that_was_put_ahead_into_a_closed_channel_tells_so() -> None:

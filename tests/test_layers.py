@@ -163,6 +163,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("refs.refs", "refs.finalized"),
         ("refs.gc", "refs.finalized"),
         ("refs.remote", "refs.finalized"),
+        ("refs.channels", "refs.finalized"),
         ("refs.gc", "refs.owner"),
         ("refs.gc", "refs.refs"),
         ("refs.ahead", "refs.owner"),

@@ -11,6 +11,7 @@ What user code may do in finalizers and signal handlers: `refs.channelcore`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -36,6 +37,8 @@ from distpool.wire.messages import ERROR, UNSENDABLE
 from distpool.wire.records import PLAIN_ERROR
 
 _CLOSED = "Channel is closed."
+#: Of each thread: the RemoteChannel through which it uses a channel of this process; it hears of who waits.
+through: Any = threading.local()
 _INSIDE = "a finalizer or signal handler that runs in the middle of an operation on this channel cannot wait for it"
 
 
@@ -174,8 +177,11 @@ class Channel(ChannelCore):
             if not reply._finish(FINISHED, outcome) and taken:
                 self._undo(taken[0], outcome)
 
+        reference = getattr(through, "reference", None)
         waiter = start(served)
         try:
+            if reference is not None and not reply.done():
+                reference.note(waiter, lambda error: self.withdraw(waiter, error))
             if (inside or leads()) and not reply.done():  # nobody could answer: see above
                 if waiter.kind == "put":
                     return None
@@ -191,6 +197,9 @@ class Channel(ChannelCore):
                 self._undo(waiter, reply._raw)  # it was served while we gave up
             reply._exception = None  # its traceback has this frame: a cycle would keep what the callers hold
             raise
+        finally:
+            if reference is not None:
+                reference.forget(waiter)
 
     def _undo(self, waiter: Waiter, outcome: Outcome) -> None:
         if waiter.kind == "take" and outcome.status != RAISED_HERE:

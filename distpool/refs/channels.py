@@ -28,11 +28,12 @@ from distpool.node import node as nodes
 from distpool.node.node import Node
 from distpool.refs import gc
 from distpool.refs.ahead import Ahead, group_of, settle_puts
-from distpool.refs.channel import Channel, ChannelReply
+from distpool.refs.channel import Channel, ChannelReply, through
+from distpool.refs.finalized import FINALIZED
 from distpool.refs.gc import Handle, Loan, Reference
 from distpool.refs.lent import carries_references, received
 from distpool.refs.owner import RRID
-from distpool.refs.refs import RAISED_HERE, Future
+from distpool.refs.refs import FINISHED, RAISED_HERE, Future, Outcome
 from distpool.refs.remote import _Waiting, stable
 from distpool.wire import codec, structs
 from distpool.wire.frames import Kind
@@ -51,6 +52,8 @@ class RemoteChannel(Reference):
     """
 
     _ahead: Ahead | None = None  # once the owner has reserved room for items of this process
+    #: What threads of this process wait for through this object, and how it is ended. Single operations.
+    _waits: dict[Any, Callable[[BaseException], object]] | None = None
 
     def __init__(self, factory: Callable[[], Any] | int | None = None, pid: int | None = None) -> None:
         factory, pid = as_int(factory), as_int(pid)
@@ -85,6 +88,23 @@ class RemoteChannel(Reference):
 
     def __repr__(self) -> str:
         return f"RemoteChannel(where={self.where}, whence={self.whence}, id={self.id})"
+
+    def finalize(self) -> None:
+        """Give the reference back now; any later use raises RuntimeError, and so does what waits. May be called again."""
+        super().finalize()
+        for end in list((self._waits or {}).values()):
+            end(RuntimeError(FINALIZED))
+
+    def note(self, waiter: Any, end: Callable[[BaseException], object]) -> None:
+        """A thread waits through this object: if that is finalized, nobody else may be left who could serve it."""
+        self.__dict__.setdefault("_waits", {})[waiter] = end
+        if self._finalized:  # meanwhile
+            end(RuntimeError(FINALIZED))
+
+    def forget(self, waiter: Any) -> None:
+        """It does not wait any more."""
+        if self._waits is not None:
+            self._waits.pop(waiter, None)
 
     # -- operations --------------------------------------------------------------------------------------------
 
@@ -156,7 +176,12 @@ class RemoteChannel(Reference):
                 raise RuntimeError("this channel does not exist any more")
             if type(entry.channel) is not Channel:  # which sees to it itself
                 settle_puts()
-            return run_here(self._refs.node, entry.channel, op, arguments, timeout)
+            before = getattr(through, "reference", None)
+            through.reference = self
+            try:
+                return run_here(self._refs.node, entry.channel, op, arguments, timeout)
+            finally:
+                through.reference = before
         if not arguments:
             return self._perform(op, b"", [], timeout, 0)
         seen: list[Any] = []
@@ -173,6 +198,7 @@ class RemoteChannel(Reference):
             if timeout is not None:
                 timeout = timeout + 0.0  # a bad argument is a TypeError here, and none of `struct`
             self._request(reply, data, buffers, timeout, count, lent)
+            self.note(reply, reply.end)
             if op in ("put", "close") and self._refs.node.loop.leads:
                 return None  # of a finalizer on the thread that would receive the answer: done, and not waited for
             return reply.result(None if timeout is None else timeout + _OWNER_GRACE)
@@ -180,6 +206,7 @@ class RemoteChannel(Reference):
             reply.abandon()
             raise
         finally:
+            self.forget(reply)
             del reply  # it has the error, whose traceback has this frame: a cycle would keep what the callers hold
 
     def _ask(self, op: str) -> Future[Any]:
@@ -197,7 +224,8 @@ class RemoteChannel(Reference):
         count: int,
         lent: Sequence[Any] = (),
     ) -> None:
-        handle, node = self._live(), self._refs.node
+        handle, node = self._live() if reply.op != "restore" else self._handle, self._refs.node
+        assert handle is not None
         where = handle.where
         dead = node.peers.dead.get(where)
         if dead is not None:
@@ -209,8 +237,12 @@ class RemoteChannel(Reference):
             if reply.op == "put" and status == VALUE and len(body) == CREDIT.size:  # not a class of the user's
                 self._may_put(body)
                 body = _NONE
-            if reply._settle(received(status, body, parts, where)):
-                node.deliver(reply._run_callbacks)
+            outcome = received(status, body, parts, where)
+            found: _RemoteReply | None = reply
+            if not reply._finish(FINISHED, outcome) and (found := reply.late) is not None:
+                found._settle(outcome)
+            if found is not None and found.__dict__.get("_done_callbacks"):
+                node.deliver(found._run_callbacks)
 
         reply.number = node.peers.requests.new(where, answer, lambda error: answer(RAISED_HERE, error, ()))
         message = structs.ChannelOp(reply.number, reply.op, *handle.rrid, timeout, count)
@@ -250,11 +282,20 @@ class _RemoteReply(ChannelReply):
     """An answer that, if nobody waits for it any more, must not swallow an item."""
 
     number = 0
+    late: _RemoteReply | None = None  # gets the answer if this one has ended before
 
     def __init__(self, channel: RemoteChannel, op: str) -> None:
         self.op = op
         self._channel = channel
         self._call = _Waiting(channel._refs)
+
+    def end(self, error: BaseException) -> None:
+        """Whoever waits gets `error`, and an item that comes all the same goes back."""
+        late = _RemoteReply(self._channel, self.op)
+        late.number = self.number
+        self.late = late
+        if self._finish(FINISHED, Outcome(RAISED_HERE, error, (), 0)):
+            late._give_up()
 
     def abandon(self) -> None:
         """Whoever asked has got an error instead of the answer."""
