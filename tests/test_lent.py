@@ -343,3 +343,56 @@ def test_references_of_results_are_moved_once(team: list[int]) -> None:
             del channel
             wait_until(lambda: len(set(distpool.debug.refs(owner)) - before) == int(keep))
     wait_until(lambda: not set(distpool.debug.refs(owner)) - before)
+
+
+# -- answers of workers that die -------------------------------------------------------------------------------------
+
+
+def keep(channel: RemoteChannel) -> None:
+    nodes.current().kept_by_test = channel
+
+
+def answer_and_die(how: str) -> Any:
+    """The answer holds a reference, and this process is killed as soon as it is sent. "unsent": as above."""
+    peers = nodes.current().peers
+    send = peers.send
+
+    def last(pid: int, kind: Any, *rest: Any) -> None:
+        if kind != Kind.CLIENTS or not how.startswith("unsent"):
+            send(pid, kind, *rest)
+        if kind == Kind.REPLY:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    peers.send = last  # type: ignore[method-assign]
+    if how == "unsent error":
+        raise KeyError(nodes.current().kept_by_test)
+    return [nodes.current().kept_by_test]
+
+
+def ask_and_take(worker: int, how: str) -> Any:
+    """In the process that asks: the item of the channel, when the worker is known to be gone."""
+    try:
+        channel = remotecall_fetch(answer_and_die, worker, how)[0]
+    except distpool.RemoteException as error:
+        channel = error.captured.ex.args[0]
+    wait_until(lambda: worker in nodes.current().peers.dead)
+    return channel.take(timeout=WAIT)
+
+
+@pytest.mark.parametrize("how", ["first contact", "unsent", "unsent error"])
+def test_references_in_the_last_answer_of_a_worker(team: list[int], how: str) -> None:
+    """Its owner counts right. The master tells owners of the reference and of the death; another process does not get
+    the answer before there is a link on which the owner hears of it."""
+    owner, other = team
+    before = set(distpool.debug.refs(owner))
+    (worker,) = distpool.addprocs(1)
+    channel = remotecall_fetch(make_full, owner)
+    key = distpool.remoteref_id(channel)
+    remotecall_fetch(keep, worker, channel)
+    del channel
+    wait_until(lambda: distpool.debug.refs(owner)[key] == {worker})
+    asks = remotecall_fetch if how == "first contact" else lambda f, pid, *args: f(*args)
+    assert asks(ask_and_take, other, worker, how) == "inside"
+    gc.collect()
+    wait_until(lambda: not set(distpool.debug.refs(owner)) - before)
+    assert not remotecall_fetch(lambda: set(nodes.current().refs.owner._entries), owner) - before

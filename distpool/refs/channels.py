@@ -90,7 +90,7 @@ class RemoteChannel(Reference):
         return f"RemoteChannel(where={self.where}, whence={self.whence}, id={self.id})"
 
     def finalize(self) -> None:
-        """Give the reference back now; any later use raises RuntimeError, and so does what waits. May be called again."""
+        """Give the reference back now; what waits through it, and any later use, raises RuntimeError. May be repeated."""
         super().finalize()
         for end in list((self._waits or {}).values()):
             end(RuntimeError(FINALIZED))

@@ -259,8 +259,7 @@ class _Requests:
         except BaseException:
             self._answers.reply_error(pid, request, error)
             return
-        self._refs.lend(seen, pid)
-        self._answers.reply(pid, request, PLAIN_ERROR, data)
+        self._answers.reply(pid, request, PLAIN_ERROR, data, (), self._answers.near(seen, pid))
 
     def _run(self, message: Any, pid: int, body: bytes, buffers: list[Any], channel: Any) -> None:
         """On a library thread: whatever may run user code or block."""

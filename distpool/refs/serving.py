@@ -5,6 +5,8 @@ Frames are handled on the leader; serialising a value is user code, so that happ
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from distpool.refs import gc
@@ -19,6 +21,7 @@ from distpool.wire.codec import SCALARS
 from distpool.wire.failures import encode_exception
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
+from distpool.wire.records import ENTRUSTED, pack_entrusted, split_entrusted
 from distpool.wire.structs import REPLY, unpack_reply
 
 if TYPE_CHECKING:
@@ -46,6 +49,10 @@ class Serving:
         request, status = unpack_reply(frame.control)
         buffers = [link.segments.open(buffer) for buffer in frame.buffers] if frame.buffers else []
         body = bytes(frame.body)
+        if status & ENTRUSTED:  # by whom we cannot have told of its death
+            rows, body = split_entrusted(body)
+            status &= ~ENTRUSTED
+            self._refs.take_over(int(link.peer), rows)
         if not self._refs.node.peers.requests.settle(request, status, body, buffers):
             received(status, body, buffers, int(link.peer))  # nobody waits any more: not opened
 
@@ -98,13 +105,38 @@ class Serving:
         elif outcome.status == RAISED_HERE:
             self._refs.node.deliver(lambda: self.reply_error(pid, request, outcome.data))
         else:
-            if isinstance(outcome, Stored):
-                outcome.lend(pid)
-            self.reply(pid, request, outcome.status, outcome.data, outcome.buffers)
+            references = outcome.references if isinstance(outcome, Stored) else []
 
-    def reply(self, pid: int, request: int, status: int, data: bytes, buffers: Any = ()) -> None:
-        """Send an answer as it is."""
+            def send() -> None:
+                self.reply(pid, request, outcome.status, outcome.data, outcome.buffers, self.near(references, pid))
+
+            if references:
+                self._refs.node.deliver(send)
+            else:
+                send()
+
+    def reply(
+        self, pid: int, request: int, status: int, data: bytes, buffers: Any = (), lent: Sequence[Any] = ()
+    ) -> None:
+        """Send an answer as it is. `lent`: the references in it; those of third processes go to the master as they do
+        with results of executors (`Refs.entrust`), because what we tell their owners may go with us."""
+        if lent and pid == 1:
+            rows = self._refs.entrust(lent)
+            if rows:
+                status, data = status | ENTRUSTED, pack_entrusted(rows) + data
+        elif lent:
+            self._refs.lend(lent, pid)
         self._refs.node.peers.send(pid, Kind.REPLY, REPLY.pack(request, status), data, list(buffers))
+
+    def near(self, references: list[Any], pid: int) -> list[Any]:
+        """These, when there are links to the third processes that own them: what those are told before `pid` gets its
+        answer does not wait in this process then, and go with it. Not on the leader."""
+        peers, me = self._refs.node.peers, self._refs.node.pid
+        if pid != 1:
+            for owner in {loan.handle.where for loan in references if type(loan) is gc.Loan} - {me, pid}:
+                with contextlib.suppress(Exception):  # then it goes another way, or is dead
+                    peers.ensure(owner)
+        return references
 
     def reply_value(self, pid: int, request: int, value: Any) -> None:
         """Serialise and send a value; references in it are lent to `pid` first. Not on the leader."""
@@ -114,18 +146,15 @@ class Serving:
         except BaseException as error:
             self.reply_error(pid, request, error, UNSENDABLE)
             return
-        if seen:
-            self._refs.lend(seen, pid)
         settle_puts(pid)
-        self.reply(pid, request, VALUE, data, stable(buffers))
+        self.reply(pid, request, VALUE, data, stable(buffers), self.near(seen, pid))
 
     def reply_error(self, pid: int, request: int, error: BaseException, status: int = ERROR) -> None:
         """Serialise and send an error. Not on the leader."""
         seen: list[Any] = []
         data = encode_exception(error, pid, seen=seen)
-        self._refs.lend(seen, pid)
         settle_puts(pid)
-        self.reply(pid, request, status, data)
+        self.reply(pid, request, status, data, (), self.near(seen, pid))
 
 
 def serving(node: Any) -> Serving:
