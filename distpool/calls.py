@@ -23,7 +23,7 @@ from distpool.node import reach
 from distpool.node.node import Node
 from distpool.refs import channelserver, gc
 from distpool.refs.ahead import settle_puts
-from distpool.refs.lent import received, stored
+from distpool.refs.lent import decode_lent, give_back, received, stored
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.refs.remote import RemoteFuture, _Waiting, stable
@@ -402,15 +402,20 @@ class Callee:
 
     def _value(self, message: Any, body: bytes, buffers: list[Any], call: Any) -> Any:
         """A frame of its own, so that `_failed` can empty it."""
-        function = self._function(message, body, buffers)
-        args, kwargs = codec.decode_args(body[message.function_bytes :], buffers[message.function_buffers :])
-        del buffers
+        arguments, parts = body[message.function_bytes :], buffers[message.function_buffers :]
+        try:
+            function = self._function(message, body, buffers)
+        except BaseException:
+            give_back(arguments, parts)
+            raise
+        args, kwargs = decode_lent(codec.decode_args, arguments, parts)
+        del buffers, parts
         return call(function, args, kwargs)
 
     def _function(self, message: Any, body: bytes, buffers: list[Any]) -> Any:
         data = body[: message.function_bytes]
         if not message.reusable:
-            return decode_function(data, buffers[: message.function_buffers])
+            return decode_lent(decode_function, data, buffers[: message.function_buffers])
         function = self._functions.get(data)
         if function is None:
             function = decode_function(data, buffers[: message.function_buffers])

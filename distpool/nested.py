@@ -33,7 +33,7 @@ from distpool.node import node as nodes
 from distpool.node.node import Node
 from distpool.policy import make_policy
 from distpool.refs.ahead import settle_puts
-from distpool.refs.lent import carries_references, received
+from distpool.refs.lent import carries_references, decode_lent, give_back, received
 from distpool.refs.refs import CANCELLED_AND_NOTIFIED, LOCAL_VALUE, RAISED_HERE, Future, Outcome
 from distpool.wire import codec, messages
 from distpool.wire.failures import encode_exception, pass_on
@@ -180,8 +180,13 @@ def _submit_again(
     """On a library thread: a call with references, as one of this process."""
     split = message.function_buffers
     try:
-        function = decode_function(body[: message.function_bytes], buffers[:split])
-        args, kwargs = codec.decode_args(body[message.function_bytes :], buffers[split:])
+        arguments = body[message.function_bytes :]
+        try:
+            function = decode_lent(decode_function, body[: message.function_bytes], buffers[:split])
+        except BaseException:
+            give_back(arguments, buffers[split:])
+            raise
+        args, kwargs = decode_lent(codec.decode_args, arguments, buffers[split:])
         view = executor if message.options is None else executor._view(_policy_of(executor, message.options))
         inner: Future[Any] = view.submit(function, *args, **kwargs)
     except BaseException as error:

@@ -226,8 +226,12 @@ class Slot:
     def _send_function(self, function: EncodedFunction) -> None:
         link = self.member.link
         assert link is not None
-        if function.references:
+        size = function.size
+        if function.references:  # their values must not stay for a function that nobody can call any more
             self.lend(function.references, 1)
+            soon, number = self.member.group.node.loop.call_soon, function.number
+            weakref.finalize(function, soon, lambda: self._forget(number)).atexit = False
+            size = 0  # `_forget` has no lock for the sum
         shared = link.shares_memory and self.member.segments is not None
         buffers = [
             self._lend(lease) if shared and lease is not None else buffer
@@ -241,10 +245,15 @@ class Slot:
         if spreading is not None and apart:
             self._spread.add(function.number)
             spreading.send(function, self.pid, link)
-        self._functions[function.number] = function.size
-        self._function_bytes += function.size
+        self._functions[function.number] = size
+        self._function_bytes += size
         if len(self._functions) > _MAX_FUNCTIONS or self._function_bytes > _MAX_FUNCTION_BYTES:
             self._forget_functions(function.number)
+
+    def _forget(self, number: int) -> None:
+        """Leader: this function is gone."""
+        if self._functions.pop(number, None) is not None and self.member.link is not None:
+            self.member.link.send(Kind.FORGET, messages.Forget([number]).pack())
 
     def _forget_functions(self, keep: int) -> None:
         needed = {entry.function.number for entry in list(self.inflight.values())}  # the leader takes them out
@@ -253,8 +262,8 @@ class Slot:
         for number in list(self._functions):
             if len(self._functions) <= _MAX_FUNCTIONS // 2 and self._function_bytes <= _MAX_FUNCTION_BYTES // 2:
                 break
-            if number not in needed:
-                self._function_bytes -= self._functions.pop(number)
+            if number not in needed and (size := self._functions.pop(number, None)) is not None:
+                self._function_bytes -= size
                 gone.append(number)
         link = self.member.link
         if gone and link is not None:

@@ -27,6 +27,7 @@ from distpool import config
 from distpool.node import node as nodes
 from distpool.node.bulk import Store
 from distpool.node.observe import Observer
+from distpool.node.spans import Item
 from distpool.node.tasks import TaskRunner
 from distpool.startup import finish
 from distpool.transport.door import Door
@@ -35,6 +36,7 @@ from distpool.transport.link import Link
 from distpool.transport.segments import Segments
 from distpool.transport.stream import Adopted, Stream
 from distpool.wire import messages, versions
+from distpool.wire.codec import REFERENCES
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.protocol import Handshake, Role
 
@@ -257,6 +259,7 @@ class Worker:
         runner.interrupts.listen()
         runner.results.memory_limit, runner.results.pid = self.memory_limit, join.pid
         runner.results.entrust = lambda seen: node.references().entrust(seen)
+        runner.resident, runner.take_lent, runner.drop_lent = _resident, _take_lent, _drop_lent
         self.observer = Observer(node, link, runner)
         segments = self._segments
         node.handlers.update(
@@ -343,6 +346,26 @@ def run(listener: socket.socket, settings: dict[str, Any]) -> int:
         limit_memory(int(limit))
         worker.memory_limit = int(limit)
     return worker.run()
+
+
+def _resident(data: bytes) -> Any:
+    from distpool.refs.lent import Resident  # here: most workers are never sent a reference
+
+    return Resident(data)
+
+
+def _take_lent(decode: Callable[[Any, Any], Any], item: Item) -> Any:
+    from distpool.refs.lent import decode_lent
+
+    payload, item.payload = item.payload, b""
+    return decode_lent(decode, payload, item.buffers)
+
+
+def _drop_lent(item: Item) -> None:
+    if REFERENCES in item.payload:
+        from distpool.refs.lent import give_back
+
+        give_back(item.payload, item.buffers)
 
 
 def limit_memory(limit: int) -> None:

@@ -396,3 +396,150 @@ def test_references_in_the_last_answer_of_a_worker(team: list[int], how: str) ->
     gc.collect()
     wait_until(lambda: not set(distpool.debug.refs(owner)) - before)
     assert not remotecall_fetch(lambda: set(nodes.current().refs.owner._entries), owner) - before
+
+
+# -- what cannot be opened -------------------------------------------------------------------------------------------
+
+
+class Bad:
+    """It cannot be rebuilt."""
+
+    def __init__(self, kind: str = "1/0") -> None:
+        self.kind = kind
+
+    def __reduce__(self) -> Any:
+        return eval, (self.kind,)
+
+
+def own_channel(how: str) -> Any:
+    """References to a channel of this process, before and behind what spoils them."""
+    channel, other = make_full(), make_full()
+    if how == "error":
+        raise KeyError([channel, Bad(), other])
+    return [channel, Bad(), other]
+
+
+def parts(how: str, team: list[int], executor: Any) -> list[tuple[Any, ...]]:
+    """What fails on its way there; then on its way back."""
+    spoilt = [make_full(), Bad(), make_full()]
+    function = lambda: spoilt  # noqa: E731
+    box = RemoteChannel(lambda: Channel(1), team[0])
+    return {
+        "argument": [(remotecall_fetch, len, team[0], spoilt)],
+        "argument beside a bad function": [(remotecall_fetch, lambda x, y=spoilt: x, team[0], [make_full()])],
+        "function": [(remotecall_fetch, function, team[0])],
+        "item": [(box.put, spoilt)],
+        "value": [(distpool.Future(team[0]).put, spoilt)],
+        "factory": [(RemoteChannel, function, team[0])],
+        "task": [(lambda: executor.submit(len, spoilt).result(WAIT),)],
+        "task's function": [(lambda: executor.submit(function).result(WAIT),)],
+        "task of a bad function": [(lambda: executor.submit(lambda x: spoilt, [make_full()]).result(WAIT),)],
+        "span": [(lambda: list(executor.map(len, [spoilt, spoilt])),)],
+        "answer": [(remotecall_fetch, own_channel, team[0], how)],
+        "fetched": [(lambda: remotecall(own_channel, team[0], how).fetch(timeout=WAIT),)],
+        "error": [(remotecall_fetch, own_channel, team[0], how)],
+        "result": [(lambda: executor.options(pids=None).submit(own_channel, how).result(WAIT),)],
+    }[how]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("argument", "argument beside a bad function", "function", "item", "value", "factory", "task"),
+        *("task's function", "task of a bad function", "span", "answer", "fetched", "error", "result"),
+    ],
+)
+def test_references_beside_what_cannot_be_loaded(team: list[int], how: str) -> None:
+    """All of them go back: those that had arrived by then, and those that never will."""
+    with distpool.ClusterExecutor(1) as executor:
+        worker = executor.submit(distpool.myid).result(WAIT)
+        owners = 1, team[0], worker
+        before = {owner: set(distpool.debug.refs(owner)) for owner in owners}
+        for function, *arguments in parts(how, team, executor):
+            with pytest.raises(Exception, match="division by zero"):
+                function(*arguments)
+            del function, arguments
+
+        def is_clean() -> bool:
+            for owner in owners:
+                remotecall_fetch(gc.collect, owner)
+            return all(not set(distpool.debug.refs(owner)) - before[owner] for owner in owners)
+
+        wait_until(is_clean)
+
+
+class Struck:
+    """Ctrl-C comes when it is rebuilt, the first time."""
+
+    struck = False
+
+    def __reduce__(self) -> Any:
+        return strike, ()
+
+
+def strike() -> str:
+    Struck.struck = not Struck.struck
+    if Struck.struck:
+        raise KeyboardInterrupt
+    return "whole"
+
+
+def around(count: int) -> Any:
+    return [make_full(), Struck(), *(make_full() for _ in range(count))]
+
+
+@pytest.mark.parametrize("then", ["again", "dropped"])
+@pytest.mark.parametrize("way", ["call", "task"])
+def test_a_value_whose_opening_was_interrupted(team: list[int], way: str, then: str) -> None:
+    """It can be opened again, and each reference counts once; or its references go back."""
+    with distpool.ClusterExecutor(1) as executor:
+        owner = team[1] if way == "call" else executor.submit(distpool.myid).result(WAIT)
+        before = set(distpool.debug.refs(owner))
+        future = remotecall(around, owner, 2) if way == "call" else executor.submit(around, 2)
+        Struck.struck = False
+        with pytest.raises(KeyboardInterrupt):
+            future.result(WAIT)
+        if then == "again":
+            first, text, *rest = future.result(WAIT)
+            assert text == "whole" and first.take(timeout=WAIT) == "inside" == rest[1].take(timeout=WAIT)
+            del first, rest
+        else:
+            Struck.struck = True
+        del future
+        gc.collect()
+        wait_until(lambda: not set(distpool.debug.refs(owner)) - before)
+        assert not set(remotecall_fetch(lambda: set(nodes.current().refs.owner._entries), owner)) - before
+
+
+# -- functions of executors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["submit", "retries", "map", "policy"])
+def test_references_of_functions_go_with_them(how: str) -> None:
+    """Each function that is made of the bytes has counts of its own, and the worker keeps nothing for one that nobody
+    can call any more."""
+    with distpool.ClusterExecutor(1) as executor:
+        channel = make_full()
+        key = distpool.remoteref_id(channel)
+
+        def use(argument: int, channel: RemoteChannel = channel) -> int:
+            assert channel.isready()
+            if how == "retries":
+                raise KeyError(argument)
+            return argument
+
+        if how == "submit":
+            assert executor.submit(use, 1).result(WAIT) == 1
+        elif how == "retries":
+            assert isinstance(executor.options(retries=3).submit(use, 1).exception(WAIT), KeyError)
+        else:
+            view = executor if how == "map" else executor.options(timeout=WAIT)
+            assert list(view.map(use, range(20))) == list(range(20))
+        counts = nodes.current().refs.owner.get(key).clients
+        assert min(counts.values()) > 0
+        del use
+        gc.collect()
+        wait_until(lambda: counts == {1: 1})
+        assert channel.take(timeout=WAIT) == "inside"
+        del channel
+        wait_until(lambda: key not in distpool.debug.refs(1))

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distpool import config
 from distpool.node.results import SCALARS
+from distpool.wire import codec
+from distpool.wire.functions import decode_function
 from distpool.wire.messages import SPAN, SPAN_OF_SCALARS
 
 if TYPE_CHECKING:
@@ -26,6 +29,40 @@ if TYPE_CHECKING:
 
 SPANS = (SPAN, SPAN_OF_SCALARS)
 _NONE: frozenset[int] = frozenset()
+
+
+class Received:
+    """A function as it came; decoding runs user code and so waits for the first call."""
+
+    __slots__ = ("apart", "buffers", "data", "function", "resident")
+
+    def __init__(
+        self,
+        data: bytes,
+        buffers: list[Any],
+        apart: bool = False,
+        resident: Callable[[bytes], Any] = lambda data: None,
+    ) -> None:
+        self.apart = apart  # its buffers come by themselves, in pieces
+        self.data = data
+        self.buffers = buffers
+        self.function: Any = None
+        self.resident = resident(data) if codec.REFERENCES in data else None
+
+    def decode(self) -> Any:
+        """The function; once more, if what it captured must be as it was sent."""
+        if self.resident is not None:
+            return self.resident.open(decode_function, self.buffers)
+        return decode_function(self.data, self.buffers)
+
+    def clear(self) -> None:
+        """Nobody will call it any more."""
+        self.function = self.resident = None
+
+
+def decode_item(decode: Callable[[Any, Any], Any], item: Item) -> Any:
+    """Its arguments."""
+    return decode(item.payload, item.buffers)
 
 
 class Item:

@@ -32,30 +32,17 @@ from distpool.node.givingback import last_calls, listed_calls
 from distpool.node.interrupts import CALLERS, Interrupts
 from distpool.node.offers import Offers
 from distpool.node.results import SCALARS, ResultWriter
-from distpool.node.spans import SPANS, Item, run_span
+from distpool.node.spans import SPANS, Item, Received, decode_item, run_span
 from distpool.transport.journal import Journal
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
 from distpool.wire import codec, messages
 from distpool.wire.failures import encode_exception
 from distpool.wire.frames import Frame, Kind
-from distpool.wire.functions import decode_function
 from distpool.wire.messages import CHUNK, CHUNK_OF_SCALARS, ERROR, ONE, ONE_FRESH, UNLOADABLE
 
 CALLERS.add(run_span.__code__)
 _ANSWER = 0.05  # seconds that the main thread may take to answer a remote call before others run what has come
-
-
-class _Received:
-    """A function as it came; decoding runs user code and so waits for the first call."""
-
-    __slots__ = ("apart", "buffers", "data", "function")
-
-    def __init__(self, data: bytes, buffers: list[Any], apart: bool = False) -> None:
-        self.apart = apart  # its buffers come by themselves, in pieces
-        self.data = data
-        self.buffers = buffers
-        self.function: Any = None
 
 
 class TaskRunner:
@@ -87,7 +74,7 @@ class TaskRunner:
         own = self.lock._is_owned, self.interrupts._lock._is_owned  # type: ignore[attr-defined]
         link.loop.held.extend((*own, link.writes, *self.results.held))
         self._inbox: collections.deque[Item] = collections.deque()
-        self._functions: dict[int, _Received] = {}
+        self._functions: dict[int, Received] = {}
         self.wait_for_buffers: Callable[[int], list[Any]] = lambda number: []  # set by the worker (`node.bulk`)
         self.drop_buffers: Callable[[int], object] = lambda number: None
         self.started = 0  # highest sequence number started
@@ -95,7 +82,11 @@ class TaskRunner:
         self._answering = False  # all that the main thread still does for a remote call is to answer it; `lock`
         self._waits: dict[int, int] = {}  # thread id -> its waits that have given its slot away; each its own thread's
         self.helpers = 0  # helper threads that consume the inbox; protected by `lock`
-        self._initializer: _Received | None = None
+        self._initializer: Received | None = None
+        #: Set by the worker: arguments with references, opened, or given back because nobody will (`refs.lent`).
+        self.take_lent: Callable[[Callable[[Any, Any], Any], Item], Any] = decode_item
+        self.drop_lent: Callable[[Item], object] = lambda item: None
+        self.resident: Callable[[bytes], Any] = lambda data: None  # as `take_lent`, for functions with references
         self.settle: Callable[[float | None], object] = lambda timeout: None  # set by `refs.ahead`
         self.find_function: Callable[[Item], Any] = self.function_of  # a trace puts its own here
 
@@ -124,16 +115,19 @@ class TaskRunner:
     def on_function(self, frame: Frame) -> None:
         message = messages.Function.unpack(frame.control)
         buffers = [self.segments.open(buffer, private=True) for buffer in frame.buffers]
-        self._functions[message.number] = _Received(bytes(frame.body), buffers, message.apart)
+        self._functions[message.number] = Received(bytes(frame.body), buffers, message.apart, self.resident)
 
     def on_forget(self, frame: Frame) -> None:
         for number in messages.Forget.unpack(frame.control).numbers:
-            self._functions.pop(number, None)
             self.drop_buffers(number)
+            known = self._functions.pop(number, None)
+            if known is not None:
+                self.spawn(known.clear)  # what it captured may have finalizers
+            del known
 
     def on_initialize(self, frame: Frame) -> None:
         buffers = [self.segments.open(buffer) for buffer in frame.buffers]
-        self._initializer = _Received(bytes(frame.body), buffers)
+        self._initializer = Received(bytes(frame.body), buffers)
         self.brought()
 
     def on_recall(self, frame: Frame) -> None:
@@ -430,6 +424,8 @@ class TaskRunner:
             for first, count in item.ranges(item.index, item.stop):
                 for sequence in range(first, first + count):
                     self.results.fail(sequence, error, ERROR if item.loaded else UNLOADABLE)
+            if item.payload:
+                self.drop_lent(item)
             del error
         now = time.perf_counter()
         self.running.pop(threading.get_ident(), None)
@@ -444,13 +440,16 @@ class TaskRunner:
         if known.apart:
             known.buffers, known.apart = self.wait_for_buffers(item.number), False
         if item.flags == ONE_FRESH:
-            return decode_function(known.data, known.buffers)
+            return known.decode()
         if known.function is None:
-            known.function = decode_function(known.data, known.buffers)
+            known.function = known.decode()
         return known.function
 
     def _run_one(self, item: Item, function: Callable[..., Any]) -> None:
-        args, kwargs = codec.decode_args(item.payload, item.buffers)
+        if codec.REFERENCES in item.payload:
+            args, kwargs = self.take_lent(codec.decode_args, item)
+        else:
+            args, kwargs = codec.decode_args(item.payload, item.buffers)
         item.payload, item.buffers, item.loaded = b"", [], True
         if item.struck:
             raise KeyboardInterrupt
@@ -479,7 +478,8 @@ class TaskRunner:
         """A span or a chunk; returns from when on the time is not yet accounted for."""
         arguments = item.arguments
         if arguments is None:
-            arguments = item.arguments = codec.decode(item.payload, item.buffers)
+            load = self.take_lent if codec.REFERENCES in item.payload else decode_item
+            arguments = item.arguments = load(codec.decode, item)
         item.payload, item.buffers, item.loaded = b"", [], True
         if item.flags in (CHUNK, CHUNK_OF_SCALARS):
             item.arguments = None

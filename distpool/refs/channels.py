@@ -31,7 +31,7 @@ from distpool.refs.ahead import Ahead, group_of, settle_puts
 from distpool.refs.channel import Channel, ChannelReply, through
 from distpool.refs.finalized import FINALIZED
 from distpool.refs.gc import Handle, Loan, Reference
-from distpool.refs.lent import carries_references, received
+from distpool.refs.lent import arrivals, carries_references, decode_lent, received
 from distpool.refs.owner import RRID
 from distpool.refs.refs import FINISHED, RAISED_HERE, Future, Outcome
 from distpool.refs.remote import _Waiting, stable
@@ -90,7 +90,8 @@ class RemoteChannel(Reference):
         return f"RemoteChannel(where={self.where}, whence={self.whence}, id={self.id})"
 
     def finalize(self) -> None:
-        """Give the reference back now; what waits through it, and any later use, raises RuntimeError. May be repeated."""
+        """Give the reference back now; what waits through it, and any later use, raises RuntimeError. May be
+        called again."""
         super().finalize()
         for end in list((self._waits or {}).values()):
             end(RuntimeError(FINALIZED))
@@ -325,7 +326,7 @@ def _give_back(channel: RemoteChannel, late: Future[Any]) -> None:
     data, buffers = raw.data, list(raw.buffers)  # opened with that, if it is `Lent`
     if carries_references(data):  # they were lent to us
         seen: list[Any] = []
-        data, views = codec.encode(codec.decode(data, buffers), channel.where, seen)
+        data, views = codec.encode(decode_lent(codec.decode, data, buffers), channel.where, seen)
         buffers = stable(views)
         channel._request(_RemoteReply(channel, "restore"), data, buffers, None, 1, seen)
         return
@@ -413,15 +414,18 @@ def arrive_channel(whence: int, ident: int, where: int) -> RemoteChannel:
     """A reference has come in a message: the living object of it, or a new one. It holds one more count."""
     refs = gc.of(_node())
     rrid = RRID(whence, ident)
+    noted = arrivals.noted
     with refs._lock:
         channel: RemoteChannel | None = refs.live.get(rrid)
-        if channel is not None and channel._handle is not None and not channel._finalized:
-            channel._handle.held += 1
-            return channel
-        channel = RemoteChannel.__new__(RemoteChannel)
-        channel._refs = refs
-        channel._handle = Handle(refs, rrid, where, 1)
-        refs.live[rrid] = channel
+        if channel is None or channel._handle is None or channel._finalized:
+            channel = RemoteChannel.__new__(RemoteChannel)
+            channel._refs = refs
+            channel._handle = Handle(refs, rrid, where, 0)
+            refs.live[rrid] = channel
+        handle = channel._handle
+        handle.held += 1
+        if noted is not None:
+            noted += [handle]
         return channel
 
 

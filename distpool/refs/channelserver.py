@@ -14,7 +14,7 @@ from distpool.refs.ahead import is_open, on_revoke, settle_puts
 from distpool.refs.channel import Channel
 from distpool.refs.channelcore import Handed, Waiter
 from distpool.refs.channels import run_here
-from distpool.refs.lent import carries_references
+from distpool.refs.lent import carries_references, decode_lent
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.refs.room import HOLD, PATIENCE
@@ -123,7 +123,7 @@ class _Requests:
         """On a library thread: references in an item live here as objects, so that each taker is lent its own; and the
         type is asked for, which may be the user's code."""
         try:
-            opened = Outcome(LOCAL_VALUE, codec.decode(item.data, item.buffers), (), item.pid)
+            opened = Outcome(LOCAL_VALUE, decode_lent(codec.decode, item.data, item.buffers), (), item.pid)
         except BaseException as error:
             self._answers.reply_error(item.pid, message.request, error)
             return
@@ -265,13 +265,13 @@ class _Requests:
         """On a library thread: whatever may run user code or block."""
         try:
             if message.op == "make":
-                made = codec.decode(body, buffers)()
+                made = decode_lent(codec.decode, body, buffers)()
                 self._refs.owner.touch(RRID(message.whence, message.ident), pid).channel = made
                 value: Any = None
             else:
                 if channel is None:
                     raise RuntimeError(_GONE)
-                arguments = codec.decode(body, buffers) if message.arguments else ()
+                arguments = decode_lent(codec.decode, body, buffers) if message.arguments else ()
                 if message.op == "put" and message.arguments == 1:
                     arguments = (arguments,)
                 value = run_here(self._node, channel, message.op, tuple(arguments), message.timeout)

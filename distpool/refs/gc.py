@@ -274,6 +274,10 @@ class Refs:
         for where, rows in changes.items():
             self.node.peers.send(where, Kind.CLIENTS, structs.Clients(rows).pack())
 
+    def lend_again(self, handles: Iterable[Handle]) -> None:
+        """One count more for each, of this process: what has arrived with them is to arrive once more."""
+        self.lend([Loan(None, handle) for handle in handles], self.node.pid)
+
     @contextlib.contextmanager
     def lending(self, references: Iterable[Any], peer: int) -> Iterator[None]:
         """As `lend`; the message goes out inside. An interrupt comes before both or behind them: counted for a message

@@ -5,6 +5,7 @@
     dropped unread                  Lent.__del__ -> deque -> library thread: `references_in` -> made, and dropped
     outcomes inside of a value      `parcel` -> in the message -> `received` there, each for itself
     errors that their owner keeps   Stored: serialised once, its references are lent to each who asks
+    what cannot be opened           `_decode`: as if it had not been tried, so it may be tried again, or dropped
 
 Whoever sends references has told their owners that we hold them. Opening a value only for that would run the user's
 code for something that nobody wanted; so it is read by an unpickler that knows our references and nothing else.
@@ -14,15 +15,16 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distpool.node import node as nodes
 from distpool.refs.refs import Outcome
+from distpool.wire import codec, failures
 from distpool.wire.failures import failure_info
-from distpool.wire.messages import ERROR, UNLOADABLE, UNSENDABLE
+from distpool.wire.messages import ERROR, UNLOADABLE, UNSENDABLE, VALUE
 
-_MAKERS = b"distpool.refs."
 _REAL = frozenset(
     {
         ("distpool.refs.remote", "arrive_future"),
@@ -39,7 +41,7 @@ def carries_references(data: Any) -> bool:
     References are lent to whom a message goes to. Who passes it on without opening it would keep its own for ever, and
     the next one would give back what it was never lent.
     """
-    return _MAKERS in data
+    return codec.REFERENCES in data
 
 
 class Lent(Outcome):
@@ -60,6 +62,14 @@ class Lent(Outcome):
         """The error, for whoever rebuilds it now."""
         self.opened = True
         return self[1]
+
+    def decoded(self) -> Any:
+        self.opened = True
+        try:
+            return _decode(codec.decode, self[1], self[2])[0]
+        except BaseException:
+            self.opened = False  # Ctrl-C: the next one opens it. Else it is dropped
+            raise
 
     def __del__(self) -> None:
         if not self.opened:
@@ -93,6 +103,104 @@ def stored(data: bytes, references: list[Any], pid: int) -> Stored:
     return outcome
 
 
+# -- opening ---------------------------------------------------------------------------------------------------------
+
+
+class _Arrivals(threading.local):
+    """What has arrived in the calling thread's message so far."""
+
+    noted: list[Any] | None = None
+
+
+#: What makes something of a message adds its handle, or the outcome, to `noted`: by `+=` in the very line behind that
+#: in which it begins to count, so that no Ctrl-C comes between the two (it comes behind calls and backward jumps).
+arrivals = _Arrivals()
+
+
+def _decode(decode: Callable[[Any, Any], Any], data: Any, buffers: Any, anew: bool = False) -> tuple[Any, list[Any]]:
+    """`decode(data, buffers)`, and the handles of what has arrived with it.
+
+    What fails in the middle is as if it had not been tried: the references that had arrived go back as any others do,
+    and count once more. `anew`: it has been opened before, so that its references count once more in any case.
+    """
+    before = arrivals.noted
+    noted: list[Any] = []
+    arrivals.noted = noted
+    whole = False
+    try:
+        value = decode(data, buffers)
+        whole = not anew
+        return value, noted
+    finally:
+        arrivals.noted = before
+        if not whole:
+            _lend_again(noted)
+
+
+def _lend_again(noted: list[Any]) -> None:
+    if noted:
+        handles = [arrived for arrived in noted if not isinstance(arrived, Lent)]
+        nodes.current().references().lend_again(handles)
+        for arrived in noted:
+            if isinstance(arrived, Lent):
+                arrived.opened = True
+        noted.clear()  # the error's traceback has this list
+
+
+def decode_lent(decode: Callable[[Any, Any], Any], data: Any, buffers: Any = ()) -> Any:
+    """`decode(data, buffers)` of what may have brought references, once: if it fails, all of them go back."""
+    if not carries_references(data):
+        return decode(data, buffers)
+    try:
+        return _decode(decode, data, buffers)[0]
+    except BaseException:
+        give_back(data, buffers)
+        raise
+
+
+def give_back(data: Any, buffers: Any) -> None:
+    """Nobody will open this: the references in it, if there are any, go back."""
+    if carries_references(data):
+        nodes.current().references().unread(VALUE, data, buffers)
+
+
+def _load_error(payload: bytes) -> Any:
+    return decode_lent(lambda data, buffers: pickle.loads(data), payload)
+
+
+failures.load = _load_error
+
+
+class Resident:
+    """A function that stays on a worker as bytes, and is opened for each call, or never. Its references stay with it:
+    each function that is made of it has counts of its own."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._refs = nodes.current().references()
+        self._buffers: Any = ()
+        self._first = [None]  # popped by whoever is the first one to open it
+        self._handles: list[Any] | None = None  # with the counts that came along
+
+    def open(self, decode: Callable[[Any, Any], Any], buffers: Any) -> Any:
+        """`decode` of it."""
+        self._buffers = buffers
+        try:
+            self._first.pop()
+        except IndexError:
+            return _decode(decode, self._data, buffers, anew=True)[0]
+        try:
+            value, self._handles = _decode(decode, self._data, buffers)
+        except BaseException:
+            self._first.append(None)
+            raise
+        return value
+
+    def __del__(self) -> None:
+        if self._handles is None:
+            self._refs.unread(VALUE, self._data, self._buffers)  # only atomic operations
+
+
 class _Parcel:
     """An outcome as part of a value."""
 
@@ -117,7 +225,10 @@ def received(status: int, data: Any, buffers: Any, pid: int) -> Outcome:
         return Outcome(status, data, buffers, pid)
     outcome = Lent(status, data, buffers, pid)
     outcome.opened = False
+    noted = arrivals.noted
     outcome.refs = nodes.current().references()
+    if noted is not None:
+        noted += [outcome]
     return outcome
 
 
@@ -155,4 +266,7 @@ def references_in(status: int, data: Any, buffers: Sequence[Any]) -> Any:
     return _Finder(io.BytesIO(data), buffers=buffers).load()
 
 
-__all__ = ["Lent", "Stored", "carries_references", "parcel", "received", "references_in", "stored"]
+__all__ = [
+    "Lent", "Resident", "Stored", "carries_references", "arrivals", "decode_lent", "give_back", "parcel",
+    "received", "references_in", "stored",
+]  # fmt: skip

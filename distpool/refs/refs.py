@@ -483,14 +483,14 @@ def set_values(futures: list[Future[Any]], values: list[Any]) -> list[int]:
     return others
 
 
-def open_outcome(raw: Outcome, cause: Callable[[str], BaseException] | None = None) -> tuple[Any, BaseException | None]:
+def open_outcome(raw: Any, cause: Callable[[str], BaseException] | None = None) -> tuple[Any, BaseException | None]:
     """`(value, None)` or `(None, exception)`; a value that cannot be rebuilt here is an exception as well."""
     if raw.status == VALUE:
         try:
-            return codec.decode(raw.data, raw.buffers), None
+            return codec.decode(raw.data, raw.buffers) if type(raw) is Outcome else raw.decoded(), None
+        except KeyboardInterrupt:
+            raise
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
             return None, error
     if raw.status == RAISED_HERE:
         return None, raw.data

@@ -21,7 +21,7 @@ from distpool.refs import gc
 from distpool.refs.ahead import settle_puts
 from distpool.refs.finalized import FINALIZED
 from distpool.refs.gc import Handle, Loan, Reference, Refs
-from distpool.refs.lent import received
+from distpool.refs.lent import arrivals, received
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, REMOTE_ERROR, REMOTE_VALUE, Future, Outcome
 from distpool.wire import codec, structs
@@ -419,14 +419,18 @@ def arrive_future(whence: int, ident: int, where: int) -> RemoteFuture:
     """A reference has come in a message: the living object of it, or a new one. It holds one more count."""
     refs = gc.of(nodes.current())
     rrid = RRID(whence, ident)
+    noted = arrivals.noted
     with refs._lock:
         future: RemoteFuture | None = refs.live.get(rrid)
         if future is None or future._handle is None:
-            return RemoteFuture.make(refs, rrid, where, 1)
+            future = RemoteFuture.make(refs, rrid, where, 0)
+        handle = future._handle
+        assert handle is not None
         if future.travels_with_value:
-            refs.drop(rrid, where, 1)  # the value is here: nothing is needed of the owner
-        else:
-            future._handle.held += 1
+            handle = Handle(refs, rrid, where, 0)  # the value is here: nothing is needed of the owner
+        handle.held += 1
+        if noted is not None:
+            noted += [handle]
         return future
 
 

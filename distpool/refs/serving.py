@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distpool.refs import gc
 from distpool.refs.ahead import settle_puts
 from distpool.refs.gc import Refs
-from distpool.refs.lent import Stored, carries_references, received
+from distpool.refs.lent import Stored, carries_references, decode_lent, received
 from distpool.refs.owner import RRID, Entry
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.refs.remote import SET_TWICE, dead_future, new_future, stable
@@ -85,7 +85,7 @@ class Serving:
     def _put_opened(self, entry: Entry, pid: int, request: int, outcome: Outcome) -> None:
         """On a library thread: references in a value live here as objects, so that each taker is lent its own."""
         try:
-            value = codec.decode(outcome.data, outcome.buffers)
+            value = decode_lent(codec.decode, outcome.data, outcome.buffers)
         except BaseException as error:
             self.reply_error(pid, request, error)
             return

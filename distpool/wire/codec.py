@@ -43,6 +43,9 @@ SCALARS = frozenset((int, float, complex, str, bytes, bool, type(None)))
 #: Occurs in both `__main__` and `__mp_main__` (the main module of a child of `multiprocessing`).
 _MAIN = b"_main__"
 
+#: Occurs in whatever has references in it: it names the modules that make them.
+REFERENCES = b"distpool.refs."
+
 #: What the C pickler raises for objects it has no way for. Anything else comes from the user's own `__reduce__` and
 #: would only be raised again, after its side effects ran twice; so would MemoryError and RecursionError.
 _TRY_BY_VALUE = (pickle.PicklingError, TypeError, AttributeError, NotImplementedError)

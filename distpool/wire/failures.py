@@ -25,6 +25,10 @@ __all__ = [
 ]  # fmt: skip
 
 
+#: Rebuilds an error. Replaced where references that are in it may have been lent to this process.
+load: Callable[[bytes], Any] = pickle.loads
+
+
 class FailureInfo:
     """What a failure consists of: `type_name` (qualified), `message`, `traceback` (text), `payload` (pickle or None),
     `reason` (why there is no payload)."""
@@ -126,7 +130,7 @@ def _rebuild(info: FailureInfo) -> tuple[BaseException | None, str]:
     if info.payload is None:
         return None, info.reason
     try:
-        exc = pickle.loads(info.payload)
+        exc = load(info.payload)
     except BaseException as error:  # also SystemExit of a strange __init__
         if isinstance(error, KeyboardInterrupt):
             raise  # for whoever waits for the result, which can be asked for again
