@@ -655,6 +655,42 @@ def test_owner_dies() -> None:
         distpool.rmprocs([producer])
 
 
+def put_without_memory(channel: Any, item: Any) -> int:
+    """As if there was none for a batch of items."""
+    pack = ahead.structs.pack_items
+
+    def refuse(items: list[bytes]) -> bytes:
+        ahead.structs.pack_items = pack
+        raise MemoryError
+
+    ahead.structs.pack_items = refuse
+    try:
+        channel.put(item)
+    finally:
+        ahead.structs.pack_items = pack
+    return len(nodes.current().ahead.busy)
+
+
+def test_a_batch_that_there_is_no_memory_for(team: list[int]) -> None:
+    """The call that has put the items fails; neither it nor a later one waits for an answer that cannot come."""
+    owner, producer = team[:2]
+    channel = ready_channel(owner, producer)
+    with pytest.raises(RemoteException) as info:
+        remotecall(put_without_memory, producer, channel, "lost").fetch(WAIT)
+    assert isinstance(info.value.captured.ex, MemoryError)
+    assert remotecall(feed, producer, channel, 3).fetch(WAIT) == 3
+    assert [channel.take(timeout=WAIT) for _ in range(3)] == [0, 1, 2]
+
+
+def test_a_large_item_is_in_no_batch(team: list[int]) -> None:
+    """That would be another copy of it; and its length might not fit into what is written there."""
+    owner, producer = team[:2]
+    channel = ready_channel(owner, producer)
+    item = bytes(ahead.UNANSWERED_BYTES)
+    assert remotecall(put_without_memory, producer, channel, item).fetch(WAIT) == 0
+    assert channel.take(timeout=WAIT) == item
+
+
 def test_producer_dies() -> None:
     """What it had put and sent is there, its room is free, and nobody waits for it."""
     owner, producer = distpool.addprocs(2)

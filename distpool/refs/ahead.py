@@ -120,7 +120,8 @@ class Ahead:
         with group.lock:
             if self.credit <= 0 or not group.may_put(self.where) or channel._finalized:
                 return False
-            if self.flying and self.unanswered + self.size + len(data) > UNANSWERED_BYTES:
+            large = len(data) > UNANSWERED_BYTES  # a batch is another copy, which there may be no memory for
+            if large or (self.flying and self.unanswered + self.size + len(data) > UNANSWERED_BYTES):
                 return False
             if group.pending is not None and group.pending is not self:
                 group.pending.send()
@@ -159,8 +160,13 @@ class Ahead:
                 lambda status, data, buffers: self._answered(flight, Outcome(status, data, buffers, self.where)),
                 lambda error: self._answered(flight, Outcome(RAISED_HERE, error, (), self.where)),
             )
-            control = structs.Puts(number, *self.rrid, len(items)).pack()
-            peers.send(self.where, Kind.PUTS, control, structs.pack_items(items))
+            try:
+                control = structs.Puts(number, *self.rrid, len(items)).pack()
+                peers.send(self.where, Kind.PUTS, control, structs.pack_items(items))
+            except BaseException as error:  # no memory: as any other end of these, or all would wait for an answer
+                lost = Outcome(RAISED_HERE, error, (), self.where)
+                if peers.requests.forget(number):
+                    self._group.node.loop.call_soon(lambda: self._answered(flight, lost))
             if self.where in peers.dead:  # died between the looks: nobody else will say so
                 peers.requests.fail(self.where, peers.dead[self.where])
         finally:
