@@ -361,6 +361,31 @@ def test_an_item_that_comes_when_the_reference_was_finalized(team: list[int]) ->
     assert inside.take(timeout=WAIT) == "item"
 
 
+def test_a_binding_to_who_died_before_the_owner_joined(mortal: int) -> None:
+    """The owner has not heard of it, and never will by itself: takers would wait for ever."""
+    distpool.rmprocs(mortal)
+    (owner,) = distpool.addprocs(1)
+    try:
+        channel = RemoteChannel(lambda: Channel(1), owner).bind(mortal)
+        with pytest.raises(ChannelClosedError):
+            channel.take(timeout=WAIT)
+    finally:
+        distpool.rmprocs(owner)
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_what_a_channel_is_bound_to(team: list[int], where: str) -> None:
+    channel = RemoteChannel(lambda: Channel(1), 1 if where == "here" else team[0])
+    for pid in (1, *team):
+        assert channel.bind(pid) is channel
+    for wrong in ("2", True, None):
+        with pytest.raises(TypeError, match="a pid is an int"):
+            channel.bind(wrong)  # type: ignore[arg-type]
+    with pytest.raises((ValueError, distpool.RemoteException), match="no process with id 999 exists"):
+        channel.bind(999)
+    assert channel.put("item").take(timeout=WAIT) == "item"
+
+
 def test_an_item_that_was_put_ahead_into_a_closed_channel_tells_so() -> None:
     """The owner's answer is one of those errors that arrive as themselves."""
     group = object.__new__(ahead.Aheads)

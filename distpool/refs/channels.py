@@ -23,7 +23,7 @@ from typing import Any
 
 from distpool import errors
 from distpool.config import as_int
-from distpool.errors import ChannelClosedError
+from distpool.errors import ChannelClosedError, ProcessExitedException, TopologyError
 from distpool.node import node as nodes
 from distpool.node.node import Node
 from distpool.refs import gc
@@ -362,6 +362,13 @@ def run_here(node: Node, channel: Any, op: str, arguments: tuple[Any, ...], time
 def _bind(node: Node, channel: Any, pid: int) -> None:
     """Weakly: a binding does not keep a channel that nobody holds any more."""
     peers = node.peers
+    if isinstance(pid, bool) or not isinstance(pid, int):
+        raise TypeError(f"a pid is an int, not {type(pid).__name__}")
+    if pid != node.pid:
+        # A worker hears of deaths from the time on at which it has joined: of others, and of pids that never were, it
+        # has to ask. Where no link can be made, pid 1 still tells of the end.
+        with contextlib.suppress(ProcessExitedException, TopologyError, ConnectionError):
+            peers.ensure(pid)
 
     def forget(dead: object = None) -> None:
         with contextlib.suppress(ValueError):
@@ -386,7 +393,6 @@ def _bind(node: Node, channel: Any, pid: int) -> None:
             forget()
 
     if pid not in peers.dead:
-        peers.check(pid)
         peers.on_lost.append(close)
     if pid in peers.dead:  # already, or between the two looks
         close(pid)
