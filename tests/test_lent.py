@@ -398,6 +398,30 @@ def test_references_in_the_last_answer_of_a_worker(team: list[int], how: str) ->
     assert not remotecall_fetch(lambda: set(nodes.current().refs.owner._entries), owner) - before
 
 
+def pass_on_and_die(other: int) -> None:
+    """The call of another process is sent, and this one is killed."""
+    distpool.remote_do(keep, other, nodes.current().kept_by_test)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_references_in_the_last_call_of_a_worker(team: list[int]) -> None:
+    owner, other = team
+    (worker,) = distpool.addprocs(1)
+    remotecall_fetch(abs, worker, remotecall_fetch(abs, other, 1))
+    remotecall_fetch(lambda: remotecall_fetch(abs, other, 1), worker)
+    channel = remotecall_fetch(make_full, owner)
+    key = distpool.remoteref_id(channel)
+    remotecall_fetch(keep, worker, channel)
+    del channel
+    wait_until(lambda: distpool.debug.refs(owner)[key] == {worker})
+    with pytest.raises(distpool.ProcessExitedException):
+        remotecall_fetch(pass_on_and_die, worker, other)
+    wait_until(lambda: distpool.debug.refs(owner)[key] == {other})
+    assert remotecall_fetch(lambda: nodes.current().kept_by_test.take(timeout=WAIT), other) == "inside"
+    remotecall_fetch(keep, other, None)
+    wait_until(lambda: key not in distpool.debug.refs(owner))
+
+
 # -- what cannot be opened -------------------------------------------------------------------------------------------
 
 

@@ -278,11 +278,22 @@ class Refs:
         """One count more for each, of this process: what has arrived with them is to arrive once more."""
         self.lend([Loan(None, handle) for handle in handles], self.node.pid)
 
+    def reach_owners(self, references: Iterable[Any], peer: int) -> None:
+        """Make links to the third processes that own these: what they are told does not wait in this process then, and
+        go with it, while `peer` has got its message. Not on the leader."""
+        peers = self.node.peers
+        owners = {loan.handle.where for loan in references if type(loan) is Loan}
+        for owner in owners - {self.node.pid, peer}:
+            with contextlib.suppress(Exception):  # then it goes another way, or is dead
+                peers.ensure(owner)
+
     @contextlib.contextmanager
     def lending(self, references: Iterable[Any], peer: int) -> Iterator[None]:
         """As `lend`; the message goes out inside. An interrupt comes before both or behind them: counted for a message
         that never came, they would be held for ever."""
         loop = self.node.loop
+        if not loop.leads:
+            self.reach_owners(references, peer)
         guard = loop.guard
         inside = guard.enter(None) if guard is not None else None
         try:

@@ -5,7 +5,6 @@ Frames are handled on the leader; serialising a value is user code, so that happ
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -129,13 +128,9 @@ class Serving:
         self._refs.node.peers.send(pid, Kind.REPLY, REPLY.pack(request, status), data, list(buffers))
 
     def near(self, references: list[Any], pid: int) -> list[Any]:
-        """These, when there are links to the third processes that own them: what those are told before `pid` gets its
-        answer does not wait in this process then, and go with it. Not on the leader."""
-        peers, me = self._refs.node.peers, self._refs.node.pid
+        """These, when what `reply` tells their owners can go at once. Not on the leader."""
         if pid != 1:
-            for owner in {loan.handle.where for loan in references if type(loan) is gc.Loan} - {me, pid}:
-                with contextlib.suppress(Exception):  # then it goes another way, or is dead
-                    peers.ensure(owner)
+            self._refs.reach_owners(references, pid)
         return references
 
     def reply_value(self, pid: int, request: int, value: Any) -> None:
