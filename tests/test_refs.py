@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome, open_outcome, set_values
+from distpool.refs.refs import FINISHED, LOCAL_VALUE, RAISED_HERE, Future, Outcome, open_outcome, set_values
 from distpool.transport.ioloop import IoLoop
 from distpool.wire import codec
 from distpool.wire.failures import encode_exception
@@ -672,3 +672,18 @@ def test_whoever_comes_while_many_values_are_set_is_woken() -> None:
             assert ended == [True] and told == [futures[number % 40]]
     finally:
         sys.setswitchinterval(before)
+
+
+def test_two_puts_at_the_same_time() -> None:
+    """The second one fails as one that comes later."""
+    future: Future[str] = Future()
+    finish = future._finish
+
+    def second(*arguments: object) -> bool:
+        finish(FINISHED, None, "first")
+        return finish(*arguments)  # type: ignore[arg-type]
+
+    future._finish = second  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="set only once"):
+        future.put("second")
+    assert future.result(0) == "first"

@@ -13,6 +13,7 @@ import pytest
 from fakes import Cluster
 
 from distpool.errors import ProcessExitedException, RemoteException, SerializationError
+from distpool.refs.owner import RRID
 from distpool.refs.refs import Future
 from distpool.refs.remote import RemoteFuture, dead_future, new_future
 from distpool.wire.frames import Kind
@@ -377,3 +378,22 @@ def test_who_was_interrupted_and_then_finalizes_it_asks_nobody(
                 ask()
     future.finalize()
     assert cluster.table(2) == {}
+
+
+def test_a_put_that_was_interrupted_before_it_was_sent_has_lent_nothing(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, future = new_future(1), new_future(2)
+    inner.put("value")
+    other = new_future(1)
+    key = RRID(other.whence, other.id)
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    other.isready()
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteFuture, "hold", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            future.put([inner, other])
+    assert cluster.table(1)[key] == {1}

@@ -372,9 +372,9 @@ class Future(concurrent.futures.Future[T]):
 
     def put(self, value: T) -> Future[T]:
         """Set the value, once; RuntimeError the second time, or if a call will set it."""
-        if self._state != PENDING or self._call is not None:
+        if self._state != PENDING or self._call is not None or not self._finish(FINISHED, None, value):
             raise RuntimeError("Future can be set only once")
-        self.set_result(value)
+        self._after_finish(None)
         return self
 
     def finalize(self) -> None:

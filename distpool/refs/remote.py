@@ -30,7 +30,7 @@ from distpool.wire.frames import Kind
 from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from distpool.transport.ioloop import IoLoop
@@ -147,8 +147,7 @@ class RemoteFuture(Reference, Future[Any]):
         else:
             seen: list[Any] = []
             data, buffers = codec.encode(value, handle.where, seen)
-            refs.lend(seen, handle.where)
-            answer = self._ask("put", data, [bytes(part) for part in buffers])
+            answer = self._ask("put", data, [bytes(part) for part in buffers], seen)
             if answer.status != VALUE:
                 raise RemoteException(handle.where, captured(answer.failure))
         if self._settle(outcome):
@@ -337,7 +336,14 @@ class RemoteFuture(Reference, Future[Any]):
         if self._transfer is not None:
             self._transfer._settle(outcome)
 
-    def _send(self, op: str, answer: Callable[[int, Any, Any], object], body: bytes, buffers: list[Any]) -> None:
+    def _send(
+        self,
+        op: str,
+        answer: Callable[[int, Any, Any], object],
+        body: bytes,
+        buffers: list[Any],
+        lent: Sequence[Any] = (),
+    ) -> None:
         handle, node = self._live(), self._refs.node
 
         def lost(error: BaseException) -> None:
@@ -351,22 +357,25 @@ class RemoteFuture(Reference, Future[Any]):
         number = node.peers.requests.new(handle.where, answer, lost)
         try:
             message = structs.Reference(number, op, handle.rrid.whence, handle.rrid.id)
-            node.peers.send(handle.where, Kind.REFERENCE, message.pack(), body, buffers)
+            with self._refs.lending(lent, handle.where) if lent else contextlib.nullcontext():
+                node.peers.send(handle.where, Kind.REFERENCE, message.pack(), body, buffers)
         except BaseException:  # it would keep this future until an answer comes
             node.peers.requests.forget(number)
             raise
         if handle.where in node.peers.dead:  # died between the two looks: nobody else will say so
             node.peers.requests.fail(handle.where, node.peers.dead[handle.where])
 
-    def _ask(self, op: str, body: bytes = b"", buffers: list[Any] | None = None) -> Outcome:
+    def _ask(self, op: str, body: bytes = b"", buffers: list[Any] | None = None, lent: Sequence[Any] = ()) -> Outcome:
         """A request that is answered at once; raises if the owner is gone."""
         reply: Future[Any] = Future()
         reply._call = _Waiting(self._refs)
         where = self.where
         self.hold(self._live())
-        self._send(
-            op, lambda status, data, parts: reply._settle(received(status, data, parts, where)), body, buffers or []
-        )
+
+        def came(status: int, data: Any, parts: Any) -> None:
+            reply._settle(received(status, data, parts, where))
+
+        self._send(op, came, body, buffers or [], lent)
         if not reply.done():
             reply._await(None)
         outcome = reply._raw
