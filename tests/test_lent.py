@@ -407,8 +407,7 @@ def pass_on_and_die(other: int) -> None:
 def test_references_in_the_last_call_of_a_worker(team: list[int]) -> None:
     owner, other = team
     (worker,) = distpool.addprocs(1)
-    remotecall_fetch(abs, worker, remotecall_fetch(abs, other, 1))
-    remotecall_fetch(lambda: remotecall_fetch(abs, other, 1), worker)
+    remotecall_fetch(lambda: remotecall_fetch(abs, other, 1), worker)  # there is a link between these two
     channel = remotecall_fetch(make_full, owner)
     key = distpool.remoteref_id(channel)
     remotecall_fetch(keep, worker, channel)
@@ -417,8 +416,9 @@ def test_references_in_the_last_call_of_a_worker(team: list[int]) -> None:
     with pytest.raises(distpool.ProcessExitedException):
         remotecall_fetch(pass_on_and_die, worker, other)
     wait_until(lambda: distpool.debug.refs(owner)[key] == {other})
+    wait_until(lambda: remotecall_fetch(lambda: hasattr(nodes.current(), "kept_by_test"), other))  # the call has begun
     assert remotecall_fetch(lambda: nodes.current().kept_by_test.take(timeout=WAIT), other) == "inside"
-    remotecall_fetch(keep, other, None)
+    remotecall_fetch(lambda: delattr(nodes.current(), "kept_by_test"), other)
     wait_until(lambda: key not in distpool.debug.refs(owner))
 
 
