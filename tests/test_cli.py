@@ -200,7 +200,7 @@ import sys, time, distpool
 with distpool.ClusterExecutor(2) as ex:
     ex.submit(pow, 2, 3).result()
     future = ex.options(label="a long call").submit(time.sleep, 60)
-    while not any(row["running"] for row in ex.stats()):
+    while len(ex.workers) < 2 or not any(row["running"] for row in ex.stats()):
         time.sleep(0.01)
     print("running", flush=True)
     sys.stdin.readline()
