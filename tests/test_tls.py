@@ -189,14 +189,19 @@ def test_a_peer_that_is_gone_raises_no_sigpipe(listener: Listener, identity: Ide
         signal.signal(signal.SIGPIPE, before)
 
 
+def linked(near: Any, far: Any) -> tuple[End, End]:
+    """Links over these two streams that have authenticated each other."""
+    left, right = End("left", Role.CONNECTOR, near), End("right", Role.ACCEPTOR, far)
+    right.start()
+    left.start()
+    assert left.ready.wait(PATIENCE) and right.ready.wait(PATIENCE)
+    return left, right
+
+
 def test_the_rest_is_read_behind_who_writes_at_the_moment(listener: Listener, identity: Identity) -> None:
     """It was taken for the end, and the last words of a dead process were lost."""
     with streams(listener, identity) as (near, far):
-        left = End("left", Role.CONNECTOR, near)  # type: ignore[arg-type]
-        right = End("right", Role.ACCEPTOR, far)  # type: ignore[arg-type]
-        right.start()
-        left.start()
-        assert left.ready.wait(PATIENCE) and right.ready.wait(PATIENCE)
+        left, right = linked(near, far)
 
         def last_look() -> None:
             left.link.send(Kind.CALLS, b"last words")
@@ -215,11 +220,7 @@ def test_the_rest_is_read_behind_who_writes_at_the_moment(listener: Listener, id
 def test_links_over_tls(listener: Listener, identity: Identity) -> None:
     """Much, from both sides at once, and small frames behind it."""
     with streams(listener, identity) as (near, far):
-        left = End("left", Role.CONNECTOR, near)  # type: ignore[arg-type]
-        right = End("right", Role.ACCEPTOR, far)  # type: ignore[arg-type]
-        right.start()
-        left.start()
-        assert left.ready.wait(PATIENCE) and right.ready.wait(PATIENCE)
+        left, right = linked(near, far)
         payload = os.urandom(8 << 20)
         for end in (left, right):
             for _ in range(3):
@@ -264,11 +265,7 @@ def test_what_is_decrypted_does_not_wait_for_more_to_come(listener: Listener, id
 
 def test_many_threads_write_while_others_read(listener: Listener, identity: Identity) -> None:
     with streams(listener, identity) as (near, far):
-        left = End("left", Role.CONNECTOR, near)  # type: ignore[arg-type]
-        right = End("right", Role.ACCEPTOR, far)  # type: ignore[arg-type]
-        right.start()
-        left.start()
-        assert left.ready.wait(PATIENCE) and right.ready.wait(PATIENCE)
+        left, right = linked(near, far)
         each, threads = 100, 4
 
         def write(end: End, number: int) -> None:

@@ -304,9 +304,8 @@ class RemoteFuture(Reference, Future[Any]):
             made: Future[Any] = Future()
             made._call = self._call or _Waiting(self._refs)
             try:
-                transfer = self.__dict__.setdefault(
-                    "_transfer", made
-                )  # atomic: one asks, and no lock that a `__del__` meets
+                # Atomic: one asks, and no lock that a `__del__` meets.
+                transfer = self.__dict__.setdefault("_transfer", made)
                 if transfer is made:
                     self._ask_for_value()
             except BaseException:

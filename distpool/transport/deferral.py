@@ -30,9 +30,8 @@ class Deferral:
     def __init__(self) -> None:
         self.depth = 0
         self.may_raise = False
-        self.at_rest = (
-            False  # a handler of the user's runs where nothing is half done: whoever leads may do so in there
-        )
+        #: A handler of the user's runs where nothing is half done: whoever leads may do so in there.
+        self.at_rest = False
         self.late: list[tuple[int, Any]] = []  # signal and frame of what came meanwhile
         self._replaced: list[tuple[int, Any]] = []  # signal and the handler that was there
         self._thread = 0  # who is inside
