@@ -273,7 +273,8 @@ class _Cache:
     """Functions by identity, and the references under which workers keep them.
 
     The lock of an entry makes "look and send" one step of each pair of function and worker. Entries of functions that
-    are gone are removed by their weak references: `dict.pop`, which is safe in a finalizer.
+    are gone are removed by their weak references: `dict.pop`, which is safe in a finalizer. Ctrl-C may come first in
+    there, and is ignored by Python: the entry stays, and another function may get the same identity.
     """
 
     def __init__(self) -> None:
@@ -286,6 +287,9 @@ class _Cache:
         """The name of `f` on worker `pid`, where it is sent to if need be."""
         key, anchor = _identity(f)
         entry = self._entries.get(key)
+        if entry is not None and not entry.is_of(anchor):
+            self._entries.pop(key, None)
+            entry = None
         if entry is None:
             entry = self._entries.setdefault(key, _Kept(anchor, self._entries, key))  # atomic
         with entry.lock:
@@ -302,11 +306,14 @@ class _Kept:
     def __init__(self, anchor: Any, entries: dict[Any, _Kept], key: Any) -> None:
         self.references: dict[int, Future[Any]] = {}
         self.lock = threading.RLock()
-        try:
-            #: Keeps the identity taken, or notices that it is not any more.
-            self.anchor: Any = weakref.ref(anchor, lambda gone: entries.pop(key, None))
-        except TypeError:
-            self.anchor = anchor
+        #: Gives the object; keeps the identity taken, or notices that it is not any more.
+        self._anchor: Callable[[], Any] = lambda: anchor
+        with contextlib.suppress(TypeError):  # it has no weak references
+            self._anchor = weakref.ref(anchor, lambda gone: entries.pop(key, None))
+
+    def is_of(self, anchor: Any) -> bool:
+        """Whether this is about that very object."""
+        return self._anchor() is anchor
 
 
 def _identity(f: Callable[..., Any]) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -621,3 +621,21 @@ def test_a_function_that_goes_just_when_it_is_asked_for(monkeypatch: pytest.Monk
     monkeypatch.setattr(owner, "watch", late)
     with pytest.raises(RuntimeError, match="not kept on this worker any more"):
         find_kept(*rrid)
+
+
+def test_a_function_at_the_place_of_one_that_is_gone(team: list[int]) -> None:
+    """Ctrl-C may come in the weak reference's callback that forgets the first of them, and nobody hears of it."""
+    pool = CachingPool(team[:1])
+    first = make_answer("first")
+    assert remotecall_fetch(first, pool) == "first"
+    (entry,) = pool._cache._entries.values()
+    del first
+    assert not pool._cache._entries
+    second = make_answer("second")
+    pool._cache._entries[id(second)] = entry
+    assert remotecall_fetch(second, pool) == remotecall_fetch(second, pool) == "second"
+    assert len(pool._cache) == 1
+
+
+def make_answer(answer: str) -> Callable[[], str]:
+    return lambda: answer
