@@ -22,7 +22,8 @@ TESTS = list(Path(__file__).resolve().parent.rglob("test_*.py"))
 LAYERS: dict[int, tuple[str, ...]] = {
     0: ("errors", "config", "directories", "logs", "fields", "flag", "sigpipe"),
     1: (
-        *("wire.frames", "wire.messages", "wire.records", "wire.protocol", "wire.versions", "wire.pieces"),
+        *("wire.frames", "wire.messages", "wire.records", "wire.mac", "wire.protocol", "wire.versions"),
+        "wire.pieces",
         "wire.structs",
         *("wire.codec", "wire.byvalue", "wire.failures", "wire.fingerprint", "wire.functions"),
         "progress",
@@ -111,6 +112,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("wire.pieces", "wire.frames"),
         ("wire.pieces", "wire.messages"),
         ("wire.protocol", "wire.frames"),
+        ("wire.protocol", "wire.mac"),
         ("wire.codec", "wire.byvalue"),
         ("wire.failures", "wire.codec"),
         ("wire.fingerprint", "wire.codec"),

@@ -14,11 +14,10 @@ cannot be reflected. Legal moves are the table `MOVES`; anything else is a `Prot
 from __future__ import annotations
 
 import enum
-import hashlib
-import hmac
 import os
 
 from distpool.errors import AuthenticationError, ProtocolError
+from distpool.wire import mac
 from distpool.wire.frames import Frame, Kind, pack_frame
 
 MAGIC = b"distpool/1\n"
@@ -111,14 +110,14 @@ class Handshake:
         first, second = sorted((self._mine, self._theirs))
         pad = b"".join(
             self._proof(b"veil" + number.to_bytes(4, "big"), first, second)
-            for number in range(-(-len(data) // hashlib.sha256().digest_size))
+            for number in range(-(-len(data) // mac.SIZE))
         )
         return bytes(one ^ other for one, other in zip(data, pad, strict=False))
 
     def _proof(self, label: bytes, first: bytes, second: bytes) -> bytes:
-        return hmac.digest(self._key, label + b"\0" + first + second, hashlib.sha256)
+        return mac.digest(self._key, label + b"\0" + first + second)
 
     @staticmethod
     def _verify(given: bytes, expected: bytes) -> None:
-        if not hmac.compare_digest(given, expected):
+        if not mac.same(given, expected):
             raise AuthenticationError("Invalid connection credentials: the cluster cookies differ")
