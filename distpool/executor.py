@@ -11,7 +11,6 @@ rest of distpool while that comes up.
 from __future__ import annotations
 
 import contextlib
-import signal
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -220,13 +219,16 @@ class ClusterExecutor(Submitter):
 
     def terminate_workers(self) -> None:
         """Cancel what has not started and send SIGTERM to the workers at once (Python 3.14)."""
-        self._signal_workers(signal.SIGTERM)
+        self._signal_workers("SIGTERM")
 
     def kill_workers(self) -> None:
         """Cancel what has not started and kill the workers at once (Python 3.14)."""
-        self._signal_workers(getattr(signal, "SIGKILL", signal.SIGTERM))
+        self._signal_workers("SIGKILL")
 
-    def _signal_workers(self, signum: int) -> None:
+    def _signal_workers(self, name: str) -> None:
+        import signal  # not before the zygote is started
+
+        signum = int(getattr(signal, name, signal.SIGTERM))
         crew = self._crew
         self.shutdown(wait=False)
         if crew.is_here:

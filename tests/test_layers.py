@@ -80,7 +80,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     8: (
         *("managers.base", "managers.launch", "managers.process", "managers.forked", "managers.executed"),
         *("managers.handles", "managers.specs", "managers.batch", "managers.resources", "managers.local"),
-        *("managers.surroundings", "managers.command", "managers.zygotes", "managers.record"),
+        *("managers.surroundings", "managers.command", "managers.spawned", "managers.zygotes", "managers.record"),
         *("managers.login_protocol", "managers.ssh", "managers.ssh_login", "managers.ssh_command"),
         *("managers.archive", "managers.bootstrap", "managers.unpacking"),
         *("managers.ssh_client", "managers.ssh_config", "managers.ssh_paramiko", "managers.ssh_binary"),
@@ -249,7 +249,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("managers.launch", "managers.process"),
         ("managers.launch", "managers.zygotes"),
         ("managers.forked", "managers.zygotes"),
-        *(("managers.zygotes", f"managers.{name}") for name in ("command", "process", "surroundings")),
+        *(("managers.zygotes", f"managers.{name}") for name in ("command", "process", "spawned", "surroundings")),
         ("managers.command", "managers.surroundings"),
         *((f"managers.{name}", "managers.record") for name in ("base", "local", "ssh", "ssh_login")),
         ("managers.forked", "managers.process"),

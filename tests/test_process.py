@@ -183,6 +183,8 @@ def test_nobody_forks_while_a_process_is_started(method: str, monkeypatch: pytes
         forked.set()
 
     monkeypatch.setattr(subprocess, "Popen", popen)
+    for name in ("posix_spawn", "posix_spawnp"):
+        monkeypatch.setattr(os, name, popen)
     threads = [threading.Thread(target=each, daemon=True) for each in (start, fork)]
     for thread in threads:
         thread.start()

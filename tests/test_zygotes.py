@@ -19,12 +19,13 @@ from distpool.managers.local import LocalManager
 PREAMBLE = """
 import json, os, subprocess, sys
 started = []
-popen = subprocess.Popen.__init__
-def note(self, command, *args, **kwargs):
-    popen(self, command, *args, **kwargs)
+spawn = os.posix_spawn
+def note(program, command, *args, **kwargs):
+    pid = spawn(program, command, *args, **kwargs)
     if "distpool.zygote" in str(command):
-        started.append([self.pid, "distpool.node.node" in sys.modules])
-subprocess.Popen.__init__ = note
+        started.append([pid, "distpool.node.node" in sys.modules])
+    return pid
+os.posix_spawn = note
 import distpool
 def say(**found):
     print(json.dumps({"started": started, **found}))
@@ -64,6 +65,7 @@ def test_what_is_not_needed_to_start_it_is_loaded_later() -> None:
         from distpool.managers import zygotes
         def begin(*args):
             late = {"typing", "dataclasses", "tempfile", "cloudpickle", "distpool.crew"}
+            late |= {"socket", "subprocess", "signal"}
             print(sorted(late & set(sys.modules)))
             raise SystemExit
         zygotes.begin = begin
@@ -157,9 +159,10 @@ def test_it_is_found_by_what_local_workers_ask_for() -> None:
         assert started.process.poll() is None
     finally:
         started.discard()
-    assert started.process.returncode == -9 and started.control.fileno() == -1
-    with pytest.raises(OSError):
-        os.fstat(started.startup)
+    assert started.process.returncode == -9
+    for descriptor in (started.control, started.startup):
+        with pytest.raises(OSError):
+            os.fstat(descriptor)
 
 
 def test_what_cannot_be_started_leaves_no_descriptor() -> None:
@@ -186,8 +189,7 @@ def test_a_program_without_standard_streams(tmp_path: Path) -> None:
         import os, sys
         from distpool.managers import zygotes
         started = zygotes.begin(2, {})
-        numbers = started.control.fileno(), started.startup
-        started.control.setblocking(True)
+        numbers = started.control, started.startup
         alive = started.process.poll() is None
         with open(sys.argv[1], "w") as file:
             file.write(f"{min(numbers)} {alive}")

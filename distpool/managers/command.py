@@ -6,7 +6,6 @@ Few imports: the first executor of a program needs this before anything else (`m
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 
@@ -35,8 +34,25 @@ def command(exename: Any, exeflags: Any) -> tuple[list[str], bool]:
     argv[0] = os.path.abspath(program) if os.path.dirname(program) else program
     own = len(argv) == 1 and argv[0] == os.path.abspath(sys.executable or "")
     if own:
-        flags = [*getattr(subprocess, "_args_from_interpreter_flags", list)(), *flags]
+        flags = [*_own_options(), *flags]
     return [*argv, *flags], not own
+
+
+_OPTIONS = (
+    *("debug", "dont_write_bytecode", "no_user_site", "no_site", "verbose", "bytes_warning", "quiet", "optimize"),
+    *("isolated", "ignore_environment", "safe_path", "dev_mode"),
+)
+"""Names in `sys.flags` of what may have been asked for by an option, besides -W and -X."""
+
+
+def _own_options() -> list[str]:
+    """What this program was started with, as multiprocessing finds it out."""
+    if not (sys.warnoptions or sys._xoptions or any(getattr(sys.flags, name) for name in _OPTIONS)):
+        return []
+    import subprocess  # 2 ms
+
+    found: list[str] = getattr(subprocess, "_args_from_interpreter_flags", list)()
+    return found
 
 
 def _which(name: str) -> str:

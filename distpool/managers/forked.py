@@ -72,7 +72,9 @@ class ForkServer:
         self._lock = threading.Lock()
         # Held while reading: by the leader, or by the thread that closes. Never together with a wait.
         self._reading = threading.Lock()
-        self._process, self._control, self._startup = started.process, started.control, started.startup
+        self._process, self._startup = started.process, started.startup
+        self._control = socket.socket(fileno=started.control)
+        self._control.setblocking(False)  # the program may have set a default of its own
         self._given = started.given
         loop.register(self._startup, self._on_startup)
         loop.register(self._control, self._on_readable)

@@ -8,8 +8,9 @@ The exit status is reported on the leader of the I/O loop; `kill` and `add_exit_
 
 from __future__ import annotations
 
+# Not `signal`: see `spawned`.
+import _signal  # type: ignore[import-not-found]
 import os
-import signal
 import threading
 from collections.abc import Callable
 
@@ -39,7 +40,7 @@ if hasattr(os, "register_at_fork"):
     # In the child the thread that forked is still its owner. Reentrant: a signal handler may fork in the midst of it.
     os.register_at_fork(before=no_forks.acquire, after_in_parent=no_forks.release, after_in_child=no_forks.release)
 
-SIGKILL: int = getattr(signal, "SIGKILL", signal.SIGTERM)
+SIGKILL: int = getattr(_signal, "SIGKILL", _signal.SIGTERM)
 
 
 class Timer(Protocol):
@@ -152,7 +153,7 @@ class LaunchedProcess:
                 self._send_signal(signum)
                 return
             try:
-                signal.pidfd_send_signal(self._pidfd, signum)  # type: ignore[attr-defined,unused-ignore]
+                _signal.pidfd_send_signal(self._pidfd, signum)
             except OSError:
                 pass  # ended, not reported yet
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 
 BLAS_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -25,6 +24,8 @@ def here() -> str:
 
 def routable_address() -> str:
     """The address of this machine that others reach: the one it would send from. No packet is sent."""
+    import socket
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))

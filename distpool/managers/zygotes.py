@@ -9,18 +9,20 @@ first result. So a new program's first executor has its zygote started before it
 
 from __future__ import annotations
 
+# Not `socket`, which takes 2 ms to load: whoever takes the object has it.
+import _socket
 import os
-import socket
-import subprocess
 import sys
 
 from distpool import config
 from distpool.managers.command import command, environment, import_path
 from distpool.managers.process import LaunchSpec, boot_code, no_forks
+from distpool.managers.spawned import Spawned, spawn
 from distpool.managers.surroundings import here
 
 TYPE_CHECKING = False  # not from `typing`: see `fields`
 if TYPE_CHECKING:
+    import subprocess
     from typing import Any
 
 _STARTUP_NAMES = ("LANG", "TZDIR", "GLIBC_TUNABLES")
@@ -47,16 +49,12 @@ def _above_standard(descriptor: int) -> int:
         os.close(descriptor)
 
 
-def _moved(sock: socket.socket) -> socket.socket:
-    return sock if sock.fileno() > 2 else socket.socket(fileno=_above_standard(sock.detach()))
-
-
 class ZygoteProcess:
     """A zygote that has been started, and our ends of its channels. OSError: it cannot be started.
 
-    `control`: socket for requests. `startup`: read end of the pipe for what it prints before it serves. Both do not
-    block. They belong to whoever takes the object (`ForkServer`), unless it is discarded. `given`: the environment that
-    a command of the user's was started with, which it may have changed for its workers.
+    `control`: a socket for requests. `startup`: read end of the pipe for what it prints before it serves. Both are
+    descriptors that do not block; they belong to whoever takes the object (`ForkServer`), unless it is discarded.
+    `given`: the environment that a command of the user's was started with, which it may have changed for its workers.
     """
 
     def __init__(self, spec: LaunchSpec) -> None:
@@ -64,11 +62,11 @@ class ZygoteProcess:
         self.given = spec.env if spec.own_path else None
         with no_forks:
             self._open(spec)
-        self.control.setblocking(False)
+        os.set_blocking(self.control, False)
         os.set_blocking(self.startup, False)
 
     def _open(self, spec: LaunchSpec) -> None:
-        self.control, theirs = map(_moved, socket.socketpair())
+        self.control, theirs = (_above_standard(end.detach()) for end in _socket.socketpair())
         try:
             self.startup, output = map(_above_standard, os.pipe())
             try:
@@ -79,32 +77,24 @@ class ZygoteProcess:
             finally:
                 os.close(output)
         except BaseException:
-            self.control.close()
+            os.close(self.control)
             raise
         finally:
-            theirs.close()
+            os.close(theirs)
 
     @staticmethod
-    def _start(spec: LaunchSpec, control: socket.socket, output: int) -> subprocess.Popen[bytes]:
-        call = f"main({control.fileno()}, {os.getpid()}, {spec.entry!r}, own)"
+    def _start(spec: LaunchSpec, control: int, output: int) -> Spawned | subprocess.Popen[bytes]:
+        call = f"main({control}, {os.getpid()}, {spec.entry!r}, own)"
         # Collections while modules are loaded, of which nothing is garbage, are 2.5 ms of 45.
         call = f"import gc; gc.disable(); from distpool.zygote import main; {call}"
         code = boot_code(call, spec.sys_path, spec.own_path)
-        return subprocess.Popen(
-            [*spec.argv, "-c", code],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=spec.env,
-            pass_fds=[control.fileno()],
-            start_new_session=True,
-        )
+        return spawn([*spec.argv, "-c", code], spec.env, output, control)
 
     def discard(self) -> None:
         """Nobody has taken it: end it. It has not made anything yet that would stay behind."""
         self.process.kill()
         self.process.wait()
-        self.control.close()
+        os.close(self.control)
         os.close(self.startup)
 
 
