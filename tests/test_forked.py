@@ -27,9 +27,9 @@ class Zygote:
     """The other end: what it was told, and answers at will. It is its own `Popen` and `ZygoteProcess`."""
 
     def __init__(self) -> None:
-        self.control, self.sock = socket.socketpair()
+        control, self.sock = socket.socketpair()
+        self.control = control.detach()
         self.startup, self.says = os.pipe()
-        self.control.setblocking(False)
         os.set_blocking(self.startup, False)
         self.process = self
         self.given = {"FROM": "a command"}
@@ -334,4 +334,4 @@ def test_a_forked_child_only_closes(zygote: Zygote) -> None:
     server.forget()
     with pytest.raises(OSError):
         os.fstat(startup)
-    assert zygote.control.fileno() == -1 and zygote.returncode == 0 and not zygote.killed.is_set()
+    assert server._control.fileno() == -1 and zygote.returncode == 0 and not zygote.killed.is_set()
