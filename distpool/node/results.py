@@ -28,7 +28,7 @@ from distpool.transport.journal import Journal
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
 from distpool.wire import codec, messages, records
-from distpool.wire.failures import encode_exception, let_go
+from distpool.wire.failures import encode_exception
 from distpool.wire.frames import Kind
 from distpool.wire.messages import ERROR, RESULT, UNSENDABLE, VALUE, VALUES
 
@@ -107,7 +107,6 @@ class ResultWriter:
     def fail(self, sequence: int, error: BaseException, status: int = ERROR) -> None:
         """The call raised, or (`status`) could not even be loaded."""
         if self.memory_limit and isinstance(error, MemoryError):
-            let_go(error)
             error.args = (
                 f"a task needed more memory than memory_limit={self.memory_limit} bytes allow worker {self.pid}"
                 f" ({type(error).__name__}: {error})",

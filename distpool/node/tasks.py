@@ -37,7 +37,7 @@ from distpool.transport.journal import Journal
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
 from distpool.wire import codec, messages
-from distpool.wire.failures import encode_exception
+from distpool.wire.failures import encode_exception, let_go
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.messages import CHUNK, CHUNK_OF_SCALARS, ERROR, ONE, ONE_FRESH, UNLOADABLE
 
@@ -419,6 +419,7 @@ class TaskRunner:
             else:
                 begin = self._run_many(item, function, begin)
         except BaseException as error:  # also SystemExit and KeyboardInterrupt: they are the call's outcome
+            let_go(error)  # before all else: what has filled the memory is still there
             with self.lock:
                 self.running.pop(threading.get_ident(), None)  # from here on no element of it can be recalled
             for first, count in item.ranges(item.index, item.stop):
@@ -426,7 +427,6 @@ class TaskRunner:
                     self.results.fail(sequence, error, ERROR if item.loaded else UNLOADABLE)
             if item.payload:
                 self.drop_lent(item)
-            del error
         now = time.perf_counter()
         self.running.pop(threading.get_ident(), None)
         self.results.busy += now - begin

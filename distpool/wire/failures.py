@@ -50,8 +50,7 @@ def encode_exception(
 
     Example: `except BaseException as error: reply = encode_exception(error, peer, skip_frames=1)`
     """
-    if isinstance(exc, MemoryError):
-        let_go(exc)
+    let_go(exc)
     text = traceback_text(exc, skip_frames)
     payload: bytes | None = None
     reason = ""
@@ -67,9 +66,9 @@ def encode_exception(
 
 
 def let_go(exc: BaseException) -> None:
-    """Empty the frames in which it was raised: where there is no memory left, they hold what there is, and neither text
+    """Of a MemoryError: empty the frames in which it was raised. They hold what has filled the memory, and neither text
     nor pickle could be made of the error."""
-    place = exc.__traceback__
+    place = exc.__traceback__ if isinstance(exc, MemoryError) else None
     while place is not None:
         try:
             place.tb_frame.clear()
