@@ -33,6 +33,8 @@ ENTRY = "distpool.worker:run"
 EXIT_SECONDS = 5.0
 """What a worker's non-daemon threads and atexit hooks may take at its end; then it goes without them."""
 
+_STACK = 256 * 1024  # bytes for a thread that only waits; little may be left of the memory that this worker may use
+
 LEFT_ALONE = ("SIGKILL", "SIGSTOP", "SIGPIPE", "SIGXFSZ")
 """Signals that nobody may set, or that Python itself ignores."""
 
@@ -292,6 +294,7 @@ def finish(code: int, main: bool = True) -> NoReturn:
             os._exit(code)
 
     try:
+        threading.stack_size(_STACK)
         threading.Thread(target=give_up, name="distpool-exit", daemon=True).start()
         if main:
             threading._shutdown()  # type: ignore[attr-defined]

@@ -209,6 +209,19 @@ def test_an_end_that_is_held_up() -> None:
     assert outcome(beside)[0] == 5  # the main thread is not waited for
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is only a limit on Linux")
+def test_an_end_with_little_memory() -> None:
+    """It needs a thread, whose stack would be 8 MiB."""
+    found = outcome(
+        "import atexit, resource; resource.setrlimit(resource.RLIMIT_DATA, (150 << 20, -1)); held = []\n"
+        "atexit.register(os.write, 1, b'hook')\n"
+        "try:\n    while True: held.append(bytearray(1 << 20))\n"
+        "except MemoryError: del held[-2:]\n"
+        "startup.finish(7)"
+    )
+    assert found == (7, "hook", "")
+
+
 def test_an_error_at_the_end_does_not_hold_it_up() -> None:
     closed = "import atexit; atexit.register(lambda: 1 // 0); sys.stdout.close(); startup.finish(6)"
     code, _, err = outcome(closed)
