@@ -294,8 +294,11 @@ def finish(code: int, main: bool = True) -> NoReturn:
             os._exit(code)
 
     try:
-        threading.stack_size(_STACK)
-        threading.Thread(target=give_up, name="distpool-exit", daemon=True).start()
+        usual = threading.stack_size(_STACK)
+        try:
+            threading.Thread(target=give_up, name="distpool-exit", daemon=True).start()
+        finally:
+            threading.stack_size(usual)  # exit hooks may start threads
         if main:
             threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()

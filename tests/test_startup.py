@@ -214,12 +214,12 @@ def test_an_end_with_little_memory() -> None:
     """It needs a thread, whose stack would be 8 MiB."""
     found = outcome(
         "import atexit, resource; resource.setrlimit(resource.RLIMIT_DATA, (150 << 20, -1)); held = []\n"
-        "atexit.register(os.write, 1, b'hook')\n"
+        "import threading; atexit.register(lambda: print('hook', threading.stack_size()))\n"
         "try:\n    while True: held.append(bytearray(1 << 20))\n"
         "except MemoryError: del held[-2:]\n"
         "startup.finish(7)"
     )
-    assert found == (7, "hook", "")
+    assert found == (7, "hook 0\n", ""), "and threads of the user's have the usual stack"
 
 
 def test_an_error_at_the_end_does_not_hold_it_up() -> None:

@@ -342,7 +342,7 @@ class ForkServer:
             self._startup = -1
         for process in self._children.values():
             process.forget()
-        self._process.returncode = 0  # not our child any more: keeps Popen's finalizer quiet
+        self._process.returncode = 0  # not our child any more: there is nothing to wait for
 
 
 def discard(process: LaunchedProcess) -> None:

@@ -28,7 +28,7 @@ from distpool.transport.journal import Journal
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
 from distpool.wire import codec, messages, records
-from distpool.wire.failures import encode_exception
+from distpool.wire.failures import encode_exception, let_go
 from distpool.wire.frames import Kind
 from distpool.wire.messages import ERROR, RESULT, UNSENDABLE, VALUE, VALUES
 
@@ -106,6 +106,7 @@ class ResultWriter:
 
     def fail(self, sequence: int, error: BaseException, status: int = ERROR) -> None:
         """The call raised, or (`status`) could not even be loaded."""
+        let_go(error)  # before anything that takes memory
         if self.memory_limit and isinstance(error, MemoryError):
             error.args = (
                 f"a task needed more memory than memory_limit={self.memory_limit} bytes allow worker {self.pid}"

@@ -116,6 +116,18 @@ def fill_up(size: int) -> None:
 
 
 @pytest.mark.skipif(not psutil.LINUX, reason="RLIMIT_DATA is only a limit on Linux")
+@pytest.mark.parametrize("limit", [120, 137, 150, 166])
+def test_memory_used_up_bit_by_bit_in_a_map(limit: int) -> None:
+    """Several elements travel together; what runs them reports each by itself."""
+    with distpool.ClusterExecutor(1, memory_limit=f"{limit}MiB") as executor:
+        before = executor.submit(os.getpid).result(20)
+        for size in (1, 17, 5000):
+            with pytest.raises(MemoryError, match="memory_limit"):
+                list(executor.map(fill_up, [size] * 3, chunksize=3, timeout=60))
+        assert executor.submit(os.getpid).result(20) == before
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="RLIMIT_DATA is only a limit on Linux")
 @pytest.mark.parametrize("size", [1, 1000, 5000])
 def test_memory_used_up_bit_by_bit(make_runner: Callable[..., Runner], size: int) -> None:
     """What has filled it is still there when the error is caught: none was left to say so, and the worker ended."""
