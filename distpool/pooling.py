@@ -103,9 +103,10 @@ def map_async(
     """`DistPool.map_async` and (not `single`) `starmap_async`."""
     sized = hasattr(iterable, "__len__")
     error: BaseException | None = None
-    items: list[Any] = []
+    items: Any = []
+    as_it_is = type(iterable) is list or (type(iterable) is range and single and pool._policy is None)
     try:
-        items = iterable if type(iterable) is list else list(iterable)
+        items = iterable if as_it_is else list(iterable)
     except Exception as failure:
         if not sized:
             raise
@@ -132,7 +133,7 @@ def map_async(
         if chunksize == 1:
             run.feed(items if items is not iterable else list(items))
         else:
-            run.feed_cut(items, chunksize, plain=single and type(iterable) is range and type(run) is MapRun)
+            run.feed_cut(items, chunksize)
     except BaseException:  # Ctrl-C: it will not be complete
         pool._callbacks.forget(result)
         run.close()

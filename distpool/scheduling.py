@@ -17,13 +17,11 @@ the locked region, can submit without deadlock. Nothing under `lock` runs user c
 from __future__ import annotations
 
 import collections
-import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
-from distpool import config
 from distpool.logs import Log
 from distpool.mapruns import MapRun
 from distpool.node.deliveries import Deliveries
@@ -39,9 +37,6 @@ from distpool.wire.frames import Frame, Kind
 from distpool.work import Call
 
 log = Log("scheduling")
-
-_FEW = 4  # calls that travel together if each takes less than
-_TINY = 50e-6  # seconds: a frame of its own would cost as much
 
 
 class Scheduler:
@@ -168,12 +163,15 @@ class Scheduler:
                 break
             slots = [slot for slot in list(self.slots.values()) if slot.usable]
             slots.sort(key=lambda slot: slot.load)
+            asking = sum(2 * slot.load <= slot.limit for slot in slots)
             for slot in slots:
                 if not self._clean_head():
                     break
-                count = self._share(slot, queue[0])
+                head = queue[0]
+                waiting = head.remaining if type(head) is MapRun else len(queue)
+                count = slot.share(head, waiting, max(1, asking), len(self.slots))
                 if count > 0 and self._fill(slot, count):
-                    progress = True
+                    progress, asking = True, asking - 1
         for slot in list(self.slots.values()):
             if slot.pinned:
                 slot.pinned_turn(self)
@@ -225,16 +223,6 @@ class Scheduler:
             return
         error = RuntimeError(f"none of the workers {sorted(pids)} is a living worker of this executor")  # type: ignore[arg-type]
         self.loop.call_soon(lambda: self.settle(call, 0, Outcome(RAISED_HERE, error, (), 1)))
-
-    def _share(self, slot: Slot, head: Any) -> int:
-        room = slot.room(head.timing.mean, head.worth() if type(head) is MapRun else config.WINDOW_SECONDS)
-        if room <= 0 or (slot.load > slot.blocked and 2 * room < slot.limit - slot.blocked):
-            return 0  # it has enough for now: half a window at a time costs half of the frames
-        if head.policy is not None if type(head) is Call else False:
-            return 1 if slot.idles else 0
-        waiting = head.remaining if type(head) is MapRun else len(self._queue)
-        least = _FEW if 0.0 <= head.timing.mean < _TINY else 1
-        return min(room, max(least, math.ceil(waiting / (2 * len(self.slots) or 1))))
 
     def _fill(self, slot: Slot, count: int) -> bool:
         """Send up to `count` calls from the head of the queue as one frame."""

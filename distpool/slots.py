@@ -10,6 +10,7 @@ protected by the scheduler's lock where it adds and the leader removes; dict ope
 from __future__ import annotations
 
 import collections
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from distpool.transport.ioloop import IoLoop
 
 _MAX_WINDOW = 1024
+_FEW = 4  # calls that travel together if each takes less than
+_TINY = 50e-6  # seconds: a frame of its own would cost as much
 _MAX_FUNCTIONS = 256  # functions by value that a worker keeps
 _MAX_FUNCTION_BYTES = 256 << 20
 _SHORT = 0.002  # seconds: longer calls never travel together in one record
@@ -107,6 +110,20 @@ class Slot:
         self.limit = limit + self.blocked
         room = self.limit - self.load
         return room if self._remaining is None else min(room, self._remaining or 1)
+
+    def share(self, head: Any, waiting: int, asking: int, workers: int) -> int:
+        """How many of the `waiting` calls, `head` first, it should be sent now, as one of `asking` that have room."""
+        call = type(head) is Call
+        room = self.room(head.timing.mean, config.WINDOW_SECONDS if call else head.worth())
+        window = self.limit - self.blocked
+        if room <= 0 or (self.load > self.blocked and 2 * room < window):
+            return 0  # it has enough for now: half a window at a time costs half of the frames
+        if call and head.policy is not None:
+            return 1 if self.idles else 0
+        least = _FEW if 0.0 <= head.timing.mean < _TINY else 1
+        # Up to half a window it would be sent anyway, but in one small frame after another.
+        fair = min(room - window // 2, math.ceil(waiting / asking))
+        return min(room, max(least, fair, math.ceil(waiting / (2 * workers or 1))))
 
     def block(self, change: int) -> None:
         """So many more tasks there wait for other calls. The limit follows at once: if the queue is empty, nobody will

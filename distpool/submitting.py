@@ -112,9 +112,9 @@ def map_in_order(
         run.feed(list(source))
         total = run.fed
     elif all(type(iterable) in _AT_HAND for iterable in iterables):
-        items = list(source)
+        items = iterables[0] if single and type(iterables[0]) is range else list(source)
         total = len(items)
-        run.feed_cut(items, chunksize, plain=single and type(iterables[0]) is range)
+        run.feed_cut(items, chunksize)
     else:
         total = 0
         while chunk := list(itertools.islice(source, chunksize)):

@@ -373,6 +373,49 @@ def test_the_leader_may_not_claim_again(started: IoLoop) -> None:
     assert answers == [False]
 
 
+def test_a_glance_runs_what_is_ready_and_does_not_wait(loop: IoLoop) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        got: list[tuple[bytes, int]] = []
+        loop.register(here, lambda: got.append((here.recv(10), threading.get_ident())))
+        begin = time.monotonic()
+        loop.glance()
+        assert got == [] and time.monotonic() - begin < 5, "nothing has come"
+        there.send(b"one")
+        loop.glance()
+        assert got == [(b"one", threading.get_ident())] and not loop.leads
+        loop.unregister(here)
+
+
+def test_a_glance_where_another_thread_leads(started: IoLoop) -> None:
+    """Nothing is waited for, and nothing is lost."""
+    release, leading = threading.Event(), threading.Event()
+    first, answers = lead_in_thread(started, lambda: (leading.set(), release.is_set())[1])
+    assert leading.wait(PATIENCE)
+    started.glance()
+    release.set()
+    started.wake()
+    first.join(PATIENCE)
+    assert answers == [True]
+    soon(started)
+    answers.clear()
+    started.call_soon(lambda: answers.append(started.glance() is None))  # type: ignore[func-returns-value]
+    soon(started)
+    assert answers == [True], "on the leader itself"
+
+
+def test_a_glance_of_who_may_not_wait(loop: IoLoop) -> None:
+    """A finalizer that runs while its thread has a lock which handlers take."""
+    loop.held.append(lambda: True)
+    ran: list[int] = []
+    loop.call_soon(lambda: ran.append(1))
+    loop.glance()
+    assert ran == []
+    loop.held.pop()
+    loop.glance()
+    assert ran == [1]
+
+
 def test_ticks_set_the_length_of_the_poll(loop: IoLoop) -> None:
     ticks: list[int] = []
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,16 +39,56 @@ def test_scalars_and_objects_travel_alike(office: Office) -> None:
 
 
 @pytest.mark.parametrize("chunksize", [2, 7, 100, 5000])
-@pytest.mark.parametrize("kind", ["known scalars", "scalars", "objects"])
+@pytest.mark.parametrize("kind", ["range", "scalars", "objects"])
 def test_an_input_is_cut_into_chunks(office: Office, chunksize: int, kind: str) -> None:
     worker = office.worker(2)
-    items: list[Any] = list(range(2500)) if "scalars" in kind else [[number] for number in range(2500)]
+    items: list[Any] = [[number] if kind == "objects" else number for number in range(7, 7507, 3)]
     run = office.run([], fresh(), chunked=True)
-    run.feed_cut(items, chunksize, plain=kind == "known scalars")
+    run.feed_cut(range(7, 7507, 3) if kind == "range" else items, chunksize)
     while worker.inbox:
         office.finish(worker)
     assert run.fed == run.settled == -(-len(items) // chunksize)
     assert [value for chunk in values(run, run.fed) for value in chunk] == items
+
+
+def test_the_first_answers_count_while_a_long_input_is_fed(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of the function, so a worker gets one chunk; when that has been answered, it gets many."""
+    clock = itertools.count()
+    monkeypatch.setattr(mapruns, "time", SimpleNamespace(monotonic=lambda: next(clock) * 0.0001))
+    looks: list[int] = []
+    worker = office.worker(2)
+    run = office.run([], fresh(), chunked=True)
+    before = office.scheduler.loop.glance
+
+    def glance() -> None:
+        looks.append(len(worker.inbox))
+        if len(looks) == 1:
+            office.finish(worker, busy=1e-6)
+        before()
+
+    office.scheduler.loop.glance = glance  # type: ignore[method-assign]
+    try:
+        run.feed_cut([list(range(20)) for _ in range(10_000)], 4)
+    finally:
+        del office.scheduler.loop.glance  # type: ignore[method-assign]
+    assert len(looks) > 1 and looks[0] == 1 and max(looks) > 5, "it was fed while more was being serialised"
+    run.close()
+
+
+def test_chunks_are_cut_smaller_where_elements_are_larger(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock: a chunk takes a moment each from the thousandth element on."""
+    now = [0.0]
+    run = office.run([], fresh(), chunked=True)
+    groups: list[int] = []
+
+    def feed_chunks(chunks: list[list[Any]]) -> None:
+        groups.append(len(chunks))
+        now[0] += sum(0.01 if chunk[0] >= 1000 else 0.00001 for chunk in chunks)
+
+    run.feed_chunks = feed_chunks  # type: ignore[method-assign]
+    monkeypatch.setattr(mapruns, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    run.feed_cut(list(range(3000)), 10)
+    assert sum(groups) == 300 and groups[:6] == [1, 2, 4, 8, 16, 32] and groups[-3:] == [1, 1, 1]
 
 
 def test_what_cannot_be_serialised_is_that_elements_outcome(office: Office) -> None:

@@ -88,6 +88,21 @@ def test_the_last_calls_are_shared_out(office: Office) -> None:
     assert run.remaining == 0 and sorted(len(worker.inbox) for worker in workers)[0] >= 2
 
 
+def test_what_a_worker_gets_now_is_one_frame(office: Office) -> None:
+    function = timed(office, 1e-5)
+    for number in range(100):
+        office.submit(number, function)
+    worker = office.worker(2)
+    assert len(worker.frames) == 1 and len(worker.inbox) == 100
+
+
+def test_what_all_workers_get_of_a_map_is_one_frame_each(office: Office) -> None:
+    workers = [office.worker(pid) for pid in (2, 3, 4)]
+    run = office.run(list(range(300)), timed(office, 1e-5))
+    assert run.remaining == 0
+    assert [(len(worker.frames), len(worker.inbox)) for worker in workers] == [(1, 100)] * 3
+
+
 def test_measured_time_opens_the_window(office: Office) -> None:
     worker = office.worker(2)
     run = office.run(list(range(500)), fresh())

@@ -40,6 +40,28 @@ def test_room_follows_the_measured_time(office: Office) -> None:
     slot.load = 0
 
 
+def test_the_share_of_a_worker(office: Office) -> None:
+    office.worker(2)
+    slot = office.slots[2]
+    run = office.run([], fresh())
+    run.timing.mean = mean = 1e-4
+    window = int(config.WINDOW_SECONDS / mean)
+    assert slot.share(run, 10 * window, 2, 2) == window, "there is more than enough"
+    assert slot.share(run, window, 2, 2) == window // 2 == slot.share(run, window, 1, 2), "half a window at once"
+    assert slot.share(run, 20, 1, 2) == 20, "nobody else has room: not one small frame after another"
+    assert slot.share(run, 20, 2, 2) == 10 and slot.share(run, 20, 4, 4) == 5
+    slot.load = window // 2
+    assert slot.share(run, 20, 1, 2) == 5, "it has half a window: what is left may go elsewhere"
+    slot.load = window // 2 + 2
+    assert slot.share(run, 10 * window, 1, 2) == 0, "enough for now"
+    slot.load, run.timing.mean = 0, 0.01
+    assert slot.share(run, 20, 1, 2) == 2
+    run.timing.mean = 1e-5
+    assert slot.share(run, 8, 2, 2) == 4 and slot.share(run, 5, 2, 2) == 4, "tiny ones travel together"
+    run.timing.mean = -1.0
+    assert slot.share(run, 20, 1, 2) == 1, "nothing is known of them"
+
+
 def test_a_limited_worker_has_room_for_what_is_left(office: Office) -> None:
     worker = office.worker(2, max_tasks=3)
     slot = office.slots[2]

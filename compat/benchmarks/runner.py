@@ -35,7 +35,7 @@ FULL: Sizes = {
     "W5": {"elements": 10_000_000, "repeat": 9, "seconds": 3.0, "small": 1000},
     "W6": {"elements": 10_000_000, "calls": 200},
     "W7": {"tasks": 2000},
-    "W8": {"pending": 10_000, "fast_pending": 100_000, "total": 20_000, "fast_total": 200_000},
+    "W8": {"pending": 10_000, "fast_pending": 100_000, "total": 20_000, "fast_total": 400_000},
     "W9": {"workers": 32, "idle_s": 3.0},
     "X1": {"workers": [1, 2, 4, 8, 16, 32, 64], "tasks": 4000, "calls": 200},
     "X2": {"ms": [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100], "seconds": 0.6},

@@ -264,6 +264,15 @@ class IoLoop:
         finally:
             guard.leave(inside)
 
+    def glance(self) -> None:
+        """Run the handlers of what is ready now, without waiting. For threads that are busy with something longer: the
+        I/O thread would get the interpreter from them only after 5 ms. Nothing happens where this thread may not lead.
+        """
+        if self.may_wait:
+            looked: list[None] = []
+            self._soon.append(lambda: looked.append(None))  # while something is there, no poll waits
+            self.lead(lambda: bool(looked))
+
     def _lead_if_free(self, until: Callable[[], bool], deadline: float | None, brisk: bool) -> bool:
         deferral = self._deferral if threading.get_ident() == self._main else None
         # From here on signals may only strike inside the poll: between `acquire` and `try` one would leave the lock
