@@ -190,8 +190,9 @@ class ClusterExecutor(Submitter):
     # -- the end -----------------------------------------------------------------------------------------------
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """No new calls; pending ones are completed (or cancelled, if they have not started). Waits for the end of the
-        workers and of the futures' callbacks, unless `wait` is false. May be called again.
+        """No new calls; pending ones are completed (or cancelled, if they have not started; those that wait for another
+        attempt then end with the error of the last one). Waits for the end of the workers and of the futures'
+        callbacks, unless `wait` is false. May be called again.
         """
         crew = self._crew
         first, self._shutdown, self._shutdown_thread = not self._shutdown, True, True

@@ -279,9 +279,9 @@ class MapRun:
             if now - looked > _MOMENT:
                 self.scheduler.loop.glance()  # the first answers tell how much workers can be sent at once
                 looked = now
-            if now - started < _MOMENT:
+            if now - started < _MOMENT / 2:
                 together *= 2
-            elif now - started > 4 * _MOMENT:  # these elements are larger
+            elif now - started > 2 * _MOMENT:  # these elements are larger
                 together = max(1, together // 2)
             started = time.monotonic()
 

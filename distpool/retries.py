@@ -32,7 +32,8 @@ class Retries:
         self._node = node
         self._again = again
         self._end = end
-        self._timers: dict[Call, Timer] = {}  # those that wait for their next attempt
+        self._waiting: dict[Call, tuple[Timer, Outcome]] = {}  # for the next attempt; how the last one ended
+        self._over = False
         self._failure: Callable[[], BaseException] | None = None
 
     def consider(self, call: Call, outcome: Outcome) -> None:
@@ -53,21 +54,24 @@ class Retries:
         except BaseException as failure:  # the user's retry_check raised, or left: that error counts
             outcome = Outcome(RAISED_HERE, failure, (), 1)
         if again:
-            self._node.loop.call_soon(lambda: self._wait(call, policy.delay(call.attempt + 1)))
+            self._node.loop.call_soon(lambda: self._wait(call, outcome, policy.delay(call.attempt + 1)))
         else:
             self._node.loop.call_soon(lambda: self._settle(call, outcome))
 
-    def _wait(self, call: Call, seconds: float) -> None:
-        call.attempt += 1
-        log.warning("retrying %s (attempt %d)", call.function.name, call.attempt + 1)
+    def _wait(self, call: Call, outcome: Outcome, seconds: float) -> None:
         if self._failure is not None:
             self._settle(call, Outcome(RAISED_HERE, self._failure(), (), 1))
-        else:
-            self._timers[call] = self._node.loop.call_later(seconds, lambda: self._run(call))
+            return
+        if self._over:
+            self._settle(call, outcome)
+            return
+        call.attempt += 1
+        log.warning("retrying %s (attempt %d)", call.function.name, call.attempt + 1)
+        self._waiting[call] = self._node.loop.call_later(seconds, lambda: self._run(call)), outcome
 
     def _run(self, call: Call) -> None:
         self.count -= 1
-        self._timers.pop(call, None)
+        self._waiting.pop(call, None)
         call.slot = None
         self._again(call)
 
@@ -78,7 +82,17 @@ class Retries:
     def fail_all(self, make_error: Callable[[], BaseException]) -> None:
         """Nothing runs any more: those that wait fail now, those that are being decided afterwards."""
         self._failure = make_error
-        timers, self._timers = self._timers, {}
-        for call, timer in timers.items():
-            timer.cancel()
+        for call, _ in self._stop():
             self._settle(call, Outcome(RAISED_HERE, make_error(), (), 1))
+
+    def end_all(self) -> None:
+        """No more attempts: calls that wait for one end as the last one did, also those that fail from here on."""
+        self._over = True
+        for call, outcome in self._stop():
+            self._settle(call, outcome)
+
+    def _stop(self) -> list[tuple[Call, Outcome]]:
+        waiting, self._waiting = self._waiting, {}
+        for timer, _ in waiting.values():
+            timer.cancel()
+        return [(call, outcome) for call, (_, outcome) in waiting.items()]

@@ -479,10 +479,11 @@ class Scheduler:
         """The calls that wait here and that workers have; maps are cancelled."""
         with self.lock:
             runs, calls, ahead = take_waiting(self._queue, list(self.slots.values()), spare)
-        self.loop.call_soon(lambda: self._cancel_maps(runs))
+        self.loop.call_soon(lambda: self._cancel_rest(runs))
         return calls, ahead
 
-    def _cancel_maps(self, runs: list[MapRun]) -> None:
+    def _cancel_rest(self, runs: list[MapRun]) -> None:
         for run in runs:
             run.fail_rest(Outcome(RAISED_HERE, CancelledError(), (), 1))
+        self.retries.end_all()
         self.check_done()

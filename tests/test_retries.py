@@ -115,11 +115,11 @@ def test_who_waits_fails_with_all_the_others(office: Office) -> None:
     worker = office.worker(2)
     waiting = office.submit(1, policy=Policy(retries=1, retry_delays=(1000.0,)))
     fail(office, worker, OSError("x"))
-    until(lambda: office.scheduler.retries._timers, "the timer")
+    until(lambda: office.scheduler.retries._waiting, "the timer")
     office.on_leader(lambda: office.scheduler.fail_all(lambda: RuntimeError("over")))
     with pytest.raises(RuntimeError, match="over"):
         waiting.result(PATIENCE)
-    assert not office.scheduler.retries._timers and office.scheduler.retries.count == 0
+    assert not office.scheduler.retries._waiting and office.scheduler.retries.count == 0
 
 
 def test_who_is_being_decided_fails_afterwards(office: Office) -> None:
@@ -140,6 +140,36 @@ def test_who_is_being_decided_fails_afterwards(office: Office) -> None:
         future.result(PATIENCE)
 
 
+def test_who_waits_ends_as_the_last_attempt_did_when_the_rest_is_cancelled(office: Office) -> None:
+    worker = office.worker(2)
+    waiting = office.submit(1, policy=Policy(retries=1, retry_delays=(1000.0,)))
+    fail(office, worker, OSError("first"))
+    until(lambda: office.scheduler.retries._waiting, "the timer")
+    running = office.submit(2, policy=Policy(retries=1))
+    worker.wait(lambda: worker.inbox, "a call")
+    sequence, _ = worker.start()
+    office.scheduler.cancel_waiting()
+    with pytest.raises(OSError, match="first"):
+        waiting.result(PATIENCE)
+    office.results(worker, (sequence, OSError("no second attempt")))
+    with pytest.raises(OSError, match="no second attempt"):
+        running.result(PATIENCE)
+    assert not worker.inbox and not office.scheduler.retries._waiting and office.scheduler.retries.count == 0
+
+
+def test_a_shutdown_that_cancels_does_not_wait_for_the_next_attempt() -> None:
+    executor = ClusterExecutor(1, retries=1, retry_delays=(1000.0,))
+    future = executor.submit(_raise, ValueError("the only one"))
+    until(lambda: executor._crew.scheduler.retries._waiting, "the timer")
+    executor.shutdown(cancel_futures=True)
+    with pytest.raises(ValueError, match="the only one"):
+        future.result(0)
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
 def test_a_dead_worker_is_a_reason_too(office: Office) -> None:
     worker = office.worker(2)
     future = office.submit(1, policy=Policy(retries=1))
@@ -158,7 +188,7 @@ def test_the_executor_is_not_idle_meanwhile(office: Office) -> None:
     worker = office.worker(2)
     future = office.submit(1, fresh(), Policy(retries=1, retry_delays=(1000.0,)))
     fail(office, worker, OSError("x"))
-    until(lambda: office.scheduler.retries._timers, "the timer")
+    until(lambda: office.scheduler.retries._waiting, "the timer")
     office.scheduler.closing = True
     office.on_leader(office.scheduler.check_done)
     assert not idle.is_set()

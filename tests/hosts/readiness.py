@@ -1,6 +1,9 @@
-"""How long 8 hosts with 4 workers each take to be ready, beside one host with 4: `python -m hosts.readiness` (as root,
-in tests/). Not a test: the hosts share this machine's processors, so what each of them computes adds up here. How much
-of it is the master's is said as well: that is what grows with the number of hosts where each has its own."""
+"""How long 8 hosts with 4 workers each take to be ready, beside one host with 4: `python -m hosts.readiness [HOSTS
+[MILLISECONDS]]` (as root, in tests/). MILLISECONDS: what the way to each host takes, as between sites.
+
+Not a test: the hosts share this machine's processors, so what each of them computes adds up here. How much of it is the
+master's is said as well: that is what grows with the number of hosts where each has its own. With a long way to them it
+shows that all the waiting is done at once."""
 
 from __future__ import annotations
 
@@ -56,5 +59,8 @@ def compare(rig: Rig, hosts: int, client: str | None) -> None:
 if __name__ == "__main__":
     number = int(sys.argv[1]) if len(sys.argv) > 1 else 8
     with Rig(number) as made:
+        if len(sys.argv) > 2:
+            for host in made.hosts:
+                made.slow(host, float(sys.argv[2]), 1000)
         for program in (None, "ssh"):
             made.call("hosts.readiness:compare", number, program, seconds=300)
