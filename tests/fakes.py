@@ -204,7 +204,7 @@ class FakeWorker:
                     items = [args[0] for args in items]
                 self.inbox.extend((sequence + offset, item) for offset, item in enumerate(items))
             elif flags in (messages.CHUNK, messages.CHUNK_OF_SCALARS):
-                self.inbox.append((sequence, codec.decode(payload)))
+                self.inbox.append((sequence, list(codec.decode(payload))))
             else:
                 args, _kwargs = codec.decode_args(payload, [])
                 self.inbox.append((sequence, args[0] if args else None))
