@@ -140,11 +140,8 @@ class Worker:
 
     def interrupt(self) -> None:
         """KeyboardInterrupt in every call that runs here."""
-        if self.runner is None:
-            return
-        for hook in self.node.on_interrupt:
-            hook()
-        self.runner.interrupt()
+        if self.runner is not None:
+            self.runner.interrupt()
 
     def _on_shutdown(self, link: Link, frame: Frame) -> None:
         assert self.runner is not None

@@ -67,7 +67,6 @@ class Node:
         self.runner: Any = None  # workers: the TaskRunner
         self.worker: Any = None  # workers: the Worker
         self.topology, self.lazy = "all_to_all", True  # workers: as the master said
-        self.on_interrupt: list[Callable[[], object]] = []  # workers: what `interrupt` runs besides; leader
         self.launcher: Any = None  # master: made by the cluster layer
         self.group: Any = None  # master: the Group
         self.monitor: Any = None  # master: the Monitor
