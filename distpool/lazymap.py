@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from distpool.dropped import WhenDropped
 from distpool.mapruns import MapRun
 from distpool.refs.refs import open_outcome
 from distpool.scheduling import Scheduler
@@ -58,6 +59,7 @@ class LazyMap(Iterator[Any]):
         owner: Any = None,
     ) -> None:
         self.run = MapRun(scheduler, function, single=single, ordered=ordered, chunked=chunk is not None)
+        self._dropped = WhenDropped(self.run.abandon)
         self._source: Iterator[Any] | None = source
         self._look_ahead = look_ahead
         self._chunk = chunk
@@ -189,14 +191,10 @@ class LazyMap(Iterator[Any]):
             self._ended = True
             self._source = None
             self.run.close()
+            self._dropped.cancel()
         finally:
             self._turn.release()
         self._owner = None
-
-    def __del__(self) -> None:
-        run = self.__dict__.get("run")
-        if run is not None and not run.closed:
-            run.abandon()
 
 
 def open_entry(raw: Any) -> Any:

@@ -10,33 +10,23 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+from distpool.dropped import WhenDropped
 from distpool.lazymap import open_entry
 from distpool.mapruns import Many, MapRun
 from distpool.refs.refs import Future
 
 
-class _Reader:
-    """Whoever reads the results of a map. Nothing of a generator runs when it is dropped before its first value: this
-    is one of its arguments, and goes with it."""
-
-    def __init__(self, run: MapRun) -> None:
-        self.run = run
-
-    def __del__(self) -> None:
-        run = self.__dict__.get("run")
-        if run is not None:  # else Ctrl-C came first
-            run.disown()
-
-
 def fed_results(run: MapRun, deadline: float | None, chunked: bool) -> Iterator[Any]:
     """The results of a map whose input has been fed, in order, keeping no reference to what was yielded."""
+    # Nothing of a generator runs when it is dropped before its first value: what is to be done then is one of its
+    # arguments, and goes with it.
+    dropped = WhenDropped(run.disown)
     if chunked:  # chunks are there for tiny elements: no Python code runs for each of them
-        return flattened(_fed_chunks(_Reader(run), deadline))
-    return _fed_elements(_Reader(run), deadline)
+        return flattened(_fed_chunks(run, dropped, deadline))
+    return _fed_elements(run, dropped, deadline)
 
 
-def _fed_chunks(reader: _Reader, deadline: float | None) -> Iterator[Iterator[Any]]:
-    run = reader.run
+def _fed_chunks(run: MapRun, dropped: WhenDropped, deadline: float | None) -> Iterator[Iterator[Any]]:
     try:
         for index in range(run.fed):
             if index not in run.results and not run.wait_for(index, deadline):
@@ -44,6 +34,7 @@ def _fed_chunks(reader: _Reader, deadline: float | None) -> Iterator[Iterator[An
             yield _popping(open_entry(run.results.pop(index)))
     finally:
         run.close()
+        dropped.cancel()
 
 
 def _popping(values: list[Any]) -> Iterator[Any]:
@@ -52,8 +43,7 @@ def _popping(values: list[Any]) -> Iterator[Any]:
     return map(list.pop, itertools.repeat(values, len(values)))
 
 
-def _fed_elements(reader: _Reader, deadline: float | None) -> Iterator[Any]:
-    run = reader.run
+def _fed_elements(run: MapRun, dropped: WhenDropped, deadline: float | None) -> Iterator[Any]:
     results, take = run.results, run.results.pop
     index = 0
     try:
@@ -71,6 +61,7 @@ def _fed_elements(reader: _Reader, deadline: float | None) -> Iterator[Any]:
                 yield open_entry(take(index - 1))
     finally:
         run.close()
+        dropped.cancel()
 
 
 class _Flat(itertools.chain[Any]):

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from distpool.dropped import WhenDropped
 from distpool.elements import Carrier
 from distpool.recovery import Again, Ended, Given, Recovery
 from distpool.refs.refs import LOCAL_VALUE, Outcome
@@ -61,6 +62,7 @@ class OrderedMap:
         self._head = 0  # elements delivered
         self._input_error: BaseException | None = None
         self._closed = False
+        self._dropped = WhenDropped(carrier.abandon)
 
     @property
     def finished(self) -> int:
@@ -131,11 +133,7 @@ class OrderedMap:
             self._source = None
             self._arguments.clear()
             self._carrier.close()
-
-    def __del__(self) -> None:
-        if not self.__dict__.get("_closed", True):
-            self._closed = True
-            self._carrier.abandon()
+            self._dropped.cancel()
 
     # -- elements that ended -----------------------------------------------------------------------------------
 

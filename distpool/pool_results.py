@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
+from distpool.dropped import WhenDropped
 from distpool.flag import Flag
 from distpool.logs import Log
 from distpool.mapruns import MapRun
@@ -212,6 +213,7 @@ class MapResult(AsyncResult, stdlib.MapResult):  # type: ignore[type-arg]
         super().__init__(callbacks, callback, error_callback, watched=bar is not None)
         self._run = run
         self._results: dict[int, Any] = run.results if run is not None else {}
+        self._dropped = WhenDropped(run.disown) if run is not None else None
         self._entries = entries
         self._chunksize = chunksize
         self._opened: dict[int, tuple[bool, Any]] = {}  # chunks that `get` has decoded, or how that failed
@@ -307,11 +309,8 @@ class MapResult(AsyncResult, stdlib.MapResult):  # type: ignore[type-arg]
 
     def _release(self) -> None:
         self._run, self._results, self._opened = None, {}, {}
-
-    def __del__(self) -> None:
-        run = self.__dict__.get("_run")
-        if run is not None:
-            run.disown()
+        if self._dropped is not None:
+            self._dropped.cancel()
 
 
 def _elements(done: int, entries: int, total: int) -> int:
@@ -331,6 +330,7 @@ class IMapIterator(stdlib.IMapIterator):  # type: ignore[type-arg]
         # The base is not initialised on purpose: it registers with a stdlib pool's cache.
         self._pool = pool  # a pool with an unfinished iterator is in use
         self._feed = feed
+        self._dropped = WhenDropped(feed.abandon)
         self._callbacks = callbacks
         self._bar = bar
         self._lock = threading.RLock()  # one consumer at a time; re-entrant: the input may (wrongly) ask for results
@@ -382,6 +382,7 @@ class IMapIterator(stdlib.IMapIterator):  # type: ignore[type-arg]
         return self._is_ready() or self._feed.finished
 
     def _end(self) -> None:
+        self._dropped.cancel()  # all that was fed has been delivered
         self._pool = None
         bar, self._bar = self._bar, None
         if bar is not None:
@@ -390,11 +391,6 @@ class IMapIterator(stdlib.IMapIterator):  # type: ignore[type-arg]
         if error is not None:
             raise error
         raise StopIteration
-
-    def __del__(self) -> None:
-        feed = self.__dict__.get("_feed")
-        if feed is not None:
-            feed.abandon()
 
 
 class IMapUnorderedIterator(IMapIterator, stdlib.IMapUnorderedIterator):  # type: ignore[type-arg]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent / "distpool"
 TESTS = list(Path(__file__).resolve().parent.rglob("test_*.py"))
 
 LAYERS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "config", "directories", "logs", "fields", "flag", "sigpipe"),
+    0: ("errors", "config", "directories", "logs", "fields", "flag", "dropped", "sigpipe"),
     1: (
         *("wire.frames", "wire.messages", "wire.records", "wire.mac", "wire.protocol", "wire.versions"),
         "wire.pieces",

@@ -181,6 +181,13 @@ def test_dropping_it_ends_it(office: Office) -> None:
     assert not run.results and not worker.inbox
 
 
+def test_its_end_enters_no_finalizer(office: Office, robot: Robot) -> None:
+    """Ctrl-C that strikes there would be lost."""
+    results = lazy(office, range(3))
+    assert list(results) == [0, 1, 2]
+    assert not hasattr(results, "__del__") and not hasattr(results._dropped, "__del__")
+
+
 def test_in_halves(office: Office) -> None:
     """Elements are taken when half of the look-ahead is free, so that they can travel together."""
     worker = office.worker(2)

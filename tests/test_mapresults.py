@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from fakes import PATIENCE, FakeWorker, Office, fresh
 
+from distpool import mapresults
+from distpool.dropped import WhenDropped
 from distpool.mapresults import (
     _Input,
-    _Reader,
     check_map,
     fed_results,
     flattened,
@@ -159,8 +160,16 @@ def test_a_reader_that_is_dropped(office: Office, chunked: bool, started: bool) 
         assert run.settled == 2 and set(run.results.values()) == {None}
 
 
-def test_a_reader_that_an_interrupt_kept_from_being_made_lets_go_of_nothing() -> None:
-    object.__new__(_Reader).__del__()
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_end_of_results_enters_no_finalizer(office: Office, chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C that strikes there would be lost."""
+    made: list[Any] = []
+    monkeypatch.setattr(mapresults, "WhenDropped", lambda action: made.append(WhenDropped(action)) or made[0])
+    run = office.run([], fresh(), chunked=chunked)
+    run.feed_cut([1, 2], 1) if chunked else run.feed([1, 2])
+    results = fed_results(run, None, chunked)
+    run_all(office, office.worker(2))
+    assert list(results) == [1, 2] and not hasattr(type(made[0]), "__del__")
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -390,6 +390,15 @@ def test_an_iterator_that_is_dropped_takes_no_more(pool: DistPool) -> None:
     assert next(source) <= 2 * AHEAD
 
 
+@pytest.mark.parametrize("operation", ["map", "imap", "imap_unordered"])
+def test_the_end_of_a_map_enters_no_finalizer(pool: DistPool, operation: str) -> None:
+    """Ctrl-C that strikes there would be lost."""
+    made = pool.map_async(abs, [1, 2]) if operation == "map" else getattr(pool, operation)(abs, [1, 2])
+    assert hasattr(made._dropped, "__del__"), "half-way there is something to do"
+    assert sorted(made.get() if operation == "map" else made) == [1, 2]
+    assert not hasattr(made, "__del__") and not hasattr(made._dropped, "__del__")
+
+
 def test_input_that_waits_for_the_caller(pool: DistPool) -> None:
     """A queue that is filled after `imap` was called, one element at a time: each result comes before the next one."""
     numbers: queue.Queue[int | None] = queue.Queue()
