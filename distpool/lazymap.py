@@ -165,7 +165,9 @@ class LazyMap(Iterator[Any]):
         until = time.monotonic() + _QUICK
         try:
             self.run.check_open()  # else an endless input would keep it open
-            while len(taken) < room:
+            while True:  # no condition: see tests/test_interruptible.py
+                if len(taken) >= room:
+                    break
                 taken.append(next(self._source))
                 if time.monotonic() > until and not (self._chunk and len(taken) % self._chunk):
                     break

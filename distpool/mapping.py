@@ -81,7 +81,9 @@ def pmap(
     values: list[Any] = []
     shown = 0
     try:
-        while ordered.advance():
+        while True:  # no condition: see tests/test_interruptible.py
+            if not ordered.advance():
+                break
             values += ordered.take()
             if bar is not None and ordered.finished > shown:
                 bar.update(ordered.finished - shown)
@@ -116,7 +118,9 @@ class _Generated(Iterator[Any]):
         ordered = self._ordered
         with self._turn:
             try:
-                while ordered.advance():
+                while True:  # no condition: see tests/test_interruptible.py
+                    if not ordered.advance():
+                        break
                     values = ordered.take_one()
                     if values:
                         return values[0]

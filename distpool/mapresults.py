@@ -47,7 +47,9 @@ def _fed_elements(run: MapRun, dropped: WhenDropped, deadline: float | None) -> 
     results, take = run.results, run.results.pop
     index = 0
     try:
-        while index < run.fed:
+        while True:  # no condition: see tests/test_interruptible.py
+            if index >= run.fed:
+                break
             if index not in results and not run.wait_for(index, deadline):
                 raise TimeoutError
             if type(results[index]) is Many:
@@ -116,7 +118,9 @@ def future_results(
     futures.reverse()
     waiting = futures
     try:
-        while waiting:
+        while True:  # no condition: see tests/test_interruptible.py
+            if not waiting:
+                break
             following = next(more, None)
             if following is not None:
                 waiting.insert(0, following)
@@ -184,7 +188,9 @@ def unordered_futures(
             pending = set(rest)  # type: ignore[arg-type]
             if not done:
                 raise TimeoutError
-            while done:
+            while True:  # the same
+                if not done:
+                    break
                 yield done.pop().result()
     finally:
         for future in pending:

@@ -451,7 +451,9 @@ class MapRun:
         self._sleepers.append(sleeper)
         try:
             with loop.following():
-                while not until():
+                while True:  # no condition: see tests/test_interruptible.py
+                    if until():
+                        break
                     timeout = None if deadline is None else deadline - time.monotonic()
                     if timeout is not None and timeout <= 0:
                         return False

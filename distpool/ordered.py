@@ -96,7 +96,10 @@ class OrderedMap:
         results, decode, keep = self._results, codec.decode, self._arguments
         append, pop, head = values.append, results.pop, self._head
         try:
-            while (raw := pop(head, None)) is not None:
+            while True:  # no condition: see tests/test_interruptible.py
+                raw = pop(head, None)
+                if raw is None:
+                    break
                 if type(raw) is bytes:
                     try:
                         append(decode(raw))

@@ -90,9 +90,9 @@ class Feed:
         """Holding `_taking`: take until there is no more room."""
         while True:
             try:
-                while self._source is not None:
+                while True:  # no condition: see tests/test_interruptible.py
                     room = self._room()
-                    if room <= 0:
+                    if self._source is None or room <= 0:
                         break
                     self._take_some(room)
             finally:

@@ -220,7 +220,9 @@ class Link:
                 # In time it was idle, though others may have sent something since.
                 return deadline is None or time.monotonic() < deadline or self._idle()
             with self.loop.following():
-                while not self._idle():
+                while True:  # no condition: see tests/test_interruptible.py
+                    if self._idle():
+                        break
                     if not self._drained.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
                         return False
             return True
