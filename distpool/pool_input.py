@@ -52,7 +52,9 @@ class Feed:
         self._look_ahead = look_ahead
         self._plain = plain
         self._unbounded = False
-        self._taking = threading.Lock()  # held by whoever takes from the input; never waited for
+        #: Held by whoever takes from the input; never waited for. Of containers that is the consumer's thread, which
+        #: Ctrl-C may strike anywhere: it can tell whether it still holds this. Else it goes to a library thread.
+        self._taking: Any = threading.RLock() if plain else threading.Lock()
 
     @property
     def ended(self) -> bool:
@@ -79,12 +81,35 @@ class Feed:
 
     def go_on(self) -> None:
         """Take more input if there is room and nobody is taking any."""
-        if not self._begins():
-            return
         if self._plain:
-            self._take()
-        else:
-            self.run.scheduler.node.deliver(self._take)
+            self._go_on_here()
+            return
+        loop = self.run.scheduler.loop
+        critical = loop.enter_critical()  # no Ctrl-C between the two
+        try:
+            if self._begins():
+                self.run.scheduler.node.deliver(self._take)
+        finally:
+            if critical:
+                loop.leave_critical()
+
+    def _go_on_here(self) -> None:
+        """As `go_on`. The lock is let go of twice: Ctrl-C may come between its acquisition and `_take`, or as the first
+        `finally` begins. (It was left held: whoever asked for more, or joined the pool, waited for ever.)"""
+        if self._taking._is_owned():  # what an element is serialised with asks for results
+            return
+        try:
+            try:
+                if self._begins():
+                    self._take()
+            finally:
+                self._let_go()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._taking._is_owned():
+            self._taking.release()
 
     def _take(self) -> None:
         """Holding `_taking`: take until there is no more room."""

@@ -48,9 +48,15 @@ def bench() -> Iterator[Bench]:
     made.office.close()
 
 
+def nobody_takes(feed: Feed) -> bool:
+    """Of containers only this thread does here."""
+    lock = feed._taking
+    return not (lock._is_owned() if hasattr(lock, "_is_owned") else lock.locked())
+
+
 def fed(feed: Feed, count: int) -> None:
     """Wait until so many have been fed and nobody takes any more."""
-    until(lambda: feed.run.fed >= count and not feed._taking.locked(), f"{count} fed")
+    until(lambda: feed.run.fed >= count and nobody_takes(feed), f"{count} fed")
     assert feed.run.fed == count
 
 
@@ -187,13 +193,44 @@ def test_ctrl_c_in_the_consumers_thread_is_no_error_of_the_input(bench: Bench) -
     feed = bench.feed(Struck(), plain=True)
     with pytest.raises(KeyboardInterrupt):
         feed.go_on()
-    assert not feed.ended and not feed._taking.locked()
+    assert not feed.ended and nobody_takes(feed)
     feed.go_on()
     assert feed.ended and feed.error is None and feed.run.fed == 1
     feed = bench.feed(Struck())  # of a generator on a library thread: nobody has pressed anything
     feed.go_on()
     until(lambda: feed.ended, "the end")
     assert type(feed.error) is KeyboardInterrupt
+
+
+@pytest.mark.parametrize("struck", ["_take", "_let_go"])
+def test_ctrl_c_as_taking_begins_or_ends_leaves_it_to_nobody(bench: Bench, struck: str) -> None:
+    """It came between the lock and the `try` that lets go of it: whoever asked for more waited for ever."""
+    feed = bench.feed([1, 2], plain=True)
+    strikes = [KeyboardInterrupt()]
+    before: Any = getattr(feed, struck)
+
+    def strike() -> None:
+        if strikes:
+            raise strikes.pop()
+        before()
+
+    setattr(feed, struck, strike)
+    with pytest.raises(KeyboardInterrupt):
+        feed.go_on()
+    assert nobody_takes(feed)
+    feed.go_on()
+    assert feed.ended and feed.run.fed == 2
+
+
+def test_what_asks_for_results_while_it_is_serialised_is_given_none(bench: Bench) -> None:
+    class Asks:
+        def __reduce__(self) -> tuple[Any, ...]:
+            feed.go_on()
+            return (int, ("7",))
+
+    feed = bench.feed([Asks(), 2], plain=True)
+    feed.go_on()
+    assert feed.ended and feed.run.fed == 2 and nobody_takes(feed)
 
 
 def test_an_input_that_could_not_begin(bench: Bench) -> None:
@@ -217,7 +254,7 @@ def test_stopping_wins_over_what_is_being_taken(bench: Bench) -> None:
     assert entered.wait(PATIENCE)
     bench.inputs.stop(lambda: error)
     release.set()
-    until(lambda: not feed._taking.locked(), "nobody takes")
+    until(lambda: nobody_takes(feed), "nobody takes")
     assert feed.run.fed == 1 and feed.error is error and feed.ended
     feed.stop(OSError("again"))
     assert feed.error is error
