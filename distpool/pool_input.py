@@ -71,18 +71,21 @@ class Feed:
             return 1 << 10
         return self._look_ahead() - (self.run.fed - self.delivered)
 
+    def _has_room(self) -> bool:
+        """Whether there is room enough to begin: half a look-ahead at a time."""
+        room = self._room() if self._source is not None else 0
+        return room > 0 and (self._unbounded or room * 2 >= self._look_ahead())
+
     def _begins(self) -> bool:
         """Whether there is room enough to begin, and nobody is taking any: the caller is who takes from now on."""
-        if self._source is None:
-            return False
-        room = self._room()
-        half = room > 0 and (self._unbounded or room * 2 >= self._look_ahead())  # half a look-ahead at a time
-        return half and self._taking.acquire(blocking=False)
+        return self._has_room() and self._taking.acquire(blocking=False)
 
     def go_on(self) -> None:
         """Take more input if there is room and nobody is taking any."""
         if self._plain:
             self._go_on_here()
+            return
+        if not self._has_room():  # as a rule: deferring signals costs as much as all the rest
             return
         loop = self.run.scheduler.loop
         critical = loop.enter_critical()  # no Ctrl-C between the two

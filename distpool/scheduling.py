@@ -6,7 +6,8 @@
     worker gone -> the call that was running fails, those that had not started run elsewhere -> replacement
 
 Window: a slot that is half empty is filled up to calls worth `config.WINDOW_SECONDS` of measured running time (more of
-a map that has run for long), at least 2 and at most 1024; the last calls of a queue are shared out in smaller portions.
+a map that has run for long), at least 2 and at most 1024; the last calls of a queue are shared out evenly among those
+that have room (`Slot.share`).
 A call with a time limit travels alone, and nothing is sent to its worker, unless all that it has waits for other calls.
 
 Who runs what: `_dispatch` runs under `lock`, on the leader or in a submitting thread. A submitter never waits for the

@@ -40,6 +40,12 @@ def fresh() -> Callable[[Any], Any]:
 KNOWN = 0.003
 
 
+def nobody_takes(feed: Any) -> bool:
+    """Whether nobody takes from the input of an `imap`; of containers only the calling thread does in these tests."""
+    lock = feed._taking
+    return not (lock._is_owned() if hasattr(lock, "_is_owned") else lock.locked())
+
+
 class ManualLoop:
     """Runs what is due when the test says so."""
 

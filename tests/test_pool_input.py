@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fakes import PATIENCE, FakeWorker, Office, fresh
+from fakes import PATIENCE, FakeWorker, Office, fresh, nobody_takes
 from wires import until
 
 from distpool.lazymap import open_entry
@@ -46,12 +46,6 @@ def bench() -> Iterator[Bench]:
     made = Bench()
     yield made
     made.office.close()
-
-
-def nobody_takes(feed: Feed) -> bool:
-    """Of containers only this thread does here."""
-    lock = feed._taking
-    return not (lock._is_owned() if hasattr(lock, "_is_owned") else lock.locked())
 
 
 def fed(feed: Feed, count: int) -> None:

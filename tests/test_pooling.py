@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes import FakeWorker, Office, fresh
+from fakes import FakeWorker, Office, fresh, nobody_takes
 from wires import until
 
 from distpool import pooling
@@ -145,7 +145,7 @@ def test_imap_takes_no_more_than_its_look_ahead(pool: Pool, plain: bool) -> None
     iterator: Any = pool.imap(fresh(), source)
     feed = iterator._feed
     until(
-        lambda: feed.run.fed == most and (hasattr(feed._taking, "_is_owned") or not feed._taking.locked()),
+        lambda: feed.run.fed == most and nobody_takes(feed),
         "the look-ahead is full",
     )
     assert feed._plain is plain
