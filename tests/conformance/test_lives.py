@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -288,11 +289,12 @@ distpool.remotecall_fetch(distpool.remotecall_fetch, pids[0], os.getpid, pids[1]
 naps = [distpool.remotecall(time.sleep, pid, 100) for pid in pids[1:]]
 os.kill(os.getpid(), 9)
 """
-    environment = {**os.environ, "PYTHONPATH": transports.ROOT}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, env=environment)
-    numbers = [int(text) for text in done.stdout.split()]
-    assert done.returncode == -9 and len(numbers) == 3, done.stderr
-    wait_until(lambda: all(gone(number) for number in numbers))
+    with tempfile.TemporaryDirectory(prefix="dp-") as left:  # the managers' sockets: who would remove them is dead
+        environment = {**os.environ, "PYTHONPATH": transports.ROOT, "TMPDIR": left}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, env=environment)
+        numbers = [int(text) for text in done.stdout.split()]
+        assert done.returncode == -9 and len(numbers) == 3, done.stderr
+        wait_until(lambda: all(gone(number) for number in numbers))
 
 
 # -- what stands on all this -------------------------------------------------------------------------------------------
