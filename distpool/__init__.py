@@ -14,7 +14,7 @@ import atexit
 import importlib
 import sys
 
-TYPE_CHECKING = False  # not from `typing`: see `fields`
+TYPE_CHECKING = False  # not from `typing`: see `hints`
 
 __version__ = "0.1.0"
 

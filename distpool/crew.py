@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from distpool import config, errors
 from distpool.flag import Flag
+from distpool.hints import Any
 from distpool.joining import launcher
 from distpool.logs import Log
 from distpool.node.group import Member, State

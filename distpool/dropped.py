@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # not from `typing`: see `fields`
+TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
     from collections.abc import Callable
 

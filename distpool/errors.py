@@ -20,7 +20,8 @@ is made on first use (module `__getattr__`), not at import.
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING, Any
+
+from distpool.hints import TYPE_CHECKING, Any
 
 __all__ = [
     "AuthenticationError",

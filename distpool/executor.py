@@ -18,7 +18,7 @@ from distpool import config
 from distpool.managers import zygotes
 from distpool.submitter import Submitter
 
-TYPE_CHECKING = False  # not from `typing`: see `fields`
+TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
     from typing import Any
 

@@ -17,8 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
+from distpool.hints import TYPE_CHECKING, Any
 from distpool.node import node as nodes
 
 if TYPE_CHECKING:

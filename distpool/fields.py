@@ -1,10 +1,7 @@
 """Objects with named fields, written and type-checked like dataclasses (layer 0).
 
 Made without `exec`: dataclasses of all kinds of messages took 15 ms, a quarter of the time that a worker and its master
-need to start, and the module `dataclasses` alone takes 5.
-
-Nor is `typing` loaded (2 ms) by this and the other modules that a program needs before it can start its zygote: type
-checkers know the name TYPE_CHECKING. What comes later loads it while the zygote comes up.
+need to start, and the module `dataclasses` alone takes 5. Nor is `typing` loaded (`hints`).
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from distpool import config
 from distpool.fields import Fields
+from distpool.hints import Any
 from distpool.managers.base import ClusterManager
 from distpool.managers.local import LocalManager
 from distpool.supply import Place, spread

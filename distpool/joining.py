@@ -16,15 +16,16 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from distpool import config
 from distpool.errors import LaunchWorkerError
+from distpool.hints import Any
 from distpool.managers.base import ClusterManager, parse_header
 from distpool.managers.handles import PopenHandle, open_output
 from distpool.managers.launch import Launcher
 from distpool.managers.local import LocalManager
 from distpool.managers.process import LaunchedProcess
+from distpool.managers.record import WorkerConfig
 from distpool.managers.resources import wishes
 from distpool.node import group as groups
 from distpool.node.group import Member, State
@@ -32,9 +33,6 @@ from distpool.node.node import Node
 from distpool.transport.stream import Adopted, adopt, dial
 from distpool.wire import codec, messages
 from distpool.wire.frames import Frame, Kind
-
-if TYPE_CHECKING:
-    from distpool.managers.record import WorkerConfig
 
 MAX_BANNER = 1000
 """Lines that may come before the header line (CONFORMANCE C201)."""
@@ -108,8 +106,6 @@ class Launch:
         error: BaseException | None = None
         try:
             for worker in self.manager.launch(self.params):
-                from distpool.managers.record import WorkerConfig  # there by now
-
                 if not isinstance(worker, WorkerConfig):
                     raise TypeError(f"launch must give WorkerConfig objects, not {type(worker).__name__}")
                 _check(worker)

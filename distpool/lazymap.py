@@ -15,9 +15,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from distpool.dropped import WhenDropped
+from distpool.hints import Any
 from distpool.mapruns import MapRun
 from distpool.refs.refs import open_outcome
 from distpool.scheduling import Scheduler

@@ -6,7 +6,7 @@ names are those of the standard library's loggers, below "distpool".
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # not from `typing`: see `fields`
+TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
     from typing import Any
 

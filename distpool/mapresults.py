@@ -8,9 +8,9 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
 
 from distpool.dropped import WhenDropped
+from distpool.hints import Any
 from distpool.lazymap import open_entry
 from distpool.mapruns import Many, MapRun
 from distpool.refs.refs import Future

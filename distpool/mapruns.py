@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pickle import dumps, loads
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distpool import config
+from distpool.hints import TYPE_CHECKING, Any, NamedTuple
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 from distpool import exits, joining
 from distpool.crew import Crew
+from distpool.hints import Any
 from distpool.hosts import Plan, plan_for
 from distpool.managers.zygotes import ZygoteProcess
 from distpool.node import group as groups

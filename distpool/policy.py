@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 from distpool.config import as_int
+from distpool.hints import Any
 from distpool.work import Policy
 
 #: Of an iterable of delays that may be endless no more are taken, if `retries` does not say how many are wanted.

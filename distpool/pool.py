@@ -21,7 +21,7 @@ from multiprocessing.pool import CLOSE, INIT, RUN, TERMINATE
 
 from distpool.executor import ClusterExecutor
 
-TYPE_CHECKING = False  # not from `typing`: see `fields`
+TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
     from typing import Any, NoReturn, Self, TypeVar
 

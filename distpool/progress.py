@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+
+from distpool.hints import Any
 
 
 class Progress:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from typing import Any
 
+from distpool.hints import Any
 from distpool.mapruns import MapRun
 from distpool.slots import Slot
 from distpool.transport.ioloop import IoLoop

@@ -26,9 +26,9 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable
 from pickle import loads
-from typing import TYPE_CHECKING, Any
 
 from distpool.errors import DistpoolError
+from distpool.hints import TYPE_CHECKING, Any
 from distpool.logs import Log
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.settling import settle_records, take_over

@@ -7,8 +7,8 @@ result or death (leader) -> Retries.consider -> library thread: the user's retry
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from distpool.hints import TYPE_CHECKING
 from distpool.logs import Log
 from distpool.node.node import Node
 from distpool.refs.lent import Lent

@@ -21,8 +21,8 @@ import collections
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from typing import Any
 
+from distpool.hints import Any
 from distpool.logs import Log
 from distpool.mapruns import MapRun
 from distpool.node.deliveries import Deliveries

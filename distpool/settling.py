@@ -14,8 +14,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pickle import loads
-from typing import TYPE_CHECKING, Any
 
+from distpool.hints import TYPE_CHECKING, Any
 from distpool.mapruns import Element
 from distpool.refs.lent import carries_references, received
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome, set_values

@@ -14,7 +14,7 @@ import contextlib
 import signal
 import socket
 
-TYPE_CHECKING = False  # not from `typing`: see `fields`
+TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any

@@ -14,9 +14,9 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
 
 from distpool import config
+from distpool.hints import TYPE_CHECKING, Any
 from distpool.node.bulk import WORTH
 from distpool.node.group import Member
 from distpool.refs.refs import RAISED_HERE, Outcome

@@ -17,6 +17,7 @@ import sys
 from typing import Any, NoReturn
 
 from distpool import startup
+from distpool.managers.record import WorkerConfig
 from distpool.managers.surroundings import here, routable_address
 from distpool.node import node as nodes
 from distpool.transport.stream import Adopted, adopt
@@ -87,8 +88,6 @@ def init_worker(cookie: str, manager: Any = None) -> None:
     if manager is not None:
 
         def connect(pid: int, connect_at: str) -> Adopted:
-            from distpool.managers.record import WorkerConfig
-
             given = manager.connect(pid, WorkerConfig(connect_at=codec.decode(bytes.fromhex(connect_at))))
             return adopt(given)
 

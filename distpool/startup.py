@@ -22,7 +22,8 @@ import socket
 import sys
 import threading
 from types import ModuleType
-from typing import Any, NoReturn
+
+from distpool.hints import Any, NoReturn
 
 if sys.platform != "win32":
     import fcntl

@@ -9,7 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 from collections.abc import Callable, Iterable, Iterator
 
-TYPE_CHECKING = False  # not from `typing`: see `fields`
+TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
     from typing import Any, TypeVar
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any
 
 from distpool.crew import Crew
 from distpool.errors import SerializationError
+from distpool.hints import Any
 from distpool.lazymap import LazyMap
 from distpool.mapresults import check_map, fed_results, flattened, map_by_futures, unordered_futures
 from distpool.mapruns import LOOK_AHEAD, MapRun, look_ahead

@@ -19,9 +19,9 @@ import collections
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 from distpool.errors import CompositeException, LaunchWorkerError
+from distpool.hints import Any
 from distpool.joining import Launch
 from distpool.logs import Log
 from distpool.managers.base import ClusterManager

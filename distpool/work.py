@@ -17,8 +17,8 @@ import contextlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pickle import dumps
-from typing import TYPE_CHECKING, Any, NamedTuple
 
+from distpool.hints import TYPE_CHECKING, Any, NamedTuple
 from distpool.refs.refs import Outcome
 from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import CALL, ONE, SPAN

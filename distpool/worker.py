@@ -21,9 +21,9 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
 
 from distpool import config
+from distpool.hints import Any, NoReturn
 from distpool.node import node as nodes
 from distpool.node.bulk import Store
 from distpool.node.observe import Observer
@@ -41,6 +41,7 @@ from distpool.wire.frames import Frame, Kind
 from distpool.wire.protocol import Handshake, Role
 
 _LOST_MASTER = 1  # exit status
+_GREETING = 0.001  # seconds until we have answered a master that was waiting for us
 _FAREWELL = 1.0  # seconds in which the master, or who reads our output, may take why this process ends
 _PRESS = 0.25  # seconds before, and between two, interrupts of a call that must end
 _RESERVE = 16  # threads of a worker that cannot start any: so many calls at a time beside the main one
@@ -72,6 +73,7 @@ class Worker:
         """Serve on this, the main, thread until the master says goodbye; returns the exit status."""
         timeout = config.worker_timeout()
         deadline = self.loop.call_later(timeout, lambda: self._give_up(timeout))
+        self.loop.call_later(_GREETING, _load_for_join)
         signal.signal(signal.SIGINT, self._on_sigint)
         self.loop.lead(self._joined.is_set)
         deadline.cancel()
@@ -236,7 +238,6 @@ class Worker:
         node.pid = join.pid
         node.topology, node.lazy = join.topology, join.lazy
         node.master_link = link
-        node.set_authkey(link.handshake.veil(bytes.fromhex(join.authkey)))
         problem = self._take_resources(join.resources) if join.resources is not None else ""
         shares = False
         journal = Journal.private()
@@ -277,6 +278,8 @@ class Worker:
         )
         answer = messages.Joined(versions.own(), os.getpid(), socket.gethostname(), shares, problem)
         link.send(Kind.JOINED, answer.pack())
+        # Perhaps it has to be loaded, while the first call is under way; nothing of the user's runs before `_joined`.
+        node.set_authkey(link.handshake.veil(bytes.fromhex(join.authkey)))
         self._joined.set()
 
     def _take_resources(self, message: dict[str, Any]) -> str:
@@ -343,6 +346,12 @@ def run(listener: socket.socket, settings: dict[str, Any]) -> int:
         limit_memory(int(limit))
         worker.memory_limit = int(limit)
     return worker.run()
+
+
+def _load_for_join() -> None:
+    """While the master checks our answer to its greeting: what takes a millisecond to find, and `_join` needs."""
+    versions.own()
+    importlib.import_module("multiprocessing.process")
 
 
 def _resident(data: bytes) -> Any:

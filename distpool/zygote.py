@@ -28,9 +28,9 @@ import socket
 import struct
 import sys
 from collections.abc import Iterable
-from typing import Any, NamedTuple, NoReturn
 
 from distpool import config, directories
+from distpool.hints import Any, NamedTuple, NoReturn
 from distpool.startup import address_of, become_worker, default_signals, listen, remove, unix_path
 
 if sys.platform != "win32":

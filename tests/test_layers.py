@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent / "distpool"
 TESTS = list(Path(__file__).resolve().parent.rglob("test_*.py"))
 
 LAYERS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "config", "directories", "logs", "fields", "flag", "dropped", "sigpipe"),
+    0: ("errors", "config", "directories", "logs", "hints", "fields", "flag", "dropped", "sigpipe"),
     1: (
         *("wire.frames", "wire.messages", "wire.records", "wire.mac", "wire.protocol", "wire.versions"),
         "wire.pieces",
@@ -105,6 +105,7 @@ ADAPTERS: tuple[str, ...] = ()
 SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
     {
         # importer, imported
+        ("errors", "hints"),
         ("wire.messages", "wire.frames"),
         ("wire.messages", "wire.records"),
         ("wire.structs", "wire.frames"),

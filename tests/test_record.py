@@ -25,7 +25,47 @@ def test_nothing_else_can_be_said() -> None:
     assert WorkerConfig(host="h") != WorkerConfig(host="g")
 
 
-def test_managers_of_our_own_load_without_it() -> None:
+def test_a_dataclass_from_the_moment_somebody_looks() -> None:
     """`dataclasses` takes its time, and a program's first executor is not to wait for it."""
-    code = "import sys, distpool.managers.local; print('distpool.managers.record' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"False\n"
+    code = """if True:
+        import sys
+        import distpool.opening
+        from distpool.managers.record import WorkerConfig
+        early = WorkerConfig(host="h")
+        assert "dataclasses" not in sys.modules
+        assert repr(early).startswith("WorkerConfig(io=None, host='h', port=None, ")
+        import dataclasses
+        assert dataclasses.is_dataclass(early)
+        assert dataclasses.replace(early, port=7) == WorkerConfig(host="h", port=7) != early == WorkerConfig(host="h")
+        @dataclasses.dataclass
+        class Mine(WorkerConfig):
+            rack: int = 3
+        assert dataclasses.asdict(Mine(host="h"))["rack"] == 3 and Mine("io", "h").host == "h"
+        import copy, pickle
+        assert pickle.loads(pickle.dumps(early)) == copy.copy(early) == early
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_somebody_extends_it_before_anybody_looked() -> None:
+    code = """if True:
+        from dataclasses import dataclass, fields
+        from distpool import WorkerConfig
+        @dataclass
+        class Mine(WorkerConfig):
+            rack: int = 3
+        assert [field.name for field in fields(Mine)][-2:] == ["enable_threaded_blas", "rack"]
+        assert Mine(rack=4).rack == 4 and Mine().host is None and WorkerConfig.__match_args__[0] == "io"
+        class Plain(WorkerConfig):
+            rack: int = 3
+        assert Plain(host="h").host == "h" and Plain.rack == 3 and Plain() != WorkerConfig()
+        try:
+            Plain(rack=4)
+        except TypeError:
+            pass
+        else:
+            raise AssertionError("as with other dataclasses, it is not a field")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

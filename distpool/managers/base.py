@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+
+from distpool.hints import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from distpool.managers.record import WorkerConfig

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from distpool.managers.surroundings import BLAS_VARIABLES, here
 
-TYPE_CHECKING = False  # not from `typing`: see `fields`
+TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
     from typing import Any
 

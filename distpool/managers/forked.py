@@ -23,10 +23,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 from distpool import config
 from distpool.errors import LaunchWorkerError
+from distpool.hints import Any
 from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, last_lines, unlink
 from distpool.managers.zygotes import ZygoteProcess
 from distpool.sigpipe import QUIET

@@ -17,8 +17,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
 
+from distpool.hints import Any
 from distpool.managers.process import SIGKILL, Loop
 from distpool.sigpipe import QUIET
 from distpool.transport.pump import readinto_of

@@ -17,10 +17,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
 
 from distpool import directories
 from distpool.errors import LaunchWorkerError
+from distpool.hints import TYPE_CHECKING, Any
 from distpool.managers.forked import ForkServer, Gone
 from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, no_forks, unlink
 from distpool.managers.zygotes import ZygoteProcess, key_of

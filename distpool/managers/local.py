@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
 
 from distpool import config
+from distpool.hints import Any
 from distpool.managers.base import ClusterManager
 from distpool.managers.command import command, environment, import_path, pairs
 from distpool.managers.process import LaunchSpec
+from distpool.managers.record import WorkerConfig
 from distpool.managers.resources import wishes
 from distpool.managers.surroundings import here, routable_address
-
-if TYPE_CHECKING:
-    from distpool.managers.record import WorkerConfig
+from distpool.wire import versions
 
 
 class LocalManager(ClusterManager):
@@ -56,8 +55,6 @@ class LocalManager(ClusterManager):
         if not self.n:
             return
         for process in params["launcher"].launch(self.spec(params), _load_what_they_need):
-            from distpool.managers.record import WorkerConfig
-
             kind, host, *port = process.address
             yield WorkerConfig(
                 process=process,
@@ -106,6 +103,7 @@ class LocalManager(ClusterManager):
 
 
 def _load_what_they_need() -> None:
-    """While a zygote forks workers: what is needed when they come, and takes a while to load."""
+    """While a zygote forks workers: what is needed when they come, and takes a while to find (see `Member`)."""
+    import multiprocessing.process  # noqa: F401
 
-    import distpool.managers.record  # noqa: F401
+    versions.own()

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from distpool.fields import Fields
 from distpool.logs import Log
 
-TYPE_CHECKING = False  # not from `typing`: see `fields`
+TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
     from typing import Any, Protocol
 else:

@@ -1,12 +1,39 @@
-"""What a manager knows of one worker (layer 8). Apart from the interface: `dataclasses` takes 5 ms to load, and a
-program's first executor is not to wait for it (`managers.zygotes`).
+"""What a manager knows of one worker (layer 8).
+
+A dataclass, but made into one when `dataclasses` first looks: that module takes 4 ms to load, and a program's first
+executor would wait for it (`managers.zygotes`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+
+from distpool.fields import Fields
+from distpool.hints import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+
+    class _Later:
+        """Stands where `dataclasses` puts what it knows of a class, and always begins to look for it."""
+
+        def __init__(self, made):
+            self.made = made
+
+        def __get__(self, instance, owner):
+            import dataclasses
+
+            dataclasses.dataclass(self.made)  # it leaves the methods that are there, and takes this thing's place
+            return self.made.__dataclass_fields__
+
+    def dataclass(made):
+        """With the methods of `Fields`, but not from it: names that a subclass annotates are none of its fields."""
+        made.FIELDS = tuple(made.__annotations__)
+        made.__init__, made.__eq__, made.__repr__ = Fields.__init__, Fields.__eq__, Fields.__repr__
+        made.__hash__ = None
+        made.__dataclass_fields__ = _Later(made)
+        return made
 
 
 @dataclass

@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+
+from distpool.hints import Any, NamedTuple
 
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 

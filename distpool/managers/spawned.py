@@ -14,7 +14,7 @@ import _signal  # type: ignore[import-not-found]
 import os
 import threading
 
-TYPE_CHECKING = False  # not from `typing`: see `fields`
+TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
     import subprocess
 

@@ -20,7 +20,7 @@ from distpool.managers.process import LaunchSpec, boot_code, no_forks
 from distpool.managers.spawned import Spawned, spawn
 from distpool.managers.surroundings import here
 
-TYPE_CHECKING = False  # not from `typing`: see `fields`
+TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
     import subprocess
     from typing import Any

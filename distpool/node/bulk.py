@@ -20,9 +20,9 @@ import time
 import weakref
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from distpool.errors import ProtocolError
+from distpool.hints import TYPE_CHECKING, Any
 from distpool.transport.link import Link
 from distpool.wire import pieces
 from distpool.wire.frames import Frame, Kind

@@ -13,9 +13,9 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
 
 from distpool import errors
+from distpool.hints import Any, NamedTuple
 from distpool.logs import Log
 from distpool.node.member import Member, State
 from distpool.node.node import Node

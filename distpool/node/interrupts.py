@@ -28,8 +28,8 @@ import sys
 import threading
 from collections.abc import Callable
 from types import CodeType, FrameType
-from typing import Any
 
+from distpool.hints import Any
 from distpool.node.striking import handles, imports, raise_in, raise_signal
 
 _LOOK = 0.005  # seconds until a call that could not be struck is looked at again

@@ -23,9 +23,9 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from distpool.errors import LaunchWorkerError, VersionMismatchError
+from distpool.hints import TYPE_CHECKING, Any
 from distpool.node.output import OutputReader
 from distpool.node.threads import SerialQueue
 from distpool.transport.journal import Journal
@@ -220,7 +220,7 @@ class Member:
         with contextlib.suppress(OSError):
             self.journal = Journal.create()
         journal = self.journal
-        import multiprocessing.process  # a launch has loaded it while the worker came up
+        import multiprocessing.process  # the launch of a local one has loaded it meanwhile
 
         authkey = bytes(multiprocessing.current_process().authkey)
         join = messages.Join(

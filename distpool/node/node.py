@@ -16,9 +16,9 @@ import itertools
 import os
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from distpool.errors import DistpoolError, RemoteException
+from distpool.hints import Any
 from distpool.node.peers import Peers
 from distpool.node.threads import SerialQueue, ThreadCache
 from distpool.transport.ioloop import IoLoop

@@ -19,8 +19,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
+from distpool.hints import Any
 from distpool.node.node import Node
 from distpool.node.striking import looking_at_frames
 from distpool.node.tasks import TaskRunner

@@ -15,7 +15,8 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+
+from distpool.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distpool.node.interrupts import Coming

@@ -13,9 +13,9 @@ import collections
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from distpool import config
+from distpool.hints import Any
 from distpool.logs import Log
 from distpool.node.threads import SerialQueue
 from distpool.transport.ioloop import IoLoop

@@ -19,10 +19,10 @@ import contextlib
 import importlib
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from distpool import config, errors
 from distpool.errors import ProtocolError, TopologyError
+from distpool.hints import TYPE_CHECKING, Any
 from distpool.node.requests import Requests
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+
+from distpool.hints import Any, NamedTuple
 
 #: `f(status, data, buffers)`: the answer, on the leader.
 OnAnswer = Callable[[int, Any, Any], object]

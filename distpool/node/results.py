@@ -21,9 +21,9 @@ import threading
 import time
 from collections.abc import Callable
 from pickle import dumps
-from typing import Any
 
 from distpool import config
+from distpool.hints import Any
 from distpool.transport.journal import Journal
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments

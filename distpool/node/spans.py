@@ -16,9 +16,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from distpool import config
+from distpool.hints import TYPE_CHECKING, Any
 from distpool.node.results import SCALARS
 from distpool.wire import codec
 from distpool.wire.functions import decode_function

@@ -17,7 +17,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType, MethodType
-from typing import Any
+
+from distpool.hints import Any
 
 _IMPORT_SYSTEM = frozenset(("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>"))
 _MODULE = "<module>"

@@ -24,10 +24,10 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from distpool import config
 from distpool.flag import Flag
+from distpool.hints import Any
 from distpool.node.givingback import last_calls, listed_calls
 from distpool.node.interrupts import CALLERS, Interrupts
 from distpool.node.offers import Offers

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
-
+from distpool.hints import Any, NoReturn
 from distpool.node import node as nodes
 
 FINALIZED = "this reference was finalized"

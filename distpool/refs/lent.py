@@ -17,8 +17,8 @@ import io
 import pickle
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
+from distpool.hints import Any
 from distpool.node import node as nodes
 from distpool.refs.refs import Outcome
 from distpool.wire import codec, failures

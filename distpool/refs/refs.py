@@ -25,8 +25,8 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import _base
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+from distpool.hints import TYPE_CHECKING, Any, NamedTuple, Protocol, T
 from distpool.logs import Log
 from distpool.node import node as nodes
 from distpool.refs.finalized import dead_handle, refuse_uses
@@ -35,7 +35,6 @@ from distpool.wire import codec
 from distpool.wire.failures import decode_exception
 from distpool.wire.messages import ERROR, UNLOADABLE, UNSENDABLE, VALUE
 
-T = TypeVar("T")
 log = Log("futures")
 
 if TYPE_CHECKING:

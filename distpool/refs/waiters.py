@@ -6,8 +6,8 @@ wait(futures) -> Future._waiters.append(waiter) -> its event becomes one that gi
 from __future__ import annotations
 
 import threading
-from typing import Any
 
+from distpool.hints import Any
 from distpool.node import node as nodes
 
 

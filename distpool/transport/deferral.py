@@ -16,7 +16,8 @@ from __future__ import annotations
 # The C functions: `signal.signal` costs 7 us for its enum conversions, this 1 us.
 import _signal  # type: ignore[import-not-found]
 import threading
-from typing import Any
+
+from distpool.hints import Any
 
 _SIGINT = 2
 #: Those for which programs have handlers; to look at all 64 would cost 5 us for each call.

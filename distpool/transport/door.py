@@ -15,10 +15,10 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable
-from typing import Any
 
 from distpool import config
 from distpool.errors import ProtocolError
+from distpool.hints import Any
 from distpool.transport.ioloop import IoLoop
 from distpool.transport.tls import Acceptance, Identity, TlsStream
 

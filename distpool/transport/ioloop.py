@@ -25,9 +25,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
 
 from distpool import config
+from distpool.hints import Any, Protocol
 from distpool.logs import Log
 from distpool.transport import polling
 from distpool.transport.deferral import Deferral

@@ -18,11 +18,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from distpool import config
 from distpool.errors import AuthenticationError, ProtocolError
 from distpool.flag import Flag
+from distpool.hints import Any
 from distpool.sigpipe import QUIET
 from distpool.transport.ioloop import IoLoop, Timer
 from distpool.transport.silence import Watch, acknowledged, tune

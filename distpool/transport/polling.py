@@ -10,7 +10,8 @@ import select
 import selectors
 import time
 from collections.abc import Callable
-from typing import Any
+
+from distpool.hints import Any
 
 _GLANCE = 100e-6  # seconds: how long a brisk leader looks before it sleeps
 _TRUST = 4  # waits in a row that have ended so soon, before it looks; after each look in vain twice as many, up to

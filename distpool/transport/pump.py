@@ -28,8 +28,8 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
 
+from distpool.hints import Any
 from distpool.logs import Log
 
 log = Log("pump")

@@ -15,8 +15,8 @@ from __future__ import annotations
 import collections
 import contextlib
 from collections.abc import Callable
-from typing import Any
 
+from distpool.hints import Any
 from distpool.transport.link import Link
 from distpool.transport.shm import Lease, SegmentPool, SegmentViews
 from distpool.wire import messages

@@ -26,8 +26,8 @@ import threading
 import time
 from bisect import bisect_left, insort
 from pickle import PickleBuffer
-from typing import Any
 
+from distpool.hints import Any
 from distpool.transport import memfile
 from distpool.transport.views import SegmentViews, can_attach, map_private
 
@@ -305,7 +305,7 @@ def default_limit() -> int:
         pass  # Windows: unknown
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            with open(path, encoding="ascii") as source:
+            with open(path, "rb") as source:  # as text, each process would load a codec for it
                 limits.append(int(source.read()) // 4)
         except (OSError, ValueError):
             pass  # another version of cgroups, or "max"

@@ -22,9 +22,9 @@ import socket
 import struct
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from distpool import config
+from distpool.hints import Any
 from distpool.transport.ioloop import IoLoop, Timer
 
 _CONNDROP = 0x80  # TCP_RXT_CONNDROPTIME of macOS: seconds of retransmission before the connection is dropped

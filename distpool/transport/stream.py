@@ -20,8 +20,8 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
 
+from distpool.hints import Any, Protocol
 from distpool.transport.ioloop import IoLoop
 from distpool.transport.pump import Pump, close_descriptor, readinto_of, write_of
 

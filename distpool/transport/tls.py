@@ -19,9 +19,9 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
 
 from distpool.errors import AuthenticationError
+from distpool.hints import TYPE_CHECKING, Any
 from distpool.sigpipe import quietly
 
 if TYPE_CHECKING:

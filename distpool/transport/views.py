@@ -13,8 +13,8 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
+from distpool.hints import TYPE_CHECKING, Any
 from distpool.transport import memfile
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from types import ModuleType
-from typing import Any
 
 from distpool.config import OUT_OF_BAND
 from distpool.errors import SerializationError
+from distpool.hints import Any
 
 __all__ = ["Buffers", "decode", "decode_args", "encode", "encode_args", "register_reducer", "unregister_reducer"]
 

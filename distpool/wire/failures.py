@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import Any
 
 from distpool import errors
 from distpool.errors import CapturedException, DistpoolError, RemoteException
+from distpool.hints import Any
 from distpool.wire import codec
 
 __all__ = [

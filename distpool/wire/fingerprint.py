@@ -20,8 +20,8 @@ import sys
 from collections.abc import Callable, Iterator
 from operator import attrgetter, is_, itemgetter
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
-from typing import Any
 
+from distpool.hints import Any
 from distpool.wire.codec import by_value_modules
 
 __all__ = ["MAIN_MODULES", "Snapshot", "is_importable", "take"]

@@ -15,10 +15,10 @@ from __future__ import annotations
 import enum
 import struct
 import sys
-from typing import Any, NamedTuple
 
 from distpool import config
 from distpool.errors import ProtocolError
+from distpool.hints import Any, NamedTuple
 
 HEADER = struct.Struct("<BBHIQ")  # kind, flags (0), number of buffers, bytes of control, bytes of body
 _LENGTH = struct.Struct("<Q")

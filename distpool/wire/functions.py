@@ -17,9 +17,9 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodDescriptorType, ModuleType
-from typing import Any
 
 from distpool.errors import SerializationError
+from distpool.hints import Any
 from distpool.wire import codec
 from distpool.wire.fingerprint import MAIN_MODULES, Snapshot, is_importable, take
 

@@ -7,7 +7,7 @@ takes the hash that is built into Python, where it is.
 
 from __future__ import annotations
 
-from typing import Any
+from distpool.hints import Any
 
 try:
     from _operator import _compare_digest as _same

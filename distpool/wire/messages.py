@@ -8,10 +8,10 @@ are rare, and JSON cannot run code.
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar, Self
 
 from distpool.errors import ProtocolError
 from distpool.fields import Fields
+from distpool.hints import Any, ClassVar, Self
 from distpool.wire.frames import Kind
 from distpool.wire.records import (
     CALL,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
+from distpool.hints import ClassVar
 from distpool.wire.frames import Kind
 from distpool.wire.messages import Message
 

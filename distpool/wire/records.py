@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Any
 
 from distpool.errors import ProtocolError
+from distpool.hints import Any
 
 CALLS = struct.Struct("<QI")  # first sequence number, number of records
 CALL = struct.Struct("<IIQHB")  # function number, elements, payload bytes, buffers, flags

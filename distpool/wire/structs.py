@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import ClassVar, Self
 
 from distpool.errors import ProtocolError
+from distpool.hints import ClassVar, Self
 from distpool.wire.frames import Kind
 from distpool.wire.messages import Message
 

@@ -13,9 +13,9 @@ import importlib.util
 import json
 import re
 import sys
-from typing import Any
 
 from distpool.errors import ProtocolError
+from distpool.hints import Any
 
 WIRE = "2"
 """Changes with every change of a frame that an older process would misunderstand."""
