@@ -103,8 +103,8 @@ class Slot:
             # Unknown: the first calls of a function go one to each worker. What is sent ahead to a worker that then
             # sits in one long C call cannot be recalled from it.
             limit = 1
-        elif mean > 0.002:
-            limit = 2
+        elif mean > 0.002 and worth <= config.WINDOW_SECONDS:
+            limit = 2  # more of a map that has run for a while: chunks of 4 ms took the master 150 us each
         else:
             limit = max(2, min(_MAX_WINDOW, int(worth / max(mean, 1e-7))))
         self.limit = limit + self.blocked

@@ -34,7 +34,7 @@ def sample_of(kind: Any) -> Any:
 
 
 def sample(cls: type[Message]) -> Message:
-    hints = typing.get_type_hints(cls, localns={"ClassVar": typing.ClassVar})  # `fields` does not load `typing`
+    hints = typing.get_type_hints(cls, localns={"Any": Any, "ClassVar": typing.ClassVar})  # not those of `hints`
     return cls(**{name: sample_of(hints[name]) for name in cls.FIELDS})
 
 

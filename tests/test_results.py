@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +94,15 @@ def test_a_result_is_in_the_journal_at_once_and_sent_by_a_flush(desk: Desk) -> N
     assert desk.link.frames[0][0] == desk.journal.written, "so that the master knows from where on to read"
     desk.writer.flush()
     assert len(desk.link.frames) == 1, "nothing new: no frame"
+
+
+def test_results_of_a_map_wait_longer_the_longer_it_runs(desk: Desk) -> None:
+    desk.writer.rested = time.perf_counter()
+    assert desk.writer.pause() == config.FLUSH_SECONDS, "the first ones come soon"
+    desk.writer.rested = time.perf_counter() - 0.2
+    assert desk.writer.pause() == pytest.approx(0.025, rel=0.2)
+    desk.writer.rested = 0.0
+    assert desk.writer.pause() == config.SPAN_FLUSH_SECONDS == config.LONG_WINDOW_SECONDS / 2
 
 
 def test_consecutive_scalars_go_as_one_list(desk: Desk) -> None:

@@ -29,6 +29,8 @@ def test_room_follows_the_measured_time(office: Office) -> None:
     assert slot.room(10.0) == 1 and slot.room(0.01) == 2
     assert slot.room(1e-4) == int(config.WINDOW_SECONDS / 1e-4)
     assert slot.room(0.0) == slot.room(1e-12) > 100
+    assert slot.room(0.004) == 2 == slot.room(0.004, 2 * config.WINDOW_SECONDS) - 2, "a map that has run for a while"
+    assert slot.room(0.004, config.LONG_WINDOW_SECONDS) == 24 and slot.room(0.06, config.LONG_WINDOW_SECONDS) == 1
     slot.load = 1
     assert slot.room(-1.0) == 0 and slot.room(0.01) == 1
     slot.blocked = 3

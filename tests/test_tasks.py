@@ -14,6 +14,7 @@ import pytest
 from wires import PATIENCE, Bench, bench, until
 
 from distpool import config
+from distpool.node.results import ResultWriter
 from distpool.wire import codec, messages
 from distpool.wire.failures import failure_info
 from distpool.wire.frames import Frame, Kind
@@ -189,6 +190,24 @@ def test_spans_of_short_calls_are_answered_in_few_frames() -> None:
         # Each span at its end, and now and then within it, however slow the machine is: nobody flushes more often.
         most = 11 + (time.monotonic() - begin) / config.SPAN_FLUSH_SECONDS
         assert frames <= most, f"{frames} frames for 10 spans"
+
+
+@pytest.mark.parametrize(("pause", "least", "most"), [(0.0, 30, 41), (60.0, 1, 2)])
+def test_results_of_chunks_wait_while_there_are_more(
+    monkeypatch: pytest.MonkeyPatch, pause: float, least: int, most: int
+) -> None:
+    """As long as `ResultWriter.pause` says (the first has waited for ever), while something is left to do."""
+    monkeypatch.setattr(ResultWriter, "pause", lambda writer: pause)
+    with bench(shared=True) as runner:
+        payload = codec.encode([1, 2])[0]
+        runner.send(*[runner.record(nap, payload, messages.CHUNK_OF_SCALARS) for _ in range(40)])
+        frames, ended = 0, 0
+        while ended < 40:
+            frame = runner.master.next_frame()
+            if frame.kind == Kind.RESULTS:
+                frames += 1
+                ended += len(runner.results(frame))
+        assert least <= frames <= most, f"{frames} frames for 40 chunks"
 
 
 def test_a_forgotten_function_is_gone(runner: Bench) -> None:

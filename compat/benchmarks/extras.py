@@ -48,7 +48,7 @@ def x2(peer_name: str, workers: int, params: Params) -> Answer:
                     if way == "submit":
                         peer.all(tasks.burn, [(seconds,)] * count)
                     else:
-                        peer.map(tasks.burn, [seconds] * count, peer.uneven_chunk)
+                        peer.map(tasks.burn, [seconds] * count, peer.usual_chunk)
                 cost[way][str(length)] = max(0.1, ((meter.parent + meter.workers) / count - seconds) * 1e6)
                 share[way][str(length)] = seconds * count / workers / meter.wall
     return {

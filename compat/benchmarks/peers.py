@@ -19,7 +19,7 @@ class NotApplicable(Exception):
 class Peer:
     """What a workload needs of a library. ``fast``: gets the full task counts also in a quick run. ``scale``: factor on
     the task counts of a slow peer. ``holder_chunk``, ``uneven_chunk``: the chunk size that suits it best for W6 and W7
-    (None: its own choice)."""
+    (None: its own choice); ``usual_chunk``: that of its map if nobody says anything (None: its own choice)."""
 
     name = "?"
     module = "?"
@@ -28,6 +28,7 @@ class Peer:
     arrays = True
     holder_chunk: int | None = None
     uneven_chunk: int | None = None
+    usual_chunk: int | None = None
 
     def available(self) -> str:
         """Empty, or why this peer cannot be measured here."""
@@ -72,7 +73,8 @@ class Executor(Peer):
     """Anything with the interface of concurrent.futures."""
 
     holder_chunk = 100
-    uneven_chunk = 1
+    uneven_chunk = 32  # of 2,000: with 1, ppe reaches 0.83 of the ideal instead of 0.97, with 8 0.95; loky alike
+    usual_chunk = 1
     executor: Any
 
     def call(self, fn: Callable[..., Any], *args: Any) -> Any:
@@ -143,7 +145,7 @@ class Distpool(Executor):
     """distpool.ClusterExecutor"""
 
     name, module, fast = "distpool", "distpool", True
-    holder_chunk = 1
+    holder_chunk = uneven_chunk = 1
 
     def open(self, workers: int) -> None:
         import distpool
@@ -208,7 +210,8 @@ class Pebble(Peer):
 
     name = module = "pebble"
     holder_chunk = 100
-    uneven_chunk = 1
+    uneven_chunk = 32
+    usual_chunk = 1
 
     def open(self, workers: int) -> None:
         import pebble

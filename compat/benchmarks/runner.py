@@ -17,7 +17,7 @@ from compat.benchmarks.peers import PEERS
 Sizes = dict[str, dict[str, Any]]
 
 QUICK: Sizes = {
-    "W1": {"imports": 5},
+    "W1": {"imports": 5, "starts": 3},
     "W2": {"calls": 400, "fast_calls": 1500},
     "W3": {"tasks": 2500, "fast_tasks": 20000},
     "W4": {"items": 100_000, "slow_items": 2000, "repeat": 3},
@@ -28,10 +28,10 @@ QUICK: Sizes = {
     "W9": {"workers": 32, "idle_s": 1.0},
 }
 FULL: Sizes = {
-    "W1": {"imports": 10},
+    "W1": {"imports": 10, "starts": 7},
     "W2": {"calls": 1500, "fast_calls": 4000},
     "W3": {"tasks": 20000, "fast_tasks": 20000},
-    "W4": {"items": 100_000, "slow_items": 10_000, "repeat": 5},
+    "W4": {"items": 100_000, "slow_items": 10_000, "repeat": 9},
     "W5": {"elements": 10_000_000, "repeat": 9, "seconds": 3.0, "small": 1000},
     "W6": {"elements": 10_000_000, "calls": 200},
     "W7": {"tasks": 2000},

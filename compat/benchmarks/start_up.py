@@ -57,7 +57,21 @@ def environment() -> dict[str, str]:
 
 
 def w1(peer_name: str, workers: int, params: dict[str, Any]) -> dict[str, Any]:
-    """Import, start, first result of every worker, stop, in a program of its own."""
+    """Import, start, first result of every worker, stop, in programs of their own: the middle one of several."""
+    looks: list[tuple[float, ...]] = []
+    while not looks or (len(looks) < params["starts"] and sum(look[0] for look in looks) < 1e3):
+        looks.append(start(peer_name, workers))
+    looks.sort()
+    answer = dict(zip(("ms", "ready_ms", "stop_ms"), looks[len(looks) // 2], strict=True))
+    module = PEERS[peer_name]().module
+    stdlib = module in ("multiprocessing", "concurrent.futures")
+    statement = "import concurrent.futures.process" if stdlib else f"import {module}"
+    answer["import_ms"] = import_seconds(statement, params["imports"]) * 1e3
+    return answer
+
+
+def start(peer_name: str, workers: int) -> tuple[float, ...]:
+    """Milliseconds of one program: all of it, until every worker has answered, and from then on."""
     with tempfile.TemporaryDirectory() as directory:
         script = os.path.join(directory, "program.py")
         with open(script, "w", encoding="ascii") as file:
@@ -74,12 +88,7 @@ def w1(peer_name: str, workers: int, params: dict[str, Any]) -> dict[str, Any]:
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("W1 ")]
     if done.returncode or not lines:
         raise AssertionError(done.stderr[-2000:])
-    answer = dict(zip(("ms", "ready_ms", "stop_ms"), map(float, lines[-1][1:]), strict=True))
-    module = PEERS[peer_name]().module
-    stdlib = module in ("multiprocessing", "concurrent.futures")
-    statement = "import concurrent.futures.process" if stdlib else f"import {module}"
-    answer["import_ms"] = import_seconds(statement, params["imports"]) * 1e3
-    return answer
+    return tuple(map(float, lines[-1][1:]))
 
 
 WORKLOADS = {"W1": w1}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator
 
-from distpool.node.spans import SPANS, Item
+from distpool.node.spans import Item
+from distpool.wire.messages import SPANS
 
 Inbox = collections.deque[Item]
 

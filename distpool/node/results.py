@@ -51,6 +51,7 @@ class ResultWriter:
         self.busy = 0.0  # seconds of running time since the last flush, and how many calls
         self.ran = 0
         self.flushed = 0.0  # when (perf_counter)
+        self.rested = 0.0  # when the worker last had nothing to do (perf_counter)
         self._sent = 0  # absolute journal offset up to which the link has got the results
         self._lock: Any = threading.RLock()  # reentrant so that they can tell who has them
         self._flushing: Any = threading.RLock()
@@ -68,6 +69,12 @@ class ResultWriter:
     def unsent(self) -> bool:
         """Whether results wait to be sent."""
         return self.journal.written != self._sent
+
+    def pause(self) -> float:
+        """Seconds that results of a map may wait while the worker has more of it to do: an eighth of the time since it
+        last had nothing to do, within limits. Half of what it was sent is worth as much at the most (`MapRun.worth`),
+        so results come as often as new elements are needed. (Sent every 4 ms, they took the master 100 us each.)"""
+        return min(config.SPAN_FLUSH_SECONDS, max(config.FLUSH_SECONDS, (time.perf_counter() - self.rested) / 8))
 
     def succeed(self, sequence: int, value: Any) -> None:
         """The call returned `value`."""

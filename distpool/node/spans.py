@@ -22,12 +22,11 @@ from distpool.hints import TYPE_CHECKING, Any
 from distpool.node.results import SCALARS
 from distpool.wire import codec
 from distpool.wire.functions import decode_function
-from distpool.wire.messages import SPAN, SPAN_OF_SCALARS
+from distpool.wire.messages import SPAN_OF_SCALARS, SPANS
 
 if TYPE_CHECKING:
     from distpool.node.tasks import TaskRunner
 
-SPANS = (SPAN, SPAN_OF_SCALARS)
 _NONE: frozenset[int] = frozenset()
 
 
@@ -196,4 +195,4 @@ def run_span(runner: TaskRunner, item: Item, function: Any, begin: float) -> Non
     results.busy += clock() - begin
 
 
-__all__ = ["SPANS", "Item", "run_span"]
+__all__ = ["Item", "run_span"]

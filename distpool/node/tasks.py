@@ -32,14 +32,14 @@ from distpool.node.givingback import last_calls, listed_calls
 from distpool.node.interrupts import CALLERS, Interrupts
 from distpool.node.offers import Offers
 from distpool.node.results import SCALARS, ResultWriter
-from distpool.node.spans import SPANS, Item, Received, decode_item, run_span
+from distpool.node.spans import Item, Received, decode_item, run_span
 from distpool.transport.journal import Journal
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
 from distpool.wire import codec, messages
 from distpool.wire.failures import encode_exception, let_go
 from distpool.wire.frames import Frame, Kind
-from distpool.wire.messages import CHUNK, CHUNK_OF_SCALARS, ERROR, ONE, ONE_FRESH, UNLOADABLE
+from distpool.wire.messages import CHUNK, CHUNKS, ERROR, MAPPED, ONE, ONE_FRESH, SPANS, UNLOADABLE
 
 CALLERS.add(run_span.__code__)
 _ANSWER = 0.05  # seconds that the main thread may take to answer a remote call before others run what has come
@@ -146,17 +146,16 @@ class TaskRunner:
         self.brought()
 
     def tick(self) -> float | None:
-        """Called by the I/O thread: send what waits; how long it may sleep.
-
-        A span flushes by itself, but only between its elements; looking after it every 5 ms would take the GIL from it
-        as often, and send the master many small frames.
+        """Called by the I/O thread: send what waits; how long it may sleep. A span flushes by itself, but only between
+        its elements, and somebody looks between chunks: to look every 5 ms would take the GIL from them as often.
         """
-        if any(item.flags in SPANS for item in list(self.running.values())):
-            left = self.results.flushed + config.SPAN_FLUSH_SECONDS - time.perf_counter()
-            if left > 0:
-                return left
-            self.flush()
-            return config.SPAN_FLUSH_SECONDS
+        flags = {item.flags for item in list(self.running.values())}
+        if not flags.isdisjoint(MAPPED):
+            pause = self.results.pause() if flags.isdisjoint(SPANS) else config.SPAN_FLUSH_SECONDS
+            left = self.results.flushed + pause - time.perf_counter()
+            if left <= 0:
+                self.flush()
+            return left if left > 0 else pause
         if self.results.unsent:
             self.flush()
         return config.GRACE if self._inbox or self.results.unsent else None
@@ -196,7 +195,7 @@ class TaskRunner:
                 elif cold and not self._has_work():
                     self._warm_up()
                 with self.lock:
-                    self.idle = False
+                    self.idle, self.results.rested = False, time.perf_counter()
 
     def _warm_up(self) -> None:
         """Nobody wants anything of this process at the moment: load what its zygote has left out to be quick."""
@@ -431,7 +430,8 @@ class TaskRunner:
         self.running.pop(threading.get_ident(), None)
         self.results.busy += now - begin
         self.results.ran += item.flags not in SPANS  # those are counted one by one
-        if not self._inbox or now - self.results.flushed > config.FLUSH_SECONDS:
+        pause = self.results.pause() if item.flags in MAPPED else config.FLUSH_SECONDS
+        if not self._inbox or now - self.results.flushed > pause:
             self.flush()
 
     def function_of(self, item: Item) -> Any:
@@ -481,7 +481,7 @@ class TaskRunner:
             load = self.take_lent if codec.REFERENCES in item.payload else decode_item
             arguments = item.arguments = load(codec.decode, item)
         item.payload, item.buffers, item.loaded = b"", [], True
-        if item.flags in (CHUNK, CHUNK_OF_SCALARS):
+        if item.flags in CHUNKS:
             item.arguments = None
             each = itertools.starmap if item.flags == CHUNK else map
             # In C: chunks are there for tiny calls.

@@ -50,7 +50,7 @@ from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome, open_outcome
 from distpool.wire import codec, structs
 from distpool.wire.frames import Frame, Kind
-from distpool.wire.records import PLAIN_ERROR, SPAN, SPAN_OF_SCALARS, VALUE
+from distpool.wire.records import PLAIN_ERROR, SPANS, VALUE
 
 if TYPE_CHECKING:
     from distpool.node.node import Node
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
 FLYING = 4  # frames of one channel that are sent without an answer to the first of them
 BATCH = 128  # items, and bytes, of a batch that is sent at any rate
 BATCH_BYTES = 1 << 16
-_SPANS = (SPAN, SPAN_OF_SCALARS)
 OTHERS = 0.1  # seconds of waiting for what other threads have put
 _MAIN = threading.main_thread().ident
 UNANSWERED_BYTES = 4 << 20  # of one channel: from there on a put waits
@@ -279,7 +278,7 @@ class Aheads:
         if self.failures and self.teller().errors:
             return False
         # The elements of a map run without anything that could wait behind each of them (`node.spans`).
-        return not any(item.flags in _SPANS for item in list(node.runner.running.values()))
+        return not any(item.flags in SPANS for item in list(node.runner.running.values()))
 
     def is_busy_elsewhere(self, ahead: Ahead) -> bool:
         """Whether puts into channels of other owners than that of `ahead` have not been acknowledged."""

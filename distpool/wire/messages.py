@@ -18,7 +18,9 @@ from distpool.wire.records import (
     CALLS,
     CHUNK,
     CHUNK_OF_SCALARS,
+    CHUNKS,
     ERROR,
+    MAPPED,
     ONE,
     ONE_FRESH,
     RESULT,
@@ -26,6 +28,7 @@ from distpool.wire.records import (
     SEQUENCE,
     SPAN,
     SPAN_OF_SCALARS,
+    SPANS,
     TIMED,
     UNLOADABLE,
     UNSENDABLE,
@@ -36,8 +39,9 @@ from distpool.wire.records import (
 )
 
 __all__ = [  # records, used as if they were defined here
-    "CALL", "CALLS", "CHUNK", "CHUNK_OF_SCALARS", "ERROR", "ONE", "ONE_FRESH", "RESULT", "RESULTS", "SEQUENCE", "SPAN",
-    "SPAN_OF_SCALARS", "TIMED", "UNLOADABLE", "UNSENDABLE", "VALUE", "VALUES", "call_records", "result_records",
+    "CALL", "CALLS", "CHUNK", "CHUNKS", "CHUNK_OF_SCALARS", "ERROR", "MAPPED", "ONE", "ONE_FRESH", "RESULT", "RESULTS",
+    "SEQUENCE", "SPAN", "SPANS", "SPAN_OF_SCALARS", "TIMED", "UNLOADABLE", "UNSENDABLE", "VALUE", "VALUES",
+    "call_records", "result_records",
 ]  # fmt: skip
 
 
