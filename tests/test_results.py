@@ -100,9 +100,9 @@ def test_results_of_a_map_wait_longer_the_longer_it_runs(desk: Desk) -> None:
     desk.writer.rested = time.perf_counter()
     assert desk.writer.pause() == config.FLUSH_SECONDS, "the first ones come soon"
     desk.writer.rested = time.perf_counter() - 0.2
-    assert desk.writer.pause() == pytest.approx(0.025, rel=0.2)
+    assert desk.writer.pause() == pytest.approx(0.0125, rel=0.2)
     desk.writer.rested = 0.0
-    assert desk.writer.pause() == config.SPAN_FLUSH_SECONDS == config.LONG_WINDOW_SECONDS / 2
+    assert desk.writer.pause() == config.LONG_WINDOW_SECONDS / 4
 
 
 def test_consecutive_scalars_go_as_one_list(desk: Desk) -> None:

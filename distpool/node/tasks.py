@@ -150,7 +150,7 @@ class TaskRunner:
         its elements, and somebody looks between chunks: to look every 5 ms would take the GIL from them as often.
         """
         flags = {item.flags for item in list(self.running.values())}
-        if not flags.isdisjoint(MAPPED):
+        if not flags.isdisjoint(SPANS) or (self._inbox and not flags.isdisjoint(CHUNKS)):
             pause = self.results.pause() if flags.isdisjoint(SPANS) else config.SPAN_FLUSH_SECONDS
             left = self.results.flushed + pause - time.perf_counter()
             if left <= 0:
