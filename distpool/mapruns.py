@@ -361,9 +361,10 @@ class MapRun:
 
         So the first results come soon, and none comes later than a small part of the time that it has waited anyway;
         and a map of many calls of 1 ms costs a quarter of the frames. (Always 8 ms: 2,000 such calls took the master
-        100 ms of a processor that two workers needed, and them 50 ms each.)
+        100 ms of a processor that two workers needed, and them 50 ms each.) Not of large elements: they would lie in
+        the memory of workers.
         """
-        if not self._began:
+        if not self._began or self.fed_bytes > self.fed * config.OUT_OF_BAND:
             return config.WINDOW_SECONDS
         return min(config.LONG_WINDOW_SECONDS, max(config.WINDOW_SECONDS, (time.monotonic() - self._began) / 4))
 

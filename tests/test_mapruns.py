@@ -199,6 +199,8 @@ def test_a_long_map_is_sent_ahead_in_larger_parts(office: Office, monkeypatch: p
         seen.append(run.worth())
     assert seen == sorted(seen) and seen[0] == config.WINDOW_SECONDS and seen[-1] == config.LONG_WINDOW_SECONDS
     assert any(config.WINDOW_SECONDS < worth < config.LONG_WINDOW_SECONDS for worth in seen)
+    run.fed_bytes = (config.OUT_OF_BAND + 1) * run.fed
+    assert run.worth() == config.WINDOW_SECONDS, "not so many large ones"
 
 
 def test_values_that_nobody_will_ask_for_are_let_go_of(office: Office) -> None:
