@@ -40,7 +40,7 @@ def main() -> int:
     if options.only:
         sizes = {**runner.FULL, **sizes}
         workloads = options.only.split(",")
-    budget = options.budget or (105.0 if options.quick else 1080.0)
+    budget = options.budget or (105.0 if options.quick else 1140.0)
     repeat = options.repeat or (2 if options.quick else 3)
     left_out = runner.QUICK_LEFT_OUT if options.quick and not options.peers else set()
     plan = runner.Plan(sizes, peers, workloads, options.workers, repeat, budget, left_out, options.python)
