@@ -177,16 +177,22 @@ def nap(number: int) -> int:
     return number
 
 
+def frames_with(runner: Bench, count: int) -> int:
+    """How many frames bring so many results."""
+    frames = ended = 0
+    while ended < count:
+        frame = runner.master.next_frame()
+        if frame.kind == Kind.RESULTS:
+            frames += 1
+            ended += len(runner.results(frame))
+    return frames
+
+
 def test_spans_of_short_calls_are_answered_in_few_frames() -> None:
     with bench(shared=True) as runner:
         begin = time.monotonic()
         runner.send(*[runner.span(nap, list(range(12))) for _ in range(10)])
-        frames, ended = 0, 0
-        while ended < 120:
-            frame = runner.master.next_frame()
-            if frame.kind == Kind.RESULTS:
-                frames += 1
-                ended += len(runner.results(frame))
+        frames = frames_with(runner, 120)
         # Each span at its end, and now and then within it, however slow the machine is: nobody flushes more often.
         most = 11 + (time.monotonic() - begin) / config.SPAN_FLUSH_SECONDS
         assert frames <= most, f"{frames} frames for 10 spans"
@@ -201,12 +207,7 @@ def test_results_of_chunks_wait_while_there_are_more(
     with bench(shared=True) as runner:
         payload = codec.encode([1, 2])[0]
         runner.send(*[runner.record(nap, payload, messages.CHUNK_OF_SCALARS) for _ in range(40)])
-        frames, ended = 0, 0
-        while ended < 40:
-            frame = runner.master.next_frame()
-            if frame.kind == Kind.RESULTS:
-                frames += 1
-                ended += len(runner.results(frame))
+        frames = frames_with(runner, 40)
         assert least <= frames <= most, f"{frames} frames for 40 chunks"
 
 
