@@ -29,9 +29,10 @@ GRACE = 0.005
 WINDOW_SECONDS = 0.008
 #: Of a long map it grows to this: each frame costs both sides 100 us, which at 1 ms per call is noticed.
 LONG_WINDOW_SECONDS = 0.096
-#: Results wait at most this long in a worker before they are sent,
+#: Results wait at most this long in a worker that has more to do before they are sent; those of a map that has run for
+#: a while up to half of the next (`ResultWriter.pause`),
 FLUSH_SECONDS = 0.004
-#: those of a span, which is cut to be worth less than that (half a window), at most this long.
+#: those within a span, which is cut to be worth less than that (half a window), at most this long.
 SPAN_FLUSH_SECONDS = 0.048
 #: Bytes of a worker's journal of results (shared with the master on the same host).
 JOURNAL_SIZE = 1 << 18

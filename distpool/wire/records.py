@@ -28,9 +28,9 @@ SPAN_OF_SCALARS = 2  # a list of single arguments, one call each
 CHUNK = 3  # a list of argument tuples that succeed or fail together (the stdlib's chunk)
 CHUNK_OF_SCALARS = 4
 ONE_FRESH = 5  # as ONE, with a function that captured something mutable: decoded anew for each call
-SPANS = (SPAN, SPAN_OF_SCALARS)
-CHUNKS = (CHUNK, CHUNK_OF_SCALARS)
-MAPPED = (*SPANS, *CHUNKS)  # of maps
+SPANS = (SPAN, SPAN_OF_SCALARS)  # of which each element has a result of its own
+CHUNKS = (CHUNK, CHUNK_OF_SCALARS)  # which have one result
+MAPPED = (*SPANS, *CHUNKS)  # what maps send
 #: Status of a RESULT record. UNSENDABLE: the call returned, but its value could not be serialised.
 #: UNLOADABLE: the function or its arguments could not be rebuilt on the worker.
 VALUE, ERROR, VALUES, UNSENDABLE, PLAIN_ERROR, UNLOADABLE = range(6)
