@@ -87,7 +87,7 @@ def start(f: Callable[..., Any], where: Where, args: tuple[Any, ...], kwargs: di
     """As `remotecall`, for the library's own calls: no `sync()` block waits for them."""
     check_callable(f)
     if type(where) is not int:
-        where = config.as_int(where)
+        where = _not_bool(config.as_int(where))
     if not isinstance(where, int):
         return _remotecall_somewhere(f, where, args, kwargs)
     node = _node()
@@ -115,7 +115,7 @@ def remotecall_fetch(f: Callable[..., T], where: Where, /, *args: Any, **kwargs:
     """
     check_callable(f)
     if type(where) is not int:
-        where = config.as_int(where)
+        where = _not_bool(config.as_int(where))
     if not isinstance(where, int):
         return _fetch_somewhere(f, where, args, kwargs)  # type: ignore[no-any-return]
     node = _node()
@@ -166,7 +166,7 @@ def remote_do(f: Callable[..., Any], where: Where, /, *args: Any, **kwargs: Any)
     """
     check_callable(f)
     if type(where) is not int:
-        where = config.as_int(where)
+        where = _not_bool(config.as_int(where))
     if not isinstance(where, int):
         _remotecall_somewhere(f, where, args, kwargs, do=True)
         return
@@ -240,6 +240,10 @@ def print_error(exc: BaseException) -> None:
         stream.flush()
     except Exception:  # closed, or the user's own: there is nowhere left to say it
         pass
+
+
+def _not_bool(where: Where) -> Where:
+    return config.as_pid(where) if isinstance(where, bool) else where
 
 
 # -- pools and "any" ---------------------------------------------------------------------------------------------

@@ -61,6 +61,14 @@ def as_int(value: Any) -> Any:
         return value
 
 
+def as_pid(value: Any) -> int:
+    """The pid that `value` is; TypeError if it is no int."""
+    found = as_int(value)
+    if isinstance(found, bool) or not isinstance(found, int):
+        raise TypeError(f"a pid is an int, not {type(value).__name__}")
+    return found
+
+
 def worker_timeout() -> float:
     """Seconds that launch and connection of a worker may take (`DISTPOOL_WORKER_TIMEOUT`, default 60)."""
     return _seconds("DISTPOOL_WORKER_TIMEOUT", 60.0)

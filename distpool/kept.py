@@ -17,7 +17,8 @@ from typing import Any
 from distpool.node import node as nodes
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, Future, Outcome
-from distpool.refs.remote import RemoteFuture, reduce_future
+from distpool.refs.remote import RemoteFuture
+from distpool.refs.travel import reduce_future
 from distpool.wire import codec
 from distpool.wire.messages import VALUE
 

@@ -18,9 +18,11 @@ from distpool.calls import _node, note_started, print_error
 from distpool.errors import CompositeException
 from distpool.members import workers
 from distpool.refs import gc
-from distpool.refs.refs import Future
+from distpool.refs.refs import Future, Outcome
 from distpool.refs.remote import _Waiting
+from distpool.refs.travel import reduce_future
 from distpool.replies import request
+from distpool.wire import codec
 
 _UNSET: Any = object()
 
@@ -159,10 +161,17 @@ class Loop(Future[None]):
         self._asked = True
         return super().exception(timeout)
 
+    def outcome(self) -> Outcome:
+        """For those whom this was sent to: from now on the errors are theirs as well."""
+        self._asked = True
+        return super().outcome()
+
     def __del__(self) -> None:
         error = self.__dict__.get("_exception")
         if error is not None and not self._asked:
             print_error(error)
 
+
+codec.register_reducer(Loop, reduce_future)
 
 __all__ = ["Loop", "distributed", "splitrange"]

@@ -33,7 +33,7 @@ class WorkerQueue(Channel):
     by_callbacks = True
 
     def __init__(self, node: Node, pids: Iterable[int], falls_back: bool = False) -> None:
-        super().__init__(math.inf)  # type: ignore[arg-type]
+        super().__init__(math.inf)
         self.falls_back = falls_back
         self._node = node
         self._members: dict[int, None] = dict.fromkeys(pids)  # an ordered set

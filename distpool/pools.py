@@ -135,6 +135,7 @@ class WorkerPool:
     def _take_later(self, lease: Lease | None = None) -> Future[Any]:
         """As `take`, without waiting: the future of a pid, whose callbacks run on library threads. `lease` lives until
         then, and is told."""
+        self._channel._live()
         queue = self._queue()
         if queue is None:
             reply = self._channel._ask("take")

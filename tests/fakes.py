@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -384,6 +385,7 @@ class Process:
 
     def __init__(self, cluster: Cluster, pid: int) -> None:
         self.pid = pid
+        self.ospid = os.getpid()
         self.is_master = pid == 1
         self.cluster = cluster
         self.loop = ManualLoop()

@@ -206,3 +206,23 @@ def test_a_subclass_goes_by_its_own_methods() -> None:
     told: list[tuple[int, int]] = []
     channel.reserve(5, lambda *question: None, lambda *credit: told.append(credit))
     assert told == [(0, 0)], "nothing is put ahead into it"
+
+
+@pytest.mark.parametrize("kind", [(int, str), int | str])
+def test_one_of_several_types(kind: Any) -> None:
+    channel = Channel(2, kind)
+    channel.put(1).put("a")
+    with pytest.raises(TypeError, match="this channel takes int .* str, not float"):
+        channel.put(1.5)
+
+
+@pytest.mark.parametrize("wrong", [5, "int", None])
+def test_what_no_item_can_be_an_instance_of(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="type must be what isinstance"):
+        Channel(1, wrong)
+
+
+@pytest.mark.parametrize("wrong", [-1, float("nan"), 1.5])
+def test_room_for_so_many(wrong: float) -> None:
+    with pytest.raises(ValueError, match="maxsize"):
+        Channel(wrong)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from typing import Any
 
 import pytest
+from fakes import Cluster
+from wires import wait_until
 
 import distpool
+from distpool import Future
 from distpool.refs.finalized import FINALIZED, refuse_uses
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    return Cluster(monkeypatch, 3)
+
 
 USES = {
     "result": (),
@@ -56,3 +66,38 @@ def test_a_pickle_of_ones_own_gives_a_dead_handle(copied: Any) -> None:
     dead = copied(value(1))
     with pytest.raises(RuntimeError, match="pickled outside of a distpool message"):
         dead.fetch()
+
+
+def test_who_waits_for_one_made_by_hand_hears_of_it() -> None:
+    """He waited for ever; a reference's waiters have always been told."""
+    future: Future[int] = Future()
+    errors: list[BaseException] = []
+    told: list[bool] = []
+
+    def wait() -> None:
+        try:
+            future.result(30)
+        except BaseException as error:
+            errors.append(error)
+
+    future.add_done_callback(lambda done: told.append(done.done()))
+    threads = [threading.Thread(target=wait) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(future.__dict__.get("_sleepers", ())) == 2)
+    future.finalize()
+    for thread in threads:
+        thread.join(30)
+    assert [type(error) for error in errors] == [RuntimeError] * 2 and told == [True]
+    future.finalize()
+
+
+def test_others_may_still_set_one_that_was_sent(cluster: Cluster) -> None:
+    future: Future[int] = Future()
+    there, third = cluster.pass_on(future, 1, 2), cluster.pass_on(future, 1, 3)
+    future.finalize()
+    assert future.done()
+    with cluster.on(2):
+        there.put(3)
+    with cluster.on(3):
+        assert third.fetch(5) == 3

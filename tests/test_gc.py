@@ -14,7 +14,8 @@ from distpool.refs import gc
 from distpool.refs.gc import Handle, Loan, Reference
 from distpool.refs.owner import RRID
 from distpool.refs.refs import Future
-from distpool.refs.remote import RemoteFuture, new_future
+from distpool.refs.remote import RemoteFuture
+from distpool.refs.travel import new_future
 from distpool.wire import codec
 from distpool.wire.frames import Kind
 

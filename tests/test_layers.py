@@ -52,7 +52,8 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("node.member", "node.group"),
     ),
     4: (
-        *("refs.refs", "refs.waiters", "refs.finalized", "refs.owner", "refs.gc", "refs.remote", "refs.serving"),
+        *("refs.refs", "refs.waiters", "refs.finalized", "refs.owner", "refs.gc"),
+        *("refs.remote", "refs.travel", "refs.serving"),
         *("refs.lent", "refs.ahead", "refs.room", "refs.channelcore", "refs.channel", "refs.channels"),
         "refs.channelserver",
     ),
@@ -186,6 +187,8 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("refs.serving", "refs.owner"),
         ("refs.serving", "refs.refs"),
         ("refs.serving", "refs.remote"),
+        ("refs.serving", "refs.travel"),
+        *(("refs.travel", f"refs.{name}") for name in ("finalized", "gc", "lent", "owner", "refs", "remote")),
         ("refs.channel", "refs.ahead"),
         ("refs.channel", "refs.gc"),
         ("refs.channel", "refs.channelcore"),

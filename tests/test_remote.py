@@ -5,6 +5,7 @@ The processes are played (`fakes.Cluster`); over real links: `conformance/test_f
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import threading
 from typing import Any
@@ -14,8 +15,8 @@ from fakes import Cluster
 
 from distpool.errors import ProcessExitedException, RemoteException, SerializationError
 from distpool.refs.owner import RRID
-from distpool.refs.refs import Future
-from distpool.refs.remote import RemoteFuture, dead_future, new_future
+from distpool.refs.remote import RemoteFuture
+from distpool.refs.travel import new_future
 from distpool.wire.frames import Kind
 
 
@@ -93,6 +94,66 @@ def test_what_cannot_be_sent_sets_nothing(cluster: Cluster) -> None:
     assert not future.isready()
     future.put(1)
     assert future.fetch() == 1
+
+
+@pytest.mark.parametrize("where", [1, 2])
+def test_as_the_standard_library_fills_futures(cluster: Cluster, where: int) -> None:
+    """It reached nobody else: whoever held the reference elsewhere waited for ever."""
+    future = new_future(where)
+    there, third = cluster.pass_on(future, 1, 2), cluster.pass_on(future, 1, 3)
+    future.set_result(Big(5))
+    assert future.result(5) == Big(5)
+    with cluster.on(2):
+        assert there.fetch(5) == Big(5)
+        with pytest.raises(concurrent.futures.InvalidStateError, match="only once"):
+            there.set_exception(ValueError("late"))
+    with cluster.on(3), pytest.raises(concurrent.futures.InvalidStateError, match="only once"):
+        third.set_result(2)
+    with pytest.raises(concurrent.futures.InvalidStateError, match="only once"):
+        future.set_result(1)
+    assert future.cancel() is False
+
+
+@pytest.mark.parametrize("where", [1, 2, 3])
+def test_an_error_that_was_set_is_an_error_everywhere(cluster: Cluster, where: int) -> None:
+    future = new_future(where)
+    there, third = cluster.pass_on(future, 1, 2), cluster.pass_on(future, 1, 3)
+    future.set_exception(KeyError("set"))
+    with pytest.raises(KeyError, match="set"):
+        future.result(5)
+    for pid, reference in ((2, there), (3, third)):
+        with cluster.on(pid):
+            error = reference.exception(5)
+        found = error.captured.ex if isinstance(error, RemoteException) else error  # plain at its owner
+        assert isinstance(found, KeyError) and found.args == ("set",)
+        assert pid == where or isinstance(error, RemoteException)
+
+
+@pytest.mark.parametrize("where", [1, 2])
+def test_who_has_asked_knows_the_end(cluster: Cluster, where: int) -> None:
+    """`done()` stayed False for ever, although `isready()` had said that the value was there."""
+    future = new_future(where)
+    there = cluster.pass_on(future, 1, 3)
+    assert not future.isready() and not future.done()
+    with cluster.on(3):
+        there.put(1)
+    cluster.run()
+    assert future.done(), "whoever has asked is told"
+    other = new_future(where)
+    there = cluster.pass_on(other, 1, 3)
+    with cluster.on(3):
+        there.put(2)
+    assert other.isready() and other.done() and other.fetch(5) == 2
+
+
+def test_having_asked_keeps_nothing(cluster: Cluster) -> None:
+    for where in (1, 2):
+        future = new_future(where)
+        assert not future.isready()
+        del future
+        gc.collect()
+        cluster.run()
+        assert cluster.table(where) == {}
 
 
 # -- waiting and fetching ------------------------------------------------------------------------------------------
@@ -216,102 +277,6 @@ def test_who_has_given_up_keeps_nothing(cluster: Cluster) -> None:
     future.put(Big(1))
     cluster.run()
     assert cluster.processes[2].requests.pending() == []
-
-
-# -- travelling ----------------------------------------------------------------------------------------------------
-
-
-def test_one_object_for_each_reference(cluster: Cluster) -> None:
-    future = new_future(2)
-    there = cluster.pass_on(future, 1, 2)
-    assert cluster.pass_on(future, 1, 2) is there and there == future and hash(there) == hash(future)
-    assert cluster.pass_on(there, 2, 1) is future
-
-
-def test_with_its_value_it_needs_no_owner(cluster: Cluster) -> None:
-    future = new_future(2)
-    waiting = cluster.pass_on(future, 1, 3)
-    future.put(Big(7))
-    got = cluster.pass_on(future, 1, 3)
-    assert got is waiting and got.done()
-    cluster.lose(2)
-    with cluster.on(3):
-        assert got.fetch() == Big(7)
-
-
-def test_a_value_that_comes_with_a_reference_is_here_although_its_end_was_known(cluster: Cluster) -> None:
-    """It was dropped, and the owner told that nobody here needs it: the next fetch waited for ever."""
-    future = new_future(2)
-    with cluster.on(2):
-        cluster.pass_on(future, 1, 2).put(Big(7))
-    third = cluster.pass_on(future.wait(5), 1, 3)
-    with cluster.on(3):
-        assert third.fetch() == Big(7)
-    assert cluster.pass_on(third, 3, 1) is future
-    assert cluster.table(2) == {}
-    assert future.fetch(5) == Big(7)
-
-
-def test_a_plain_future_becomes_a_reference_when_it_is_sent(cluster: Cluster) -> None:
-    future: Future[Any] = Future()
-    there = cluster.pass_on(future, 1, 2)
-    assert type(there) is RemoteFuture and there.where == 1
-    future.set_result(Big(3))
-    with cluster.on(2):
-        assert there.fetch() == Big(3)
-
-
-def test_counts_end_with_the_objects(cluster: Cluster) -> None:
-    future = new_future(3)
-    there = cluster.pass_on(future, 1, 2)
-    assert list(cluster.table(3).values()) == [{1, 2}]
-    del there
-    gc.collect()
-    assert list(cluster.table(3).values()) == [{1}]
-    del future
-    gc.collect()
-    assert cluster.table(3) == {}
-
-
-def test_finalized_is_finalized(cluster: Cluster) -> None:
-    future = new_future(2)
-    assert not future.isready()
-    future.finalize()
-    future.finalize()
-    assert cluster.table(2) == {}
-    for use in (future.fetch, future.wait, future.isready, lambda: future.put(1)):
-        with pytest.raises(RuntimeError, match="finalized"):
-            use()
-    with pytest.raises(SerializationError, match="finalized"):
-        cluster.pass_on(future, 1, 2)
-
-
-def test_who_waits_hears_that_it_was_finalized(cluster: Cluster) -> None:
-    """The owner's notice finds nobody: the wait never ended, and the callbacks were kept for ever."""
-    future = new_future(2)
-    there = cluster.pass_on(future, 1, 2)
-    told: list[bool] = []
-    future.add_done_callback(lambda done: told.append(done.done()))
-    future.finalize()
-    cluster.run()
-    assert future.done() and told == [True] and not cluster.processes[1].refs.kept
-    with cluster.on(2):
-        there.put(1)
-    with pytest.raises(RuntimeError, match="finalized"):
-        future.wait()
-
-
-def test_a_dead_handle(cluster: Cluster) -> None:
-    import pickle
-
-    for dead in (dead_future(), pickle.loads(pickle.dumps(new_future(2)))):
-        assert (dead.where, dead.whence, dead.id) == (0, 0, 0) and dead != dead_future() and dead == dead
-        for use in (dead.fetch, dead.wait, dead.isready, lambda dead=dead: dead.put(1)):
-            with pytest.raises(RuntimeError, match="dead handle"):
-                use()
-        again = cluster.pass_on(dead, 1, 2)
-        assert (again.where, again.id) == (0, 0)
-        dead.finalize()
 
 
 # -- the owner is lost ---------------------------------------------------------------------------------------------

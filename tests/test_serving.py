@@ -10,8 +10,8 @@ from fakes import Cluster
 
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
-from distpool.refs.remote import new_future
 from distpool.refs.serving import serving
+from distpool.refs.travel import new_future
 from distpool.wire import codec, structs
 from distpool.wire.failures import decode_exception
 from distpool.wire.frames import Kind

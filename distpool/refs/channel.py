@@ -11,6 +11,7 @@ What user code may do in finalizers and signal handlers: `refs.channelcore`.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -45,24 +46,31 @@ _INSIDE = "a finalizer or signal handler that runs in the middle of an operation
 class Channel(ChannelCore):
     """A queue between tasks of this process, or of all processes when a `RemoteChannel` stands before it.
 
-    `maxsize` items fit in; 0 is a rendezvous (a `put` returns when a `take` took its item). `type`: what items must be
-    instances of (`TypeError` otherwise). Closed channels drain first: then `take` raises `ChannelClosedError`, and
-    iteration ends. All methods may be called from any thread. In a `__del__` or a signal handler that happens to run in
-    the middle of one of them, a `put` does not wait for room (the item is in when there is some), and `take`, `fetch`
-    and `wait` raise RuntimeError where they would have to wait.
+    `maxsize` items fit in (`math.inf`: any number); 0 is a rendezvous (a `put` returns when a `take` took its item).
+    `type`: a class, a tuple of classes or a union that items must be instances of (`TypeError` otherwise). Closed
+    channels drain first: then `take` raises `ChannelClosedError`, and iteration ends. All methods may be called from
+    any thread. In a `__del__` or a signal handler that happens to run in the middle of one of them, a `put` does not
+    wait for room (the item is in when there is some), and `take`, `fetch` and `wait` raise RuntimeError where they
+    would have to wait.
 
     Example: `c = Channel(10); c.put(1); c.take()`
     """
 
     by_callbacks = True
-    """This very class (not its subclasses) does not block: the server may call it on the leader."""
+    """This very class does not block: the server may call it on the leader (`by_callbacks` below)."""
 
-    def __init__(self, maxsize: int = 0, type: type = object) -> None:
+    def __init__(self, maxsize: float = 0, type: Any = object) -> None:
         maxsize = as_int(maxsize)
         if isinstance(maxsize, bool) or not isinstance(maxsize, int | float):
             raise TypeError("maxsize must be a number")
-        if maxsize < 0:
+        if not maxsize >= 0:  # NaN too
             raise ValueError("maxsize must not be negative")
+        if isinstance(maxsize, float) and not maxsize.is_integer() and maxsize != math.inf:
+            raise ValueError("maxsize must be a whole number, or math.inf")
+        try:
+            isinstance(None, type)
+        except TypeError:
+            raise TypeError(f"type must be what isinstance() takes, not {type!r}") from None
         super().__init__(maxsize, type)
         self.tied: Tie = []  # see `refs.ahead`
 
@@ -234,7 +242,7 @@ class Channel(ChannelCore):
     def check_type(self, value: Any) -> None:
         """TypeError if `value` is not what this channel is for."""
         if self.type is not object and not isinstance(value, self.type):
-            raise TypeError(f"this channel takes {self.type.__name__}, not {type(value).__name__}")
+            raise TypeError(f"this channel takes {_named(self.type)}, not {type(value).__name__}")
 
     def __len__(self) -> int:
         return len(self._items)
@@ -261,6 +269,46 @@ def _rebuild_channel(maxsize: int, kind: type, items: list[Any], closed: bool) -
     if closed:
         channel.close()
     return channel
+
+
+#: What the server and the waiting methods stand on, beside the operation itself.
+_MACHINERY = ("request", "offer", "restore", "withdraw", "expire")
+
+
+def by_callbacks(channel: Any, op: str) -> bool:
+    """Whether the server may do this operation with callbacks, on the leader: in a subclass of the user's only what it
+    has left as it was. Runs no code of the user's."""
+    kind = type(channel)
+    if "by_callbacks" in vars(kind):
+        return True
+    names = {op, *_MACHINERY} if op != "put" else {op, "check_type", *_MACHINERY}
+    for cls in kind.__mro__:
+        if cls is Channel:
+            return names.isdisjoint(vars(channel))
+        if not names.isdisjoint(vars(cls)):
+            return False
+    return False
+
+
+def is_of_channel(channel: Any, error: BaseException) -> bool:
+    """Whether `error` is a Channel's own, which arrives as itself everywhere, and not one of the user's code: also in
+    methods of his subclass that call ours."""
+    if "by_callbacks" in vars(type(channel)):
+        return isinstance(error, (ChannelClosedError, TimeoutError, TypeError))
+    if not isinstance(channel, Channel):
+        return False
+    if isinstance(error, TypeError):
+        where = error.__traceback__
+        while where is not None and where.tb_next is not None:
+            where = where.tb_next
+        return where is not None and where.tb_frame.f_code is Channel.check_type.__code__
+    return isinstance(error, (ChannelClosedError, TimeoutError))
+
+
+def _named(kind: Any) -> str:
+    if isinstance(kind, tuple):
+        return " or ".join(map(_named, kind))
+    return str(getattr(kind, "__name__", kind))
 
 
 def _opened(item: Outcome) -> Any:

@@ -22,8 +22,8 @@ from functools import partial
 from typing import Any
 
 from distpool import errors
-from distpool.config import as_int
-from distpool.errors import ChannelClosedError, ProcessExitedException, TopologyError
+from distpool.config import as_int, as_pid
+from distpool.errors import ChannelClosedError, ProcessExitedException, RemoteException, TopologyError
 from distpool.node import node as nodes
 from distpool.node.node import Node
 from distpool.refs import gc
@@ -56,9 +56,13 @@ class RemoteChannel(Reference):
     _waits: dict[Any, Callable[[BaseException], object]] | None = None
 
     def __init__(self, factory: Callable[[], Any] | int | None = None, pid: int | None = None) -> None:
-        factory, pid = as_int(factory), as_int(pid)
-        if isinstance(factory, int):
+        factory = as_int(factory)
+        if isinstance(factory, int | float) and pid is None:
             factory, pid = None, factory
+        if pid is not None:
+            pid = as_pid(pid)
+        if factory is not None and not callable(factory):
+            raise TypeError(f"the factory of a channel must be callable, not {type(factory).__name__}")
         node = _node()
         refs = gc.of(node)
         where = node.pid if pid is None else pid
@@ -158,7 +162,7 @@ class RemoteChannel(Reference):
     def bind(self, pid: int) -> RemoteChannel:
         """Close the channel when process `pid` exits: takers then get an error that is both a ChannelClosedError and a
         ProcessExitedException."""
-        self._do("bind", (pid,), None)
+        self._do("bind", (as_pid(pid),), None)
         return self
 
     def __iter__(self) -> Iterator[Any]:
@@ -167,6 +171,10 @@ class RemoteChannel(Reference):
                 value = self.take()
             except ChannelClosedError:
                 return
+            except RemoteException as error:  # of a class of the user's own
+                if isinstance(error.captured.ex, ChannelClosedError):
+                    return
+                raise
             yield value
 
     def _do(self, op: str, arguments: tuple[Any, ...], timeout: float | None) -> Any:
@@ -197,7 +205,7 @@ class RemoteChannel(Reference):
         reply = _RemoteReply(self, op)
         try:
             if timeout is not None:
-                timeout = timeout + 0.0  # a bad argument is a TypeError here, and none of `struct`
+                timeout = float(timeout + 0.0)  # a bad argument is a TypeError here, and none of `struct`
             self._request(reply, data, buffers, timeout, count, lent)
             self.note(reply, reply.end)
             if op in ("put", "close") and self._refs.node.loop.leads:
@@ -245,6 +253,7 @@ class RemoteChannel(Reference):
             if found is not None and found.__dict__.get("_done_callbacks"):
                 node.deliver(found._run_callbacks)
 
+        reply.count = count
         reply.number = node.peers.requests.new(where, answer, lambda error: answer(RAISED_HERE, error, ()))
         message = structs.ChannelOp(reply.number, reply.op, *handle.rrid, timeout, count)
         with self._refs.lending(lent, where) if lent else contextlib.nullcontext():
@@ -283,6 +292,7 @@ class _RemoteReply(ChannelReply):
     """An answer that, if nobody waits for it any more, must not swallow an item."""
 
     number = 0
+    count = 0  # arguments that were sent
     late: _RemoteReply | None = None  # gets the answer if this one has ended before
 
     def __init__(self, channel: RemoteChannel, op: str) -> None:
@@ -293,7 +303,7 @@ class _RemoteReply(ChannelReply):
     def end(self, error: BaseException) -> None:
         """Whoever waits gets `error`, and an item that comes all the same goes back."""
         late = _RemoteReply(self._channel, self.op)
-        late.number = self.number
+        late.number, late.count = self.number, self.count
         self.late = late
         if self._finish(FINISHED, Outcome(RAISED_HERE, error, (), 0)):
             late._give_up()
@@ -319,21 +329,22 @@ class _RemoteReply(ChannelReply):
             self.add_done_callback(lambda late: undo(channel, late))
 
 
-def _give_back(channel: RemoteChannel, late: Future[Any]) -> None:
+def _give_back(channel: RemoteChannel, late: _RemoteReply) -> None:
     raw = late._raw
     if raw is None or raw.status != VALUE:
         return
+    count = 1 if not late.count else 2  # whether it was a plain take: see `channelserver._put_back`
     data, buffers = raw.data, list(raw.buffers)  # opened with that, if it is `Lent`
     if carries_references(data):  # they were lent to us
         seen: list[Any] = []
         data, views = codec.encode(decode_lent(codec.decode, data, buffers), channel.where, seen)
         buffers = stable(views)
-        channel._request(_RemoteReply(channel, "restore"), data, buffers, None, 1, seen)
+        channel._request(_RemoteReply(channel, "restore"), data, buffers, None, count, seen)
         return
-    channel._request(_RemoteReply(channel, "restore"), data, buffers, None, 1)
+    channel._request(_RemoteReply(channel, "restore"), data, buffers, None, count)
 
 
-def _unmake(channel: RemoteChannel, late: Future[Any]) -> None:
+def _unmake(channel: RemoteChannel, late: _RemoteReply) -> None:
     """It was made, and counts one reference; but who has asked for it has not got it."""
     raw, handle = late._raw, channel._handle
     if raw is not None and raw.status == VALUE and handle is not None:
@@ -341,7 +352,7 @@ def _unmake(channel: RemoteChannel, late: Future[Any]) -> None:
 
 
 #: What has to be done when an answer comes that nobody waits for any more.
-_UNDONE: dict[str, Callable[[RemoteChannel, Future[Any]], object]] = {"take": _give_back, "make": _unmake}
+_UNDONE: dict[str, Callable[[RemoteChannel, Any], object]] = {"take": _give_back, "make": _unmake}
 
 
 def _channel_of_one() -> Channel:
@@ -362,8 +373,6 @@ def run_here(node: Node, channel: Any, op: str, arguments: tuple[Any, ...], time
 def _bind(node: Node, channel: Any, pid: int) -> None:
     """Weakly: a binding does not keep a channel that nobody holds any more."""
     peers = node.peers
-    if isinstance(pid, bool) or not isinstance(pid, int):
-        raise TypeError(f"a pid is an int, not {type(pid).__name__}")
     if pid != node.pid:
         # A worker hears of deaths from the time on at which it has joined: of others, and of pids that never were, it
         # has to ask. Where no link can be made, pid 1 still tells of the end.

@@ -1,7 +1,8 @@
 """The owner's side of RemoteChannels: CHANNEL frames (layer 4).
 
-Operations on our own `Channel` are done by the leader, with callbacks; a channel class of the user's own and factories
-run on library threads, and what is put into typed channels is looked at there.
+Operations on our own `Channel`, and what a subclass of it has left as it was, are done by the leader, with callbacks; a
+channel class of the user's own and factories run on library threads, and what is put into typed channels is looked at
+there. A `take` that blocks there cannot be ended: the item that it gets when nobody waits for it any more goes back.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from distpool.errors import ChannelClosedError, ProcessExitedException
+from distpool.logs import Log
 from distpool.refs import gc
 from distpool.refs.ahead import is_open, on_revoke, settle_puts
-from distpool.refs.channel import Channel
+from distpool.refs.channel import Channel, by_callbacks, is_of_channel
 from distpool.refs.channelcore import Handed, Waiter
 from distpool.refs.channels import run_here
 from distpool.refs.lent import carries_references, decode_lent
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from distpool.transport.link import Link
 
 
+log = Log("channels")
 _NONE = codec.encode(None)[0]
 _GONE = "this channel does not exist any more"
 
@@ -46,6 +49,8 @@ class _Requests:
         self._answers = answers
         #: (pid, request) -> who waits, and the timer that ends it; dict operations are atomic.
         self._waiters: dict[tuple[int, int], tuple[Channel, Waiter, Timer | None]] = {}
+        #: The same for takes that block on library threads: filled when nobody waits for the item any more.
+        self._blocking: dict[tuple[int, int], list[None]] = {}
         node.peers.on_lost.append(self._on_lost)
         node.peers.on_unlinked.append(self._on_unlinked)
         node.handlers[Kind.CHANNEL] = self._on_channel
@@ -58,6 +63,12 @@ class _Requests:
         for key in list(self._waiters):
             if key[0] == pid:
                 self._served(key)
+        self._unwanted(pid)
+
+    def _unwanted(self, pid: int) -> None:
+        for (asker, _), given_up in list(self._blocking.items()):
+            if asker == pid:
+                given_up.append(None)
 
     def _on_unlinked(self, pid: int) -> None:
         """Leader: what it waited for has failed there with the link; an item for it would be lost, and one of its own
@@ -66,6 +77,7 @@ class _Requests:
         for key, (channel, waiter, _) in list(self._waiters.items()):
             if key[0] == pid:
                 channel.withdraw(waiter, ProcessExitedException(self._node.pid, None, True, "", text))
+        self._unwanted(pid)
 
     def _served(self, key: tuple[int, int]) -> tuple[Channel, Waiter] | None:
         """Any thread: nobody waits there any more; who did."""
@@ -78,10 +90,12 @@ class _Requests:
         return channel, waiter
 
     def _on_cancel(self, link: Link, frame: Frame) -> None:
-        number = structs.CancelRequest.unpack(frame.control).request
-        found = self._waiters.get((int(link.peer), number))
+        key = int(link.peer), structs.CancelRequest.unpack(frame.control).request
+        found, given_up = self._waiters.get(key), self._blocking.get(key)
         if found is not None:
             found[0].withdraw(found[1])  # TimeoutError then ends the asker's request
+        elif given_up is not None:
+            given_up.append(None)
 
     def _on_channel(self, link: Link, frame: Frame) -> None:
         message = structs.ChannelOp.unpack(frame.control)
@@ -90,8 +104,7 @@ class _Requests:
         body = bytes(frame.body)
         entry = self._refs.owner.get(RRID(message.whence, message.ident))
         channel: Any = entry.channel if entry is not None else None
-        # Its own dict: a user's subclass may have overridden anything.
-        plain = "by_callbacks" in vars(type(channel))
+        plain = channel is not None and by_callbacks(channel, message.op)
         if plain and message.op in ("take", "fetch", "wait") and not message.arguments:
             self._wait_for(channel, message, pid)
         elif plain and (message.op == "restore" or (message.op == "put" and message.arguments == 1)):
@@ -104,6 +117,8 @@ class _Requests:
             else:
                 use(channel, message, pid, item)
         else:
+            if message.op == "take":
+                self._blocking[pid, message.request] = []
             self._node.deliver(lambda: self._run(message, pid, body, buffers, channel))
 
     def _wait_for(self, channel: Channel, message: Any, pid: int) -> None:
@@ -272,21 +287,48 @@ class _Requests:
                 if channel is None:
                     raise RuntimeError(_GONE)
                 arguments = decode_lent(codec.decode, body, buffers) if message.arguments else ()
-                if message.op == "put" and message.arguments == 1:
-                    arguments = (arguments,)
-                value = run_here(self._node, channel, message.op, tuple(arguments), message.timeout)
+                if message.op == "restore":
+                    _put_back(self._node, channel, arguments, pid, message.arguments == 1)
+                    value = None
+                else:
+                    if message.op == "put" and message.arguments == 1:
+                        arguments = (arguments,)
+                    value = run_here(self._node, channel, message.op, tuple(arguments), message.timeout)
                 settle_puts()  # the class is the user's own, or his code may have done something meanwhile
                 if message.op in ("put", "wait", "close"):
                     value = None
-        except (ChannelClosedError, TimeoutError, TypeError) as error:
-            if "by_callbacks" in vars(type(channel)):
+                elif message.op == "take" and self._is_unwanted(pid, message.request):
+                    _put_back(self._node, channel, value, pid, not message.arguments)
+                    raise TimeoutError  # ends the asker's request
+        except BaseException as error:
+            if is_of_channel(channel, error) or (message.op == "bind" and isinstance(error, ValueError)):
                 self._plain_error(pid, message.request, error)
             else:
                 self._answers.reply_error(pid, message.request, error)
-        except BaseException as error:
-            self._answers.reply_error(pid, message.request, error)
         else:
             self._answers.reply_value(pid, message.request, value)
+        finally:
+            self._blocking.pop((pid, message.request), None)
+
+    def _is_unwanted(self, pid: int, request: int) -> bool:
+        """Whether nobody waits for this item. Who gives up from now on sends it back (`channels._give_back`)."""
+        return bool(self._blocking.pop((pid, request), None)) or pid in self._node.peers.dead
+
+
+def _put_back(node: Node, channel: Any, item: Any, pid: int, plain: bool) -> None:
+    """An item of a take that had been given up: to the head of a Channel, behind the others in a class of the user's
+    own, which knows no other way. `plain`: the take had no arguments; where it had, nobody knows what its `put` wants.
+    """
+    if isinstance(channel, Channel):
+        channel.restore(Outcome(LOCAL_VALUE, item, (), pid))
+        return
+    try:
+        if not plain:
+            raise TypeError("its take had arguments")
+        run_here(node, channel, "put", (item,), None)
+    except Exception as error:
+        kind = type(channel).__name__
+        log.warning("an item of %s is lost: whoever took it has given up, and it cannot be put back (%s)", kind, error)
 
 
 def install(node: Node) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 
 log = Log("references")
+FORKED = "this reference belongs to the process that forked this one"
 _NEWS = 2.0  # seconds in which pid 1 says that a process whose link is lost is gone
 
 
@@ -114,13 +116,20 @@ class Reference:
         if self._handle is not None:
             self._handle = self._handle.empty()
 
-    def _live(self) -> Handle:
+    def _usable(self) -> Handle:
         """RuntimeError if it cannot be used."""
         if self._finalized:
             raise RuntimeError(FINALIZED)
         if self._handle is None:
             raise RuntimeError("this is a dead handle: it was pickled outside of a distpool message")
         return self._handle
+
+    def _live(self) -> Handle:
+        """As `_usable`, for what needs other processes: a forked child is in no group but its own (API 8.15)."""
+        handle = self._usable()
+        if self._refs.node.ospid != os.getpid():
+            raise RuntimeError(FORKED)
+        return handle
 
 
 class Loan:

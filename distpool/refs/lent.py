@@ -27,7 +27,7 @@ from distpool.wire.messages import ERROR, UNLOADABLE, UNSENDABLE, VALUE
 
 _REAL = frozenset(
     {
-        ("distpool.refs.remote", "arrive_future"),
+        ("distpool.refs.travel", "arrive_future"),
         ("distpool.refs.channels", "arrive_channel"),
         ("distpool.refs.lent", "received"),  # what a parcel becomes: dropped in turn
     }

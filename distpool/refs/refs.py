@@ -29,7 +29,7 @@ from contextlib import AbstractContextManager
 from distpool.hints import TYPE_CHECKING, Any, NamedTuple, Protocol, T
 from distpool.logs import Log
 from distpool.node import node as nodes
-from distpool.refs.finalized import dead_handle, refuse_uses
+from distpool.refs.finalized import dead_handle, end_waits, refuse_uses
 from distpool.refs.waiters import Waiters
 from distpool.wire import codec
 from distpool.wire.failures import decode_exception
@@ -381,6 +381,7 @@ class Future(concurrent.futures.Future[T]):
         refuse_uses(self)
         if self._handle is not None:
             self._handle = self._handle.given_back(self)
+        end_waits(self)
 
     # -- the stdlib's own way to fill a future -----------------------------------------------------------------
 

@@ -9,23 +9,23 @@ its owner". Errors of user code are `RemoteException` here (Julia's rule), not t
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from distpool.config import as_int
 from distpool.errors import ProcessExitedException, RemoteException
 from distpool.node import node as nodes
 from distpool.refs import gc
 from distpool.refs.ahead import settle_puts
 from distpool.refs.finalized import FINALIZED
-from distpool.refs.gc import Handle, Loan, Reference, Refs
-from distpool.refs.lent import arrivals, received
+from distpool.refs.gc import Handle, Reference, Refs
+from distpool.refs.lent import received
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, REMOTE_ERROR, REMOTE_VALUE, Future, Outcome
 from distpool.wire import codec, structs
-from distpool.wire.failures import captured
+from distpool.wire.failures import captured, encode_exception
 from distpool.wire.frames import Kind
 from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
 
@@ -62,7 +62,7 @@ class _Waiting:
     def waiting(self) -> AbstractContextManager[object]:
         """A waiting remote call holds no slot of any executor, unless it waits inside a task."""
         if nodes.existing() is not self._node:
-            raise RuntimeError("this reference belongs to the process that forked this one")
+            raise RuntimeError(gc.FORKED)
         return self._node.given_away()
 
 
@@ -109,7 +109,7 @@ class RemoteFuture(Reference, Future[Any]):
     def wait(self, timeout: float | None = None) -> RemoteFuture:
         """Wait until the call has ended, without moving its value; `RemoteException` if it failed."""
         try:
-            self._live()
+            self._usable()
             self._watch()
             if not self.done() and not self._await(timeout):
                 raise TimeoutError
@@ -122,38 +122,66 @@ class RemoteFuture(Reference, Future[Any]):
             del self
 
     def isready(self) -> bool:
-        """Whether the value is there; asks the owner if this process does not know."""
-        self._live()
+        """Whether the value is there; asks the owner if this process does not know, and is then told of the end."""
+        self._usable()
         if self.done():
             return True
-        refs, handle = self._refs, self._live()
-        if handle.where == refs.node.pid:
-            return self._entry().outcome is not None
-        answer = self._ask("isready")
-        return bool(codec.decode(answer.data))
+        handle = self._live()
+        self._watch()
+        if handle.where != self._refs.node.pid and not self.done():
+            answer = self._ask("isready")
+            if codec.decode(answer.data) and not self.done():
+                self._await(None)  # the notice is on its way, over the same link
+        return self.done()
 
     def put(self, value: Any) -> RemoteFuture:
         """Set the value, once; `RuntimeError` (`RemoteException` if another process was first) the second time."""
-        self._live()
-        if self.done():
-            raise RuntimeError(SET_TWICE)
+        self._put(Outcome(LOCAL_VALUE, value, (), 0))
+        return self
+
+    def _put(self, outcome: Outcome) -> None:
+        """LOCAL_VALUE or RAISED_HERE, for this process and, through the owner, for all others."""
         handle = self._live()
         refs = self._refs
-        outcome = Outcome(LOCAL_VALUE, value, (), refs.node.pid)
+        if self.done():
+            raise RuntimeError(SET_TWICE)
         if handle.where == refs.node.pid:
             settle_puts()
             if not refs.owner.settle(self._entry(), outcome):
                 raise RuntimeError(SET_TWICE)
         else:
             seen: list[Any] = []
-            data, buffers = codec.encode(value, handle.where, seen)
-            answer = self._ask("put", data, [bytes(part) for part in buffers], seen)
+            if outcome.status == RAISED_HERE:
+                answer = self._ask("fail", encode_exception(outcome.data, handle.where, seen=seen), [], seen)
+            else:
+                data, buffers = codec.encode(outcome.data, handle.where, seen)
+                answer = self._ask("put", data, [bytes(part) for part in buffers], seen)
             if answer.status != VALUE:
                 raise RemoteException(handle.where, captured(answer.failure))
         if self._settle(outcome):
             refs.node.deliver(self._run_callbacks)
-        self._let_go()
-        return self
+        if outcome.status != RAISED_HERE:
+            self._let_go()
+
+    def _set(self, result: Any, exception: BaseException | None) -> None:
+        """`set_result` and `set_exception`: for whoever holds this reference, in whatever process."""
+        if exception is None:
+            outcome = Outcome(LOCAL_VALUE, result, (), 0)
+        else:
+            outcome = Outcome(RAISED_HERE, exception, (), 0)
+        try:
+            self._put(outcome)
+        except RuntimeError as error:
+            if str(error) != SET_TWICE:
+                raise
+            raise concurrent.futures.InvalidStateError(SET_TWICE) from None
+        except RemoteException as error:
+            raise concurrent.futures.InvalidStateError(str(error.captured.ex)) from None
+
+    def cancel(self) -> bool:
+        """False: a remote call cannot be cancelled. RuntimeError: a dead handle, or it was finalized."""
+        self._usable()
+        return super().cancel()
 
     def finalize(self) -> None:
         """Give the reference back now; any later use raises RuntimeError. May be called again."""
@@ -170,7 +198,7 @@ class RemoteFuture(Reference, Future[Any]):
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         """Call `fn(self)` when the call has ended; the value is not moved for that."""
-        self._live()
+        self._usable()
         self._watch()
         self._refs.kept.add(self)  # whoever drops the future still wants the callback
         try:
@@ -204,7 +232,10 @@ class RemoteFuture(Reference, Future[Any]):
 
     def _watch(self) -> None:
         """Let the owner tell us when the value is there (once)."""
-        if self._told or self.done() or self._handle is None or self._finalized:
+        if self.done() or self._handle is None or self._finalized:
+            return
+        self._live()
+        if self._told:
             return
         self._told = True
         try:
@@ -216,7 +247,14 @@ class RemoteFuture(Reference, Future[Any]):
     def _ask_to_be_told(self) -> None:
         handle = self._live()
         if handle.where == self._refs.node.pid:
-            self._refs.owner.watch(self._entry(), self._arrived)
+            found = weakref.ref(self)  # weakly: the table is not to keep what nobody waits for any more
+
+            def told(outcome: Outcome) -> None:
+                future = found()
+                if future is not None:
+                    future._arrived(outcome)
+
+            self._refs.owner.watch(self._entry(), told)
             return
         self.hold(handle)
         self._send("watch", self._watch_answered, b"", [])
@@ -285,7 +323,7 @@ class RemoteFuture(Reference, Future[Any]):
 
     def _bring(self, timeout: float | None) -> None:
         """See to it that the outcome comes here; waits only for a value that is known to be at its owner."""
-        self._live()
+        self._usable()  # what has been fetched is here, also in a forked child
         raw = self._raw
         if self._state != "FINISHED":
             self._start_transfer()
@@ -398,79 +436,6 @@ class RemoteFuture(Reference, Future[Any]):
             # future, which keeps the table's entry: for ever.
             return None, RemoteException(raw.data.pid, raw.data.captured)
         return super()._open(raw)
-
-    def __reduce__(self) -> Any:
-        return dead_future, ()
-
-
-# -- making and travelling ---------------------------------------------------------------------------------------
-
-
-def dead_future() -> RemoteFuture:
-    """What a pickle made outside of a distpool message gives: a handle that nobody stands behind."""
-    future: RemoteFuture = object.__new__(RemoteFuture)
-    future._handle = None
-    future._call = None
-    return future
-
-
-def new_future(pid: int | None) -> RemoteFuture:
-    """`distpool.Future(pid)`: an unset future owned by `pid`, unknown to its owner until it is first used."""
-    refs = gc.of(nodes.current())
-    where = refs.node.pid if pid is None else as_int(pid)
-    if where != refs.node.pid:
-        refs.node.peers.ensure(where)
-    return RemoteFuture.make(refs, refs.new_id(), where, 0)
-
-
-def arrive_future(whence: int, ident: int, where: int) -> RemoteFuture:
-    """A reference has come in a message: the living object of it, or a new one. It holds one more count."""
-    refs = gc.of(nodes.current())
-    rrid = RRID(whence, ident)
-    noted = arrivals.noted
-    with refs._lock:
-        future: RemoteFuture | None = refs.live.get(rrid)
-        if future is None or future._handle is None:
-            future = RemoteFuture.make(refs, rrid, where, 0)
-        handle = future._handle
-        assert handle is not None
-        if future.travels_with_value:
-            handle = Handle(refs, rrid, where, 0)  # the value is here: nothing is needed of the owner
-        handle.held += 1
-        if noted is not None:
-            noted += [handle]
-        return future
-
-
-def arrive_value(whence: int, ident: int, where: int, value: Any) -> RemoteFuture:
-    """A reference has come with its value (C17, C33, C34)."""
-    refs = gc.of(nodes.current())
-    rrid = RRID(whence, ident)
-    with refs._lock:
-        future: RemoteFuture | None = refs.live.get(rrid)
-        if future is None or future._handle is None:
-            future = RemoteFuture.make(refs, rrid, where, 0)
-    future._came(Outcome(LOCAL_VALUE, value, (), where))
-    future._let_go()
-    return future
-
-
-def reduce_future(future: Any, peer: Any) -> tuple[Any, ...]:
-    """How a future travels in a message: with its value if that is here, else as a reference."""
-    handle = future._handle
-    if future._finalized:
-        raise RuntimeError(FINALIZED)
-    if handle is None:
-        if isinstance(future, RemoteFuture):
-            return dead_future, ()
-        handle = gc.of(nodes.current()).adopt(future)
-    if future.travels_with_value:
-        return arrive_value, (*handle.rrid, handle.where, future.result())
-    return codec.Reduced.of((arrive_future, (*handle.rrid, handle.where)), Loan(future, handle))
-
-
-codec.register_reducer(RemoteFuture, reduce_future)
-codec.register_reducer(Future, reduce_future)
 
 
 def stable(buffers: list[Any]) -> list[Any]:

@@ -13,8 +13,9 @@ from distpool.refs.ahead import settle_puts
 from distpool.refs.gc import Refs
 from distpool.refs.lent import Stored, carries_references, decode_lent, received
 from distpool.refs.owner import RRID, Entry
-from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
-from distpool.refs.remote import SET_TWICE, dead_future, new_future, stable
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome, open_outcome
+from distpool.refs.remote import SET_TWICE, stable
+from distpool.refs.travel import dead_future, new_future
 from distpool.wire import codec, structs
 from distpool.wire.codec import SCALARS
 from distpool.wire.failures import encode_exception
@@ -71,6 +72,9 @@ class Serving:
                 refs.node.deliver(lambda: self._put_opened(entry, pid, message.request, outcome))
             else:
                 self._put(entry, pid, message.request, outcome)
+        elif message.op == "fail":
+            body = bytes(frame.body)
+            refs.node.deliver(lambda: self._fail(entry, pid, message.request, body))
         elif message.op == "fetch":
             refs.owner.watch(entry, lambda outcome: self.send_outcome(pid, message.request, outcome))
 
@@ -80,6 +84,15 @@ class Serving:
         else:
             error = RuntimeError(SET_TWICE)
             self._refs.node.deliver(lambda: self.reply_error(pid, request, error))
+
+    def _fail(self, entry: Entry, pid: int, request: int, data: bytes) -> None:
+        """On a library thread: `pid` has given a future an error."""
+        try:
+            error = open_outcome(received(ERROR, data, (), pid))[1]
+        except BaseException as failure:
+            self.reply_error(pid, request, failure)
+            return
+        self._put(entry, pid, request, Outcome(RAISED_HERE, error, (), pid))
 
     def _put_opened(self, entry: Entry, pid: int, request: int, outcome: Outcome) -> None:
         """On a library thread: references in a value live here as objects, so that each taker is lent its own."""

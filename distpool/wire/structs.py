@@ -15,7 +15,7 @@ from distpool.wire.frames import Kind
 from distpool.wire.messages import Message
 
 MODES = ("fetch", "future", "do")
-REFERENCE_OPS = ("fetch", "watch", "isready", "put")
+REFERENCE_OPS = ("fetch", "watch", "isready", "put", "fail")
 CHANNEL_OPS = ("put", "take", "fetch", "wait", "isready", "isopen", "close", "bind", "make", "restore")
 _CODES = {op: code for code, op in enumerate(CHANNEL_OPS)}
 _NAMED = 255  # instead of a code: the pools' queues have operations of their own

@@ -262,3 +262,23 @@ def test_a_worker_dies_in_the_loop(team: list[int]) -> None:
         distributed(body, range(10)).result(20)
     assert [error.worker_id for error in info.value.exceptions] == [victim]  # type: ignore[attr-defined]
     assert distributed(lambda i: i, range(10), operator.add) == 45
+
+
+def test_the_handle_of_a_loop_may_be_sent(team: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    """It arrived as a dead handle. Its errors are then also those of whoever has it."""
+    gate = distpool.RemoteChannel()
+
+    def body(i: int) -> None:
+        gate.fetch()
+        fail_at(1)(i)
+
+    good, bad = distributed(body, range(1)), distributed(body, range(2))
+    asked = [distpool.remotecall(lambda loop: repr(loop.exception(30)), team[0], loop) for loop in (good, bad)]
+    assert remotecall_fetch(lambda loop: loop.where, team[0], bad) == 1
+    gate.put(None)
+    assert good.result(30) is None
+    found = [future.fetch(30) for future in asked]
+    assert found[0] == "None" and "CompositeException" in found[1]
+    del bad
+    gc.collect()
+    assert "RuntimeError" not in capsys.readouterr().err, "somebody else had it"

@@ -296,3 +296,49 @@ assert seen == '7 7', seen
 """
     )
     check(body, kind, "sys.exit")
+
+
+REFERENCES = """
+import distpool
+own, other = distpool.addprocs(2)
+pool, caching = distpool.WorkerPool([own, other]), distpool.CachingPool([own, other])
+far, near = distpool.RemoteChannel(own), distpool.RemoteChannel(1)
+fetched, unfetched = distpool.remotecall_wait(abs, own, -1), distpool.remotecall_wait(abs, own, -2)
+pending, by_hand = distpool.remotecall(time.sleep, own, 2), distpool.Future(own)
+assert fetched.fetch() == 1
+uses = {
+    "pmap": lambda: distpool.pmap(abs, [-1], pool=pool), "caching": lambda: distpool.pmap(abs, [-1], pool=caching),
+    "pgenerate": lambda: list(distpool.pgenerate(abs, [-1], pool=pool)), "call": lambda: distpool.remotecall(abs, pool),
+    "take a worker": lambda: pool.take(timeout=5), "members": pool.workers, "free": pool.isready,
+    "put": lambda: far.put(1), "close": far.close, "take": lambda: far.take(timeout=5), "ready": far.isready,
+    "near put": lambda: near.put(1), "near take": lambda: near.take(timeout=5), "iterate": lambda: list(near),
+    "fetch": unfetched.fetch, "await": pending.wait, "callback": lambda: pending.add_done_callback(print),
+    "set": lambda: by_hand.put(1), "by hand": by_hand.isready,
+    "waits": lambda: __import__("concurrent.futures").futures.wait([pending], 5),
+}
+sys.stdout.flush()
+child = os.fork()
+if child == 0:
+    assert fetched.fetch() == 1 and fetched.isready(), "what has been fetched is here"
+    for name, use in uses.items():
+        try:
+            use()
+        except RuntimeError as error:
+            if "belongs to the process that forked this one" not in str(error):
+                print(name, error)
+        else:
+            print(name, "worked")
+    sys.stdout.flush()
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+far.put(5)
+assert far.take() == 5 and distpool.pmap(abs, [-1], pool=pool) == [1] and unfetched.fetch() == 2
+print("parent well")
+"""
+
+
+def test_references_in_a_forked_child() -> None:
+    """They are the parent's. Some of their uses waited for ever, or were lost without a word."""
+    outcome = run(REFERENCES, options=QUIET)
+    assert outcome.stderr == "" and outcome.stdout == "parent well\n", outcome.stdout
+    outcome.assert_clean()
