@@ -196,7 +196,7 @@ def _carrier_for(f: Callable[..., Any], single: bool, pool: Any, batch_size: int
     if crew is not None:
         pool._check_usable()
         if pool._policy is None or pool._policy.plain:
-            function = crew.node.encoder.encode(f)
+            function = crew.node.encoder.encode_for_map(f)
             return SpanCarrier(crew.scheduler, function, single, batch, lambda: max(1, crew.size)), batch or 1
     size = getattr(pool, "_max_workers", 1)
     submit = pool.submit

@@ -14,7 +14,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pickle import dumps, loads
 
 from distpool import config
@@ -23,7 +22,7 @@ from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import CALL, CHUNK, CHUNK_OF_SCALARS, ONE, SPAN, SPAN_OF_SCALARS
-from distpool.work import SCALARS, release_all, with_references
+from distpool.work import SCALARS, parts_of, release_all
 
 if TYPE_CHECKING:
     from distpool.scheduling import Scheduler
@@ -188,7 +187,7 @@ class MapRun:
         self.span_flags = SPAN_OF_SCALARS if single else SPAN
         self.single = single
         #: Whose `mean` tells the seconds per element: chunks take longer than calls of the same function.
-        self.timing: Any = Timing() if chunked else function
+        self.timing: Any = Timing() if chunked or function is None else function.timing
         self.batch = 1  # elements that are sent to the same worker together, at least
         self.fed = 0  # elements taken from the input
         self.fed_bytes = 0  # size of those that were serialised when they were fed
@@ -228,12 +227,7 @@ class MapRun:
                 part = arguments[start : start + size]
                 self._append(_Scalars(self.fed, part), len(part))
             return
-        records: list[Any] = []
-        for argument in arguments:
-            args = (argument,) if self.single else argument
-            seen: list[Any] = []
-            records.append(self._record(partial(codec.encode_args, args, {}, None, seen), ONE, seen))
-        self._append_records(records)
+        self._append_records([self._element_record(argument) for argument in arguments])
 
     def feed_again(self, index: int, argument: Any) -> None:
         """Run element `index` once more (it has ended, and its entry in `results` was taken out)."""
@@ -242,9 +236,7 @@ class MapRun:
         if _all_scalars([argument], self.single):
             block = _Scalars(index, [argument])
         else:
-            args = (argument,) if self.single else argument
-            seen: list[Any] = []
-            record = self._record(lambda: codec.encode_args(args, {}, None, seen), ONE, seen)
+            record = self._element_record(argument)
             if isinstance(record, Exception):
                 self.settle(index, Outcome(RAISED_HERE, record, (), 1))
                 return
@@ -285,6 +277,11 @@ class MapRun:
                 together = max(1, together // 2)
             started = time.monotonic()
 
+    def _element_record(self, argument: Any) -> Any:
+        args = (argument,) if self.single else argument
+        seen: list[Any] = []
+        return self._record(lambda: codec.encode_args(args, {}, None, seen), ONE, seen, args)
+
     def _range_record(self, chunk: range) -> tuple[bytes, list[Any]]:
         data = dumps(chunk, 5)  # as it is, which costs neither side anything for each number
         self.fed_bytes += len(data)
@@ -296,10 +293,12 @@ class MapRun:
         if len(chunk) < _SMALL and _all_scalars(chunk, self.single):
             return self._record(lambda: (dumps(chunk, 5), ()), flags)
         seen: list[Any] = []
-        return self._record(lambda: codec.encode(chunk, None, seen), flags, seen)
+        return self._record(lambda: codec.encode(chunk, None, seen), flags, seen, chunk)
 
-    def _record(self, encode: Callable[[], tuple[bytes, Any]], flags: int, seen: list[Any] | None = None) -> Any:
-        """`(record, buffers)`, or the exception: it is that element's outcome."""
+    def _record(
+        self, encode: Callable[[], tuple[bytes, Any]], flags: int, seen: list[Any] | None = None, source: Any = None
+    ) -> Any:
+        """`(record, buffers)`, or the exception: it is that element's outcome. `source`: see `keep_alive`."""
         try:
             data, buffers = encode()
             staged = self.scheduler.stage(buffers) if buffers else []
@@ -307,7 +306,7 @@ class MapRun:
             return error
         self.fed_bytes += len(data) + sum(memoryview(buffer).nbytes for buffer in buffers)
         record = CALL.pack(self.function.number, 1, len(data), len(staged), flags) + data
-        return record, with_references(staged, seen) if seen else staged
+        return record, parts_of(self.scheduler.node, staged, seen, data, source)
 
     def _append_records(self, records: list[Any]) -> None:
         start = self.fed

@@ -55,7 +55,7 @@ class PolicyRun(MapRun):
         for argument in arguments:
             args = (argument,) if self.single else argument
             seen: list[Any] = []
-            self._call(self._record(partial(codec.encode_args, args, {}, None, seen), flags, seen))
+            self._call(self._record(partial(codec.encode_args, args, {}, None, seen), flags, seen, args))
 
     def feed_chunk(self, chunk: list[Any]) -> None:
         """Add a chunk; see `MapRun.feed_chunk`."""

@@ -30,7 +30,7 @@ from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.shown import ShownProcess
 from distpool.wire import codec
 from distpool.wire.messages import CALL, ONE, ONE_FRESH
-from distpool.work import Call, is_plain, with_references
+from distpool.work import Call, is_plain, parts_of
 
 if TYPE_CHECKING:
     from distpool.crew import Crew
@@ -74,8 +74,7 @@ def apply_async(
         data, buffers = codec.encode_args(args, dict(kwds), None, seen)
         staged = scheduler.stage(buffers) if buffers else []
         record = CALL.pack(function.number, 1, len(data), len(staged), ONE if function.reusable else ONE_FRESH) + data
-        if seen:
-            staged = with_references(staged, seen)
+        staged = parts_of(scheduler.node, staged, seen, data, args, kwds)
         call = Call(scheduler, function, record, staged, future, pool._policy)
         future._call = call
         scheduler.enqueue(call)
@@ -151,7 +150,7 @@ def _chunksize(pool: DistPool, length: int, chunksize: int | None) -> int:
 
 
 def _make_run(pool: DistPool, func: Callable[..., Any], *, single: bool, ordered: bool, chunked: bool) -> MapRun:
-    function = pool._crew.node.encoder.encode(func)
+    function = pool._crew.node.encoder.encode_for_map(func)
     scheduler = pool._crew.scheduler
     if pool._policy is not None:
         return PolicyRun(scheduler, function, pool._policy, single=single, ordered=ordered)

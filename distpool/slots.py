@@ -155,7 +155,7 @@ class Slot:
         for entry in entries:
             function = entry.function
             if function.number not in known:
-                self._send_function(function)
+                self._send_function(scheduler, function)
             if entry.buffers:
                 try:  # first: nothing may be half done when no memory or descriptor is left for it
                     lent = [self._lend(buffer) for buffer in entry.buffers]
@@ -240,13 +240,16 @@ class Slot:
             return member.segments.lend(buffer)
         return bytes(map_private(buffer.path, buffer.size, buffer.nbytes))
 
-    def _send_function(self, function: EncodedFunction) -> None:
+    def _send_function(self, scheduler: Scheduler, function: EncodedFunction) -> None:
         link = self.member.link
         assert link is not None
         size = function.size
-        if function.references:  # their values must not stay for a function that nobody can call any more
-            self.lend(function.references, 1)
-            soon, number = self.member.group.node.loop.call_soon, function.number
+        if function.references or function.origin is not None:
+            # The values of references must not stay for a function that nobody can call any more. Nor needs anybody a
+            # map's own when that is over.
+            if function.references:
+                self.lend(function.references, 1)
+            soon, number = scheduler.loop.call_soon, function.number
             weakref.finalize(function, soon, lambda: self._forget(number)).atexit = False
             size = 0  # `_forget` has no lock for the sum
         shared = link.shares_memory and self.member.segments is not None

@@ -22,7 +22,7 @@ from distpool.submitter import Submitter
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import CALL, ONE, ONE_FRESH, UNSENDABLE, VALUE
-from distpool.work import Call, is_plain, with_references
+from distpool.work import Call, is_plain, parts_of
 
 _new_future: Any = object.__new__  # `Future()` would cost a Python call more
 #: Inputs from which taking has no effect that anybody could see.
@@ -75,8 +75,7 @@ def submit(owner: Submitter, fn: Callable[..., Any], args: tuple[Any, ...], kwar
     staged = scheduler.stage(buffers) if buffers else []
     flags = ONE if function.reusable else ONE_FRESH
     record = CALL.pack(function.number, 1, len(data), len(staged), flags) + data
-    if seen:
-        staged = with_references(staged, seen)
+    staged = parts_of(crew.node, staged, seen, data, args, kwargs)
     call = Call(scheduler, function, record, staged, future, owner._policy)
     future._call = call
     scheduler.enqueue(call)
@@ -103,7 +102,7 @@ def map_in_order(
         return _with_progress(owner, results, min(lengths) if len(lengths) == len(iterables) else None)
     single = len(iterables) == 1
     source: Iterator[Any] = iter(iterables[0]) if single else zip(*iterables, strict=False)
-    function = owner._crew.node.encoder.encode(fn)
+    function = owner._crew.node.encoder.encode_for_map(fn)
     if buffersize is not None:
         return _with_progress(owner, _map_buffered(owner, function, source, single, deadline, chunksize, buffersize))
     run = MapRun(owner._crew.scheduler, function, single=single, chunked=chunksize > 1)
@@ -164,11 +163,11 @@ def map_unordered(
         most = buffersize or LOOK_AHEAD * crew.size
         arguments = ((item,) for item in source) if single else source
         return _with_progress(owner, unordered_futures(owner.submit, fn, arguments, most, deadline))
-    function = crew.node.encoder.encode(fn)
+    function = crew.node.encoder.encode_for_map(fn)
     at_hand = all(type(iterable) in _AT_HAND for iterable in iterables)
 
     def ahead() -> int:
-        return buffersize or crew.size * (look_ahead(function.mean, LOOK_AHEAD) if at_hand else LOOK_AHEAD)
+        return buffersize or crew.size * (look_ahead(function.timing.mean, LOOK_AHEAD) if at_hand else LOOK_AHEAD)
 
     return _with_progress(
         owner,

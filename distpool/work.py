@@ -24,6 +24,7 @@ from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import CALL, ONE, SPAN
 
 if TYPE_CHECKING:
+    from distpool.node.node import Node
     from distpool.scheduling import Scheduler
     from distpool.slots import Slot
     from distpool.transport.ioloop import IoLoop
@@ -65,18 +66,40 @@ class Policy(NamedTuple):
         return float(delays[min(attempt, len(delays)) - 1]) if delays else 0.0
 
 
+#: In each pickle of a proxy of a `multiprocessing` manager.
+_PROXIES = b"multiprocessing.managers"
+
+
 class Parts(list[Any]):
     """Staged buffers of a call that also carries references: they are lent to the worker when the call is sent."""
 
     references: tuple[Any, ...] = ()
+    kept: Any = None  # what has to live until the call has ended
 
 
-def with_references(buffers: list[Any], references: list[Any]) -> list[Any]:
-    """`buffers`, remembering the references that the call's record carries."""
-    if not references:
+class _Kept:
+    """Objects that live until nobody has this any more, which may be on the leader: they end on a library thread."""
+
+    def __init__(self, node: Node, things: list[Any]) -> None:
+        self._node = node
+        self._things = things
+
+    def __del__(self) -> None:
+        node, things = self._node, self._things
+        node.loop.call_soon(lambda: node.deliver(things.clear))
+
+
+def parts_of(node: Node, buffers: list[Any], references: list[Any] | None, data: bytes, *things: Any) -> list[Any]:
+    """`buffers` of a call, with the references that its record carries, and with the `things` that this is the pickle
+    of, if there is a proxy of a manager among them: it forgets an object when the last proxy ends, and the worker's
+    begins when it unpickles this. (Other things are not kept: the user's memory is not to be needed twice.)"""
+    proxies = _PROXIES in data
+    if not references and not proxies:
         return buffers
     parts = Parts(buffers)
-    parts.references = tuple(references)
+    parts.references = tuple(references or ())
+    if proxies:
+        parts.kept = _Kept(node, list(things))
     return parts
 
 
@@ -196,4 +219,4 @@ def release_all(buffers: Iterable[Any]) -> None:
             release()
 
 
-__all__ = ["SCALARS", "Call", "Parts", "Policy", "is_plain", "plain_record", "release_all", "with_references"]
+__all__ = ["SCALARS", "Call", "Parts", "Policy", "is_plain", "parts_of", "plain_record", "release_all"]

@@ -728,10 +728,10 @@ def test_hits_take_microseconds(encoder):
     main, _ = script("K = 3\ndef h(x): return x + K\ndef f(x): return h(x)")
     for function, limit in ((math.sqrt, 0.1), (main.f, 0.3)):
         encoder.encode(function)
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(10_000):
             encoder.encode(function)
-        assert time.perf_counter() - start < limit
+        assert time.thread_time() - start < limit
 
 
 def test_an_encoded_function_is_not_tied_to_an_encoder():

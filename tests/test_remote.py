@@ -146,6 +146,14 @@ def test_who_has_asked_knows_the_end(cluster: Cluster, where: int) -> None:
     assert other.isready() and other.done() and other.fetch(5) == 2
 
 
+def test_a_notice_that_is_quicker_than_the_answer_to_a_put(cluster: Cluster) -> None:
+    """The value was given up at its owner and not kept here: `fetch` waited for ever."""
+    future = new_future(2)
+    assert not future.isready()
+    future.put(Big(1))
+    assert cluster.table(2) == {} and future.fetch(5) == Big(1)
+
+
 def test_having_asked_keeps_nothing(cluster: Cluster) -> None:
     for where in (1, 2):
         future = new_future(where)

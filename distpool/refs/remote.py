@@ -158,8 +158,7 @@ class RemoteFuture(Reference, Future[Any]):
                 answer = self._ask("put", data, [bytes(part) for part in buffers], seen)
             if answer.status != VALUE:
                 raise RemoteException(handle.where, captured(answer.failure))
-        if self._settle(outcome):
-            refs.node.deliver(self._run_callbacks)
+        self._came(outcome)  # the owner's notice may have been quicker than its answer
         if outcome.status != RAISED_HERE:
             self._let_go()
 

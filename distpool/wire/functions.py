@@ -41,8 +41,8 @@ class EncodedFunction:
     """A serialised function. Equal numbers mean equal bytes, so a worker that has the number needs no bytes."""
 
     __slots__ = (
-        *("__weakref__", "buffers", "by_value", "data", "leases", "mean", "name", "number", "references", "reusable"),
-        "size",
+        *("__weakref__", "buffers", "by_value", "data", "leases", "mean", "name", "number", "origin", "references"),
+        *("reusable", "size"),
     )
 
     def __init__(self, data: bytes, kept: list[tuple[Any, Any]], name: str, by_value: bool, reusable: bool) -> None:
@@ -63,6 +63,19 @@ class EncodedFunction:
         self.size = len(data) + sum(map(len, self.buffers))
         #: Measured seconds per call, kept by the scheduler; -1.0: not known yet.
         self.mean = -1.0
+        #: What this is a copy of, for one map (`FunctionEncoder.encode_for_map`): workers forget it when that is over.
+        self.origin: EncodedFunction | None = None
+
+    @property
+    def timing(self) -> EncodedFunction:
+        """Whose `mean` is kept."""
+        return self.origin or self
+
+    def renewed(self) -> EncodedFunction:
+        """The same bytes under another number."""
+        made = EncodedFunction(self.data, [], self.name, self.by_value, self.reusable)
+        made.buffers, made.leases, made.size, made.origin = self.buffers, self.leases, self.size, self
+        return made
 
     def __repr__(self) -> str:
         return f"<EncodedFunction {self.number} {self.name}, {self.size} bytes>"
@@ -110,6 +123,13 @@ class FunctionEncoder:
                 if last is not None and last[0].fits(fn):
                     return last[1]
         return self._encode(fn, peer)
+
+    def encode_for_map(self, fn: Any) -> EncodedFunction:
+        """As `encode`, for all calls of one map. What such a call changes in the function is seen by those behind it on
+        the same worker, as within a chunk of the standard library's pools, and by none of another map: equal bytes are
+        not enough to be the same function there."""
+        encoded = self.encode(fn)
+        return encoded if encoded.reusable or encoded.references else encoded.renewed()
 
     def clear(self) -> None:
         """Forget all functions, and let go of what they capture."""
