@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from distpool import mainmodule
-from distpool.calls import _node, remotecall_fetch
+from distpool.calls import _node, _wrapped, remotecall_fetch
 from distpool.config import as_int
 from distpool.errors import CompositeException, RemoteException
 from distpool.members import procs, workers
@@ -143,7 +143,8 @@ def everywhere(code_or_function: Any, pids: Pids = None, /, *, later: bool = Fal
     and returned, so this is a decorator; a lambda is *run*. `later=True`: also on workers that join afterwards.
 
     SyntaxError and the errors of imports are raised here, before anything is sent. One pid: `RemoteException`; several:
-    `CompositeException` in the order of `pids`, with the plain errors of this process.
+    `CompositeException` in the order of `pids`, with the plain errors of this process (`SystemExit` and its like, which
+    are no `Exception`, as `RemoteException`). Ctrl-C is raised as it is.
 
     Example: `everywhere("import numpy as np; table = np.zeros(size)", size=100)`
     """
@@ -351,8 +352,12 @@ def _errors_of(pid: int, future: Future[Any] | Exception) -> list[Exception | No
 def _keep_for_later(action: _Action) -> list[int]:
     """Have pid 1 run it on each worker that joins; the pids that have joined before."""
     node = _node()
+        except KeyboardInterrupt:
+            raise  # Ctrl-C, or `interrupt` of the call that this is part of: it is not the text's
     if not node.is_master:
         found: list[int] = remotecall_fetch(_keep_for_later, 1, action)
+        except BaseException as error:  # an ExceptionGroup has no place for it
+            outcomes.append(_wrapped(_node(), error))
         return found
     group = groups.of(node)
     done = threading.Event()

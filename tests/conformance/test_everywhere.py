@@ -103,6 +103,37 @@ def test_C184_errors(team: list[int]) -> None:
     assert len(twice.value) == 1
 
 
+@pytest.mark.parametrize("kind", [SystemExit, GeneratorExit, BaseException])
+def test_C184_what_is_no_exception_is_an_error_all_the_same(team: list[int], kind: type[BaseException]) -> None:
+    text = f"raise {kind.__name__}('left')"
+    for pid in (1, team[0]):
+        for ask in (
+            lambda: everywhere(text, pid),  # noqa: B023
+            lambda: remotecall_eval("__main__", pid, text),  # noqa: B023
+            lambda: everywhere(lambda: exec(text), pid),  # noqa: B023
+        ):
+            with pytest.raises(RemoteException) as info:
+                ask()
+            assert info.value.pid == pid and type(info.value.captured.ex) is kind
+            assert kind.__name__ in info.value.captured.traceback
+    with pytest.raises(CompositeException) as several:
+        everywhere(text, [team[0], 1, team[1], 1])
+    assert [error.pid for error in several.value.exceptions] == [team[0], 1, team[1], 1]  # type: ignore[attr-defined]
+    assert {type(error.captured.ex) for error in several.value.exceptions} == {kind}  # type: ignore[attr-defined]
+    with pytest.raises(CompositeException):
+        everywhere(lambda: exec(text), [team[0], 1])
+
+
+def test_ctrl_c_during_the_local_run_comes_through(team: list[int]) -> None:
+    text = "import signal\nif myid() == 1: signal.raise_signal(signal.SIGINT)"
+    for pids in (1, [1, team[0]], [team[0], 1]):
+        with pytest.raises(KeyboardInterrupt):
+            everywhere(text, pids)
+    with pytest.raises(RemoteException) as info:
+        everywhere("raise KeyboardInterrupt", team[0])
+    assert type(info.value.captured.ex) is KeyboardInterrupt
+
+
 def test_C184_errors_before_anything_is_sent(team: list[int]) -> None:
     everywhere("sent = 0")
     with pytest.raises(SyntaxError):
