@@ -14,7 +14,7 @@ import pytest
 
 import distpool
 from distpool import mainmodule
-from distpool.mainmodule import clear_names, define, import_first, imports_of, namespace, run, run_times, travels
+from distpool.mainmodule import check, clear_names, define, import_first, imports_of, namespace, run, run_times, travels
 from distpool.node import node as nodes
 
 
@@ -112,6 +112,19 @@ def test_each_of_several_runs_has_its_outcome(main: dict[str, Any]) -> None:
     assert bad is not None and left is not None
 
 
+WRONG = ["return 1", "break", "continue", "await x", "yield 1", "nonlocal z", "x = 1\nglobal x", "[await y for y in z]"]
+
+
+@pytest.mark.parametrize("source", [*WRONG, "if 1:\n    return", "async with a: pass", "x =", "x = 1\nx ="])
+def test_what_only_a_compiler_finds_is_found_before_it_runs(main: dict[str, Any], source: str) -> None:
+    for text in (source, f"before = 1\n{source}", f"{source}\nbefore = 1"):
+        with pytest.raises(SyntaxError):
+            check(text, "<test 4>")
+        with pytest.raises(SyntaxError):
+            go(text)
+    assert "before" not in main
+
+
 # -- imports of the caller -------------------------------------------------------------------------------------------
 
 
@@ -142,10 +155,12 @@ async def function():
 
 
 def test_imports_happen_here_and_those_in_blocks_may_fail(main: dict[str, Any]) -> None:
-    import_first("try:\n    import no_such_module_here\nexcept ImportError:\n    import json as j\nx = 1", "<test 3>")
+    import_first(
+        check("try:\n    import no_such_module_here\nexcept ImportError:\n    import json as j\nx = 1", "<test 3>")
+    )
     assert main["j"] is sys.modules["json"] and "x" not in main
     with pytest.raises(ModuleNotFoundError):
-        import_first("import no_such_module_here", "<test 3>")
+        import_first(check("import no_such_module_here", "<test 3>"))
 
 
 # -- definitions -----------------------------------------------------------------------------------------------------

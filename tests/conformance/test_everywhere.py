@@ -138,6 +138,12 @@ def test_C184_errors_before_anything_is_sent(team: list[int]) -> None:
     everywhere("sent = 0")
     with pytest.raises(SyntaxError):
         everywhere("sent = 1 +")
+    for wrong in ("return 1", "break", "await x", "yield 1", "nonlocal z"):
+        for pids in (team[0], None):
+            with pytest.raises(SyntaxError):
+                everywhere(f"sent = 1\n{wrong}", pids)
+            with pytest.raises(SyntaxError):
+                remotecall_eval("__main__", [1, *team] if pids is None else pids, f"sent = 1\n{wrong}")
     with pytest.raises(ModuleNotFoundError):
         everywhere("import no_such_module_anywhere\nsent = 1")
     with pytest.raises(ValueError, match="no process with id 9999 exists"):
@@ -257,6 +263,9 @@ def test_C193_clear(team: list[int]) -> None:
     assert remotecall_eval("colorsys", team[0], "mine") is None
     with pytest.raises(TypeError):
         distpool.clear([3])
+    for mod in (5, None, b"colorsys"):
+        with pytest.raises(TypeError, match="module"):
+            distpool.clear("kept", team[0], mod=mod)  # type: ignore[arg-type]
 
 
 def test_remotecall_eval(team: list[int]) -> None:
