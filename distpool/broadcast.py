@@ -147,6 +147,9 @@ def everywhere(code_or_function: Any, pids: Pids = None, /, *, later: bool = Fal
     last expression is returned, else None. A named function or a class is *defined* under its name in each `__main__`
     and returned, so this is a decorator; a lambda is *run*. `later=True`: also on workers that join afterwards.
 
+    Classes that it defines are found by their names: an instance that comes from another process is one of the class
+    that `everywhere` defined here, if it did. Functions of `__main__` travel as they are here.
+
     SyntaxError and the errors of imports are raised here, before anything is sent. One pid: `RemoteException`; several:
     `CompositeException` in the order of `pids`, with the plain errors of this process (`SystemExit` and its like, which
     are no `Exception`, as `RemoteException`). Ctrl-C is raised as it is.
@@ -195,8 +198,8 @@ def remotecall_eval(module: str | types.ModuleType, pids: int | Iterable[int], s
 def include(path: str | os.PathLike[str], pids: Pids = None) -> Any:
     """Run a file in `__main__` of these processes (default: all). A relative path starts at the calling file's folder.
 
-    The file is read here, so other hosts need not have it. Values and errors as for `everywhere`; OSError if it cannot
-    be read. Example: `include("functions.py")`
+    The file is read here, so other hosts need not have it. Values, classes and errors as for `everywhere`; OSError if
+    it cannot be read. Example: `include("functions.py")`
     """
     full = os.path.join(_folder(sys._getframe(1)), os.fspath(path))
     full = os.path.abspath(full)

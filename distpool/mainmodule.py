@@ -1,10 +1,15 @@
 """`__main__` of this process as `everywhere` uses it: source text runs, functions are defined there (layer 6).
 
     check(source)       -> Code, or SyntaxError: all that is wrong with it as such is found before it runs anywhere
-    run(source, ...)    bindings -> public names that the source uses -> statements -> value of the last expression
+    run(source, ...)    bindings -> public names that the source uses -> statements -> value of the last expression;
+                        classes that it has defined are known by their names from then on (`_Definitions`)
     define(name, value) a function that travelled by value gets `__main__` as its globals; a class is known by its name
 
 Called by remote calls (main thread of a worker if it is idle) and by the caller's own thread.
+
+A class is known by its name from its first message on: it has no number of this process's own yet when it is found in
+`__main__` under its own name and was not there before the text ran. Functions are not: one of `__main__` runs the
+sender's code with the sender's globals, whether it was defined by text or as an object.
 """
 
 from __future__ import annotations
@@ -15,11 +20,12 @@ import linecache
 import sys
 import types
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from distpool.node import node as nodes
 from distpool.refs.lent import parcel
-from distpool.wire.byvalue import share_class
+from distpool.wire.byvalue import is_numbered, running_texts, share_class
 from distpool.wire.failures import encode_exception
 from distpool.wire.messages import ERROR
 
@@ -74,12 +80,43 @@ def run(
     if names is not namespace():
         return _run(code, names)
     provide_public_names(code.reads, names)
-    return _run(code, names)
+    with _Definitions(names):
+        return _run(code, names)
 
 
 def _run(code: Code, names: dict[str, Any]) -> Any:
     exec(code.statements, names)
     return None if code.last is None else eval(code.last, names)
+
+
+class _Definitions:
+    """While it lasts, classes that are new in `__main__` are shared under their names: by whoever sends or receives
+    one, at the latest when it ends."""
+
+    def __init__(self, names: dict[str, Any]) -> None:
+        self._names = names
+        self._before = _classes_in(names)  # not all of the names: what the text lets go of shall be gone
+
+    def __enter__(self) -> None:
+        running_texts.append(self._share)
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._share()
+        finally:
+            running_texts.remove(self._share)
+
+    def _share(self) -> None:
+        for name, cls in _classes_in(self._names).items():
+            if self._before.get(name) is not cls:
+                with suppress(Exception):  # a metaclass of the user's may raise anything when it is asked
+                    # One with a number has come by other ways: bindings, values; it is known by that.
+                    if cls.__name__ == name and not is_numbered(cls) and travels(cls):
+                        share_class(cls, f"everywhere:{name}")
+
+
+def _classes_in(names: dict[str, Any]) -> dict[str, type]:
+    return {name: value for name, value in names.copy().items() if issubclass(type(value), type)}
 
 
 def run_times(source: str, filename: str, module: str, bindings: dict[str, Any], times: int, asker: int) -> list[Any]:
