@@ -16,6 +16,7 @@ import distpool
 from distpool import mainmodule
 from distpool.mainmodule import check, clear_names, define, import_first, imports_of, namespace, run, run_times, travels
 from distpool.node import node as nodes
+from distpool.wire import byvalue, codec
 
 
 @pytest.fixture
@@ -220,6 +221,31 @@ def test_a_class_gets_a_number_that_all_share(main: dict[str, Any], monkeypatch:
     define("D", made)
     define("E", dict)
     assert main["D"] is made and main["E"] is dict and shared == [(made, "everywhere:D")]
+
+
+def test_classes_of_a_text_are_shared_under_their_names(main: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[tuple[type, str]] = []
+    monkeypatch.setattr(mainmodule, "share_class", lambda cls, name: shared.append((cls, name)))
+    main["Before"] = by_value("class Before: pass", "Before")
+    go("class A: pass\nB = A\nfrom ast import NodeVisitor\nC = Before = Before\nNew = Bound", Bound=main["Before"])
+    assert shared == [(main["A"], "everywhere:A")]
+    with pytest.raises(KeyError):
+        go("class D: pass\nraise KeyError")
+    assert shared.pop() == (main["D"], "everywhere:D") and not byvalue.running_texts
+    other = types.ModuleType("some_other")
+    monkeypatch.setitem(sys.modules, "some_other", other)
+    go("class E: pass", module="some_other")
+    assert [name for _, name in shared] == ["everywhere:A"]
+
+
+def test_classes_are_shared_by_whoever_sends_them_first(main: dict[str, Any]) -> None:
+    names = go(
+        "class A:\n    class B: pass\nfirst = dumps(A)\nclass A: pass\n(first, dumps(A), loads(first))",
+        dumps=lambda cls: codec.encode(cls)[0],
+        loads=codec.decode,
+    )
+    assert b"distpool:everywhere:A" in names[0] and b"distpool:everywhere:A.B" in names[0]
+    assert b"distpool:everywhere:A" in names[1] and names[2] is main["A"]
 
 
 def test_what_travels_by_value() -> None:
