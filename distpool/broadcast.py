@@ -1,6 +1,6 @@
 """`everywhere`, `remotecall_eval`, `include`, `clear`: code on many processes (layer 6).
 
-    source: checked and its imports run here -> one request per process -> the local run -> errors in order of the pids
+    source: compiled and its imports run here -> one request per process -> the local run -> errors in order of the pids
     named function, class: defined in each `__main__`      lambda: called on each      (`mainmodule` does it there)
     later=True: kept on pid 1 (`Group.prologues`), for each worker that joins, before it is used
 
@@ -9,7 +9,6 @@ Everything runs in the caller's thread; prologues run on library threads of pid 
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import os
@@ -22,7 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from distpool import mainmodule
-from distpool.calls import _node, remotecall_fetch
+from distpool.calls import _node, _wrapped, remotecall_fetch
 from distpool.config import as_int
 from distpool.errors import CompositeException, RemoteException
 from distpool.members import procs, workers
@@ -50,12 +49,17 @@ class _Kept:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Source(_Kept):
-    """Source text for a module."""
+    """Source text for a module. `code`: what it was compiled to, here. `place`: the module itself, if it was given."""
 
     text: str
     filename: str
     module: str
     bindings: dict[str, Any]
+    code: mainmodule.Code | None = None
+    place: types.ModuleType | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "code": None, "place": None}
 
     def start(self, pid: int, times: int) -> Future[Any]:
         """Run it on another process; the future has a list of `None` or the error's outcome."""
@@ -66,7 +70,8 @@ class _Source(_Kept):
 
     def here(self) -> Any:
         """Run it in this process."""
-        return mainmodule.run(self.text, self.filename, self.module, self.bindings)
+        module = self.module if self.place is None else self.place
+        return mainmodule.run(self.text, self.filename, module, self.bindings, self.code)
 
     def there(self, pid: int) -> Any:
         """The value of the last expression, computed on another process."""
@@ -142,8 +147,12 @@ def everywhere(code_or_function: Any, pids: Pids = None, /, *, later: bool = Fal
     last expression is returned, else None. A named function or a class is *defined* under its name in each `__main__`
     and returned, so this is a decorator; a lambda is *run*. `later=True`: also on workers that join afterwards.
 
+    Classes that it defines are found by their names: an instance that comes from another process is one of the class
+    that `everywhere` defined here, if it did. Functions of `__main__` travel as they are here.
+
     SyntaxError and the errors of imports are raised here, before anything is sent. One pid: `RemoteException`; several:
-    `CompositeException` in the order of `pids`, with the plain errors of this process.
+    `CompositeException` in the order of `pids`, with the plain errors of this process (`SystemExit` and its like, which
+    are no `Exception`, as `RemoteException`). Ctrl-C is raised as it is.
 
     Example: `everywhere("import numpy as np; table = np.zeros(size)", size=100)`
     """
@@ -157,8 +166,8 @@ def everywhere(code_or_function: Any, pids: Pids = None, /, *, later: bool = Fal
         raise ValueError("later=True is for all processes: it cannot be combined with pids")
     pids = as_int(pids)
     targets = _targets(pids)
-    if isinstance(action, _Source):
-        mainmodule.import_first(action.text, action.filename)
+    if isinstance(action, _Source) and action.code is not None:
+        mainmodule.import_first(action.code)
     if later:
         targets = [_node().pid, *(pid for pid in _keep_for_later(action) if pid != _node().pid)]
     try:
@@ -173,51 +182,54 @@ def everywhere(code_or_function: Any, pids: Pids = None, /, *, later: bool = Fal
 def remotecall_eval(module: str | types.ModuleType, pids: int | Iterable[int], source: str) -> Any:
     """Run source text in `module` (a module or its name) of these processes; errors and values as for `everywhere`.
 
+    A module is found by its name elsewhere; in this process it is the given one, which need not be in `sys.modules`.
     Example: `remotecall_eval("__main__", 2, "x + 1")`
     """
-    name = module.__name__ if isinstance(module, types.ModuleType) else module
-    if not isinstance(name, str):
-        raise TypeError(f"module must be a module or its name, not {type(module).__name__}")
+    name, place = _module(module)
     if not isinstance(source, str):
         raise TypeError(f"source must be a str, not {type(source).__name__}")
     if pids is None:
         raise TypeError("pids must be a pid or several")
     pids = as_int(pids)
-    action = dataclasses.replace(_source(source, sys._getframe(1), {}), module=name)
+    action = dataclasses.replace(_source(source, sys._getframe(1), {}), module=name, place=place)
     return _spread(action, _targets(pids), isinstance(pids, int))
 
 
 def include(path: str | os.PathLike[str], pids: Pids = None) -> Any:
     """Run a file in `__main__` of these processes (default: all). A relative path starts at the calling file's folder.
 
-    The file is read here, so other hosts need not have it. Values and errors as for `everywhere`; OSError if it cannot
-    be read. Example: `include("functions.py")`
+    The file is read here, so other hosts need not have it. Values, classes and errors as for `everywhere`; OSError if
+    it cannot be read. Example: `include("functions.py")`
     """
     full = os.path.join(_folder(sys._getframe(1)), os.fspath(path))
     full = os.path.abspath(full)
     with open(full, "rb") as file:
         data = file.read()
-    tree = ast.parse(data, full)  # a SyntaxError here, not on each of them
-    del tree
-    text = _decoded(data)
+    text = _decoded(data, full)
+    code = mainmodule.check(text, full)  # a SyntaxError here, not on each of them
     pids = as_int(pids)
-    mainmodule.import_first(text, full)
-    return _spread(_Source(text, full, _MAIN, {}), _targets(pids), isinstance(pids, int))
+    mainmodule.import_first(code)
+    return _spread(_Source(text, full, _MAIN, {}, code), _targets(pids), isinstance(pids, int))
 
 
 def clear(names_or_pool: Any, pids: Pids = None, mod: str | types.ModuleType = _MAIN) -> Any:
     """Set global names of module `mod` to None on these processes (default: all workers), where they are defined.
 
-    With a `CachingPool`: its `clear()`, which returns it. Example: `clear(["table", "index"])`
+    With a `CachingPool`: its `clear()`, which returns it. TypeError if `mod` is neither a module nor a name.
+
+    Example: `clear(["table", "index"])`
     """
     if isinstance(names_or_pool, CachingPool):
         return names_or_pool.clear()
     names = [names_or_pool] if isinstance(names_or_pool, str) else list(names_or_pool)
     if not all(isinstance(name, str) for name in names):
         raise TypeError("clear() takes names (str) or a CachingPool")
-    module = mod.__name__ if isinstance(mod, types.ModuleType) else mod
+    module, place = _module(mod)
     targets = dict.fromkeys(workers() if pids is None else _targets(as_int(pids)))
-    for future in [request(mainmodule.clear_names, pid, (names, module), remote=True) for pid in targets]:
+    where: dict[int, Any] = {} if place is None else {_node().pid: place}
+    for future in [
+        request(mainmodule.clear_names, pid, (names, where.get(pid, module)), remote=True) for pid in targets
+    ]:
         future.result()
     return None
 
@@ -233,8 +245,16 @@ def _source(text: str, frame: types.FrameType, bindings: dict[str, Any]) -> _Sou
     # brackets is no file for coverage.py and `trace`, which otherwise end with an error because they cannot read it.
     number = f"{zlib.crc32(text.encode('utf-8', 'replace')):08x}"
     filename = f"<{os.path.abspath(file)} (everywhere {number})>" if file else f"<everywhere {number}>"
-    ast.parse(text, filename)
-    return _Source(text, filename, _MAIN, bindings)
+    return _Source(text, filename, _MAIN, bindings, mainmodule.check(text, filename))
+
+
+def _module(module: Any) -> tuple[str, types.ModuleType | None]:
+    """Its name, and itself if it was given."""
+    if isinstance(module, types.ModuleType):
+        return module.__name__, module
+    if not isinstance(module, str):
+        raise TypeError(f"module must be a module or its name, not {type(module).__name__}")
+    return module, None
 
 
 def _for_callable(function: Any, bindings: dict[str, Any]) -> _Action:
@@ -271,12 +291,17 @@ def _file(frame: types.FrameType) -> str:
     return name[1:].rpartition(" (everywhere ")[0]
 
 
-def _decoded(data: bytes) -> str:
+def _decoded(data: bytes, filename: str) -> str:
+    """The text of a source file; SyntaxError if it has bytes that are none in its encoding."""
     import io
     import tokenize
 
-    encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-    return io.TextIOWrapper(io.BytesIO(data), encoding).read()
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        return io.TextIOWrapper(io.BytesIO(data), encoding).read()
+    except (SyntaxError, UnicodeError):
+        compile(data, filename, "exec", dont_inherit=True)  # says it in the interpreter's words, with the file's name
+        raise
 
 
 # -- running it --------------------------------------------------------------------------------------------------
@@ -327,8 +352,12 @@ def _run_here(action: _Action, times: int) -> list[Exception | None]:
     for _ in range(times):
         try:
             action.here()
+        except KeyboardInterrupt:
+            raise  # Ctrl-C, or `interrupt` of the call that this is part of: it is not the text's
         except Exception as error:
             outcomes.append(error)
+        except BaseException as error:  # an ExceptionGroup has no place for it
+            outcomes.append(_wrapped(_node(), error))
         else:
             outcomes.append(None)
     return outcomes

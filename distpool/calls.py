@@ -111,7 +111,9 @@ def start(f: Callable[..., Any], where: Where, args: tuple[Any, ...], kwargs: di
 def remotecall_fetch(f: Callable[..., T], where: Where, /, *args: Any, **kwargs: Any) -> T:
     """Run `f(*args, **kwargs)` on process `where` and return its value; `RemoteException` if it raises there.
 
-    To oneself the call runs inline, and nothing is copied. Example: `remotecall_fetch(os.getpid, 2)`
+    To oneself the call runs inline, and nothing is copied; a KeyboardInterrupt comes as it is.
+
+    Example: `remotecall_fetch(os.getpid, 2)`
     """
     check_callable(f)
     if type(where) is not int:
@@ -122,7 +124,9 @@ def remotecall_fetch(f: Callable[..., T], where: Where, /, *args: Any, **kwargs:
     if where == node.pid:
         try:
             return f(*args, **kwargs)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise  # Ctrl-C, or `interrupt` of the call that this one is part of: it is not the function's
+        except BaseException as error:  # also SystemExit: it is the call's outcome, as on another process
             raise _wrapped(node, error) from error
     node.peers.ensure(where)
     node.loop.check_wait()  # before the call runs there

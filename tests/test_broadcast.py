@@ -6,6 +6,7 @@ import io
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,53 @@ def test_what_is_wrong_with_the_text_or_its_imports_is_raised_before_anything_ru
     assert "bc_y" not in names
 
 
+@pytest.mark.parametrize("wrong", ["return 1", "break", "await x", "yield 1", "nonlocal z"])
+def test_what_only_a_compiler_finds_is_raised_before_anything_runs(names: dict[str, Any], wrong: str) -> None:
+    for text in (wrong, f"bc_y = 1\n{wrong}", f"import no_such_module_of_ours\n{wrong}"):
+        for call in (everywhere, lambda text: remotecall_eval("__main__", 1, text)):
+            with pytest.raises(SyntaxError):
+                call(text)
+    assert "bc_y" not in names
+
+
+def test_a_warning_of_the_compiler_comes_once(names: dict[str, Any], tmp_path: Path) -> None:
+    text = "bc_y = 1\nbc_y is 1\nbc_text = '\\d'\nbc_y"
+    (tmp_path / "warns.py").write_text(text)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: everywhere(text),
+        lambda: everywhere(text, 1),
+        lambda: include(tmp_path / "warns.py", [1, 1]),
+        lambda: remotecall_eval("__main__", 1, text),
+    )
+    for call in calls:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            call()
+        assert sorted(str(warning.message).partition(" ")[0].strip('"') for warning in seen) == ["invalid", "is"]
+        assert {warning.lineno for warning in seen} == {2, 3}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for call in calls:
+            with pytest.raises(SyntaxError):
+                call()
+
+
+def test_what_is_no_exception_is_an_error_all_the_same(names: dict[str, Any]) -> None:
+    for kind in (SystemExit, GeneratorExit, BaseException):
+        with pytest.raises(RemoteException) as alone:
+            everywhere("raise bc_kind", 1, bc_kind=kind)
+        assert type(alone.value.captured.ex) is kind and alone.value.__cause__ is alone.value.captured.ex
+        with pytest.raises(CompositeException) as several:
+            everywhere("raise bc_kind", [1, 1])
+        errors: Any = several.value.exceptions
+        assert [(type(error), type(error.captured.ex), error.pid) for error in errors] == [
+            (RemoteException, kind, 1)
+        ] * 2
+    for pids in (1, [1]):
+        with pytest.raises(KeyboardInterrupt):
+            everywhere("raise KeyboardInterrupt", pids)
+
+
 @pytest.mark.parametrize("pids", [True, [1, True], ["1"], 1.0, [None]])
 def test_pids_are_ints(pids: Any) -> None:
     with pytest.raises(TypeError):
@@ -150,6 +198,25 @@ def test_code_in_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
             remotecall_eval(*arguments)
 
 
+def test_code_in_a_module_that_is_at_hand(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It need not be found by its name, and what is found by that may be another one."""
+    module = types.ModuleType("bc_at_hand")
+    assert remotecall_eval(module, 1, "a = 3\na + 1") == 4
+    assert remotecall_eval(module, [1, 1], "a += 1") is None and module.a == 5
+    monkeypatch.setitem(sys.modules, "bc_at_hand", types.ModuleType("bc_at_hand"))
+    assert remotecall_eval(module, 1, "a") == 5
+    main = types.ModuleType("__main__")
+    remotecall_eval(main, 1, "bc_there = 1")
+    assert main.bc_there == 1 and "bc_there" not in names
+    clear("a", 1, mod=module)
+    assert module.a is None
+    with pytest.raises(RemoteException):
+        clear("a", 1, mod="bc_nowhere")
+    for mod in (5, None):
+        with pytest.raises(TypeError, match="module"):
+            clear("a", 1, mod=mod)  # type: ignore[arg-type]
+
+
 def test_a_file_starts_at_the_callers_folder(names: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "inner.py").write_text("bc_inner = 1\nbc_inner + 1\n")
     outer = tmp_path / "outer.py"
@@ -164,10 +231,13 @@ def test_encodings_and_errors_of_files(names: dict[str, Any], tmp_path: Path) ->
     (tmp_path / "latin.py").write_bytes("# -*- coding: latin-1 -*-\nbc_text = 'ä'\r\n".encode("latin-1"))
     include(tmp_path / "latin.py")
     assert names["bc_text"] == "ä"
-    (tmp_path / "bad.py").write_text("x = = 1\n")
-    with pytest.raises(SyntaxError) as info:
-        include(tmp_path / "bad.py")
-    assert info.value.filename == str(tmp_path / "bad.py")
+    bad: tuple[bytes, ...] = (b"x = = 1\n", b"bc_text = 1\nreturn 1\n", b"x = '\xe4'\n", b"# -*- coding: no-such -*-\n")
+    for data in bad:
+        (tmp_path / "bad.py").write_bytes(data)
+        with pytest.raises(SyntaxError) as info:
+            include(tmp_path / "bad.py")
+        assert info.value.filename == str(tmp_path / "bad.py") or b"coding" in data
+    assert names["bc_text"] == "ä"
 
 
 def test_names_are_set_to_none_where_they_are(names: dict[str, Any]) -> None:

@@ -14,8 +14,9 @@ import pytest
 
 import distpool
 from distpool import mainmodule
-from distpool.mainmodule import clear_names, define, import_first, imports_of, namespace, run, run_times, travels
+from distpool.mainmodule import check, clear_names, define, import_first, imports_of, namespace, run, run_times, travels
 from distpool.node import node as nodes
+from distpool.wire import byvalue, codec
 
 
 @pytest.fixture
@@ -112,6 +113,19 @@ def test_each_of_several_runs_has_its_outcome(main: dict[str, Any]) -> None:
     assert bad is not None and left is not None
 
 
+WRONG = ["return 1", "break", "continue", "await x", "yield 1", "nonlocal z", "x = 1\nglobal x", "[await y for y in z]"]
+
+
+@pytest.mark.parametrize("source", [*WRONG, "if 1:\n    return", "async with a: pass", "x =", "x = 1\nx ="])
+def test_what_only_a_compiler_finds_is_found_before_it_runs(main: dict[str, Any], source: str) -> None:
+    for text in (source, f"before = 1\n{source}", f"{source}\nbefore = 1"):
+        with pytest.raises(SyntaxError):
+            check(text, "<test 4>")
+        with pytest.raises(SyntaxError):
+            go(text)
+    assert "before" not in main
+
+
 # -- imports of the caller -------------------------------------------------------------------------------------------
 
 
@@ -142,10 +156,12 @@ async def function():
 
 
 def test_imports_happen_here_and_those_in_blocks_may_fail(main: dict[str, Any]) -> None:
-    import_first("try:\n    import no_such_module_here\nexcept ImportError:\n    import json as j\nx = 1", "<test 3>")
+    import_first(
+        check("try:\n    import no_such_module_here\nexcept ImportError:\n    import json as j\nx = 1", "<test 3>")
+    )
     assert main["j"] is sys.modules["json"] and "x" not in main
     with pytest.raises(ModuleNotFoundError):
-        import_first("import no_such_module_here", "<test 3>")
+        import_first(check("import no_such_module_here", "<test 3>"))
 
 
 # -- definitions -----------------------------------------------------------------------------------------------------
@@ -205,6 +221,31 @@ def test_a_class_gets_a_number_that_all_share(main: dict[str, Any], monkeypatch:
     define("D", made)
     define("E", dict)
     assert main["D"] is made and main["E"] is dict and shared == [(made, "everywhere:D")]
+
+
+def test_classes_of_a_text_are_shared_under_their_names(main: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[tuple[type, str]] = []
+    monkeypatch.setattr(mainmodule, "share_class", lambda cls, name: shared.append((cls, name)))
+    main["Before"] = by_value("class Before: pass", "Before")
+    go("class A: pass\nB = A\nfrom ast import NodeVisitor\nC = Before = Before\nNew = Bound", Bound=main["Before"])
+    assert shared == [(main["A"], "everywhere:A")]
+    with pytest.raises(KeyError):
+        go("class D: pass\nraise KeyError")
+    assert shared.pop() == (main["D"], "everywhere:D") and not byvalue.running_texts
+    other = types.ModuleType("some_other")
+    monkeypatch.setitem(sys.modules, "some_other", other)
+    go("class E: pass", module="some_other")
+    assert [name for _, name in shared] == ["everywhere:A"]
+
+
+def test_classes_are_shared_by_whoever_sends_them_first(main: dict[str, Any]) -> None:
+    names = go(
+        "class A:\n    class B: pass\nfirst = dumps(A)\nclass A: pass\n(first, dumps(A), loads(first))",
+        dumps=lambda cls: codec.encode(cls)[0],
+        loads=codec.decode,
+    )
+    assert b"distpool:everywhere:A" in names[0] and b"distpool:everywhere:A.B" in names[0]
+    assert b"distpool:everywhere:A" in names[1] and names[2] is main["A"]
 
 
 def test_what_travels_by_value() -> None:

@@ -1,4 +1,4 @@
-"""The pickler for what other processes cannot import: cloudpickle, corrected in ten ways (layer 1).
+"""The pickler for what other processes cannot import: cloudpickle, corrected in eleven ways (layer 1).
 
 Imported on first need only (`codec.dump_by_value`, and the other side's unpickler by name): cloudpickle is dear.
 Runs where `codec` runs.
@@ -22,6 +22,7 @@ Runs where `codec` runs.
    again, of their values alone and before the class has those methods.
 9. A class of `__main__` is found by its name in workers, so that its instances can be pickled there by other means.
 10. `NewType`, `ParamSpec`, `TypeVarTuple` and `type X = ...`, which would go by name, are made anew on the other side.
+11. A class that `everywhere` has defined on both sides is the receiver's own, found by its name (`share_class`).
 """
 
 from __future__ import annotations
@@ -42,13 +43,17 @@ from typing import Any
 import cloudpickle
 from cloudpickle import cloudpickle as internals
 
-__all__ = ["ByValuePickler", "decode_initializer", "share_class"]
+__all__ = ["ByValuePickler", "decode_initializer", "is_numbered", "running_texts", "share_class"]
 
 #: Classes which this process did not define but built from a message. Process-wide like cloudpickle's own numbering.
 _foreign: weakref.WeakSet[type] = weakref.WeakSet()
 
 #: Whether some of them are of modules that are not loaded: the C pickler would import those.
 strangers = False
+
+#: For each source text of `everywhere` that is running here: shares the classes that it has defined so far.
+running_texts: list[Callable[[], None]] = []
+_SHARED = "distpool:"
 
 _classes_by_id: Any = getattr(internals, "_DYNAMIC_CLASS_TRACKER_BY_ID", {})
 _ids_by_class: Any = getattr(internals, "_DYNAMIC_CLASS_TRACKER_BY_CLASS", {})
@@ -120,6 +125,8 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
         if kind in _HINTS:
             return _by_value_hint(obj)
         if issubclass(kind, type):
+            if running_texts and obj.__module__ in ("__main__", "__mp_main__"):
+                _share_what_runs()  # before it gets a number of this process's own
             reduced = super().reducer_override(obj)
             if reduced is NotImplemented and obj.__module__ == "__mp_main__":
                 reduced = internals._dynamic_class_reduce(obj)
@@ -357,7 +364,10 @@ def set_enum_state(cls: Any, packed: tuple[Callable[[type, Any], Any], dict[str,
 def build_class(build: Callable[..., type], args: tuple[Any, ...]) -> type:
     """Receiving side: the class of that number if this process has it, else a new one, which is marked as foreign."""
     global strangers
-    known = next((_classes_by_id.get(part) for part in args[-2:] if isinstance(part, str)), None)
+    number = next((part for part in args[-2:] if isinstance(part, str)), "")
+    if running_texts and number.startswith(_SHARED):
+        _share_what_runs()
+    known = _classes_by_id.get(number)
     if known is not None:
         found: type = known
         return found
@@ -461,11 +471,25 @@ def _may_have_changed(value: Any, references: Any) -> bool:
 
 
 def share_class(cls: type, key: str) -> None:
-    """Declare that every process has its own definition of this class under `key` (what `everywhere` defined).
+    """Declare that every process has its own definition of this class under `key` (what `everywhere` defined), and of
+    the classes that were defined in it.
 
     An instance that arrives is then one of the receiver's class; a process without it builds it from the message.
     """
-    number = f"distpool:{key}"
+    number = f"{_SHARED}{key}"
     _ids_by_class[cls] = number
     _classes_by_id[number] = cls
     _foreign.discard(cls)
+    for name, inner in list(vars(cls).items()):
+        if issubclass(type(inner), type) and inner.__qualname__ == f"{cls.__qualname__}.{name}":
+            share_class(inner, f"{key}.{name}")
+
+
+def is_numbered(cls: type) -> bool:
+    """Whether other processes may know this class already: it is shared, has been sent, or has come from elsewhere."""
+    return cls in _ids_by_class
+
+
+def _share_what_runs() -> None:
+    for share in running_texts[:]:
+        share()

@@ -6,6 +6,7 @@ import enum
 import functools
 import math
 import random
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -188,6 +189,28 @@ def test_C087_exceptions(w: list[int]) -> None:
             assert isinstance(info.value.captured.ex, RuntimeError)
             assert str(info.value.captured.ex) == "foobar"
             assert info.value.pid == pid
+
+
+def leave(kind: type[BaseException]) -> None:
+    raise kind("left")
+
+
+def test_C087_what_is_no_exception(w: list[int]) -> None:
+    for kind in (SystemExit, GeneratorExit, BaseException):
+        for pid in (w[0], 1):
+            for call in (remotecall_fetch, remotecall_wait, lambda f, p, k: fetch(remotecall(f, p, k))):
+                with pytest.raises(RemoteException) as info:
+                    call(leave, pid, kind)
+                assert type(info.value.captured.ex) is kind and info.value.captured.ex.args == ("left",)
+                assert info.value.pid == pid and "in leave" in info.value.captured.traceback
+
+
+def test_C087_ctrl_c_in_a_call_to_oneself_comes_through(w: list[int]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        remotecall_fetch(signal.raise_signal, 1, signal.SIGINT)
+    with pytest.raises(RemoteException) as info:
+        remotecall_fetch(leave, w[0], KeyboardInterrupt)
+    assert type(info.value.captured.ex) is KeyboardInterrupt
 
 
 def test_C089_text(w: list[int]) -> None:

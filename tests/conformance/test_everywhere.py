@@ -103,10 +103,47 @@ def test_C184_errors(team: list[int]) -> None:
     assert len(twice.value) == 1
 
 
+@pytest.mark.parametrize("kind", [SystemExit, GeneratorExit, BaseException])
+def test_C184_what_is_no_exception_is_an_error_all_the_same(team: list[int], kind: type[BaseException]) -> None:
+    text = f"raise {kind.__name__}('left')"
+    for pid in (1, team[0]):
+        for ask in (
+            lambda: everywhere(text, pid),  # noqa: B023
+            lambda: remotecall_eval("__main__", pid, text),  # noqa: B023
+            lambda: everywhere(lambda: exec(text), pid),  # noqa: B023
+        ):
+            with pytest.raises(RemoteException) as info:
+                ask()
+            assert info.value.pid == pid and type(info.value.captured.ex) is kind
+            assert kind.__name__ in info.value.captured.traceback
+    with pytest.raises(CompositeException) as several:
+        everywhere(text, [team[0], 1, team[1], 1])
+    assert [error.pid for error in several.value.exceptions] == [team[0], 1, team[1], 1]  # type: ignore[attr-defined]
+    assert {type(error.captured.ex) for error in several.value.exceptions} == {kind}  # type: ignore[attr-defined]
+    with pytest.raises(CompositeException):
+        everywhere(lambda: exec(text), [team[0], 1])
+
+
+def test_ctrl_c_during_the_local_run_comes_through(team: list[int]) -> None:
+    text = "import signal\nif myid() == 1: signal.raise_signal(signal.SIGINT)"
+    for pids in (1, [1, team[0]], [team[0], 1]):
+        with pytest.raises(KeyboardInterrupt):
+            everywhere(text, pids)
+    with pytest.raises(RemoteException) as info:
+        everywhere("raise KeyboardInterrupt", team[0])
+    assert type(info.value.captured.ex) is KeyboardInterrupt
+
+
 def test_C184_errors_before_anything_is_sent(team: list[int]) -> None:
     everywhere("sent = 0")
     with pytest.raises(SyntaxError):
         everywhere("sent = 1 +")
+    for wrong in ("return 1", "break", "await x", "yield 1", "nonlocal z"):
+        for pids in (team[0], None):
+            with pytest.raises(SyntaxError):
+                everywhere(f"sent = 1\n{wrong}", pids)
+            with pytest.raises(SyntaxError):
+                remotecall_eval("__main__", [1, *team] if pids is None else pids, f"sent = 1\n{wrong}")
     with pytest.raises(ModuleNotFoundError):
         everywhere("import no_such_module_anywhere\nsent = 1")
     with pytest.raises(ValueError, match="no process with id 9999 exists"):
@@ -226,6 +263,9 @@ def test_C193_clear(team: list[int]) -> None:
     assert remotecall_eval("colorsys", team[0], "mine") is None
     with pytest.raises(TypeError):
         distpool.clear([3])
+    for mod in (5, None, b"colorsys"):
+        with pytest.raises(TypeError, match="module"):
+            distpool.clear("kept", team[0], mod=mod)  # type: ignore[arg-type]
 
 
 def test_remotecall_eval(team: list[int]) -> None:
@@ -305,6 +345,263 @@ def test_a_class_is_found_by_name(team: list[int]) -> None:
     assert everywhere("(Point.y, hasattr(Point(), 'x'))", team[0]) == (7, False)
     assert type(everywhere("Point()", team[0])) is Point
     assert Point is not old
+
+
+CLASSES = """
+import collections, dataclasses, enum
+COUNT = 0
+
+class S:
+    made = 0
+    def __init__(self, x=0):
+        self.x = x
+    def bump(self):
+        global COUNT
+        COUNT += 1
+        type(self).made += 1
+
+class SErr(Exception):
+    pass
+
+class Col(enum.Enum):
+    R = 1
+
+P = collections.namedtuple("P", "x y")
+
+@dataclasses.dataclass
+class D:
+    a: int
+
+D2 = dataclasses.make_dataclass("D2", ["a"])
+
+if True:
+    class InIf(S):
+        pass
+try:
+    class InTry:
+        class Inner:
+            class Most:
+                pass
+finally:
+    pass
+
+def make():
+    class Made:
+        pass
+    return Made
+
+Made = make()
+exec("class InExec: pass")
+"""
+
+
+def test_classes_of_source_text_are_found_by_name(team: list[int]) -> None:
+    p, q = team[:2]
+    everywhere(CLASSES)
+    for path in ("S", "SErr", "Col", "P", "D", "D2", "InIf", "InTry.Inner.Most", "Made", "InExec"):
+        own = everywhere(path, 1)
+        assert everywhere(path, p) is own, path
+        assert everywhere(f"given is {path}", q, given=own) is True, path
+    assert type(everywhere("S(3)", p)) is here("S")
+    assert everywhere("[type(x) is y for x, y in given]", p, given=[(here("S")(), here("S"))]) == [True]
+    assert everywhere("Col.R", p) is here("Col").R
+    for text in ("P(1, 2)", "D(1)", "D2(1)"):
+        assert everywhere(text, p) == everywhere(text, 1), text
+    for pids in (p, [p, q]):
+        with pytest.raises((RemoteException, CompositeException)) as info:
+            everywhere("raise SErr(myid())", pids)
+        errors = getattr(info.value, "exceptions", [info.value])
+        assert all(type(error.captured.ex) is here("SErr") for error in errors)
+    ferry = distpool.RemoteChannel(None, q)
+    everywhere("ferry.put(S(5))", p, ferry=ferry)
+    assert everywhere("ferry.fetch().x * (type(ferry.fetch()) is S)", q, ferry=ferry) == 5
+    assert type(ferry.take()) is here("S")
+
+
+def test_a_function_that_is_sent_uses_the_classes_that_are_there(team: list[int]) -> None:
+    everywhere(CLASSES)
+    use = everywhere("lambda: S().bump()", 1)
+    use()
+    for _ in range(2):
+        remotecall_fetch(use, team[0])
+    assert [everywhere("(COUNT, S.made)", pid) for pid in (1, *team[:2])] == [(1, 1), (2, 2), (0, 0)]
+
+
+def test_functions_run_the_senders_code_however_everywhere_defined_them(team: list[int]) -> None:
+    everywhere("origin = myid()\ndef by_text(): return origin")
+
+    @everywhere
+    def by_object() -> int:
+        return origin  # type: ignore[name-defined,no-any-return]  # noqa: F821
+
+    assert everywhere("(by_text(), by_object())", team[0]) == (team[0], team[0])
+    for name in ("by_text", "by_object"):
+        assert remotecall_fetch(everywhere(f"lambda: {name}.__code__", 1), team[0]) == here(name).__code__
+    assert remotecall_fetch(everywhere("lambda: by_text()", 1), team[0]) == 1
+
+
+def test_a_class_is_known_by_name_while_the_text_still_runs(team: list[int]) -> None:
+    channels = [distpool.RemoteChannel(None, pid) for pid in (1, team[0])]
+    source = """
+    class Early:
+        pass
+    if myid() == 1:
+        ours, theirs = channels
+    else:
+        theirs, ours = channels
+    ours.put(Early())
+    seen = theirs.take(timeout=20)
+    assert type(seen) is Early
+    class Early:
+        pass
+    ours.put(Early())
+    assert type(theirs.take(timeout=20)) is Early
+    """
+    everywhere(source, [1, team[0]], channels=channels)
+    assert everywhere("type(given) is Early", team[0], given=here("Early")()) is True
+
+
+def test_a_class_of_a_text_that_fails_is_known_by_name(team: list[int]) -> None:
+    with pytest.raises(CompositeException) as info:
+        everywhere("class Halfway(Exception): pass\nraise Halfway", [team[0], 1])
+    there, local = info.value.exceptions
+    assert type(there.captured.ex) is type(local) is here("Halfway")  # type: ignore[attr-defined]
+
+
+def test_text_that_runs_again_replaces_its_classes(team: list[int]) -> None:
+    p, q = team[:2]
+    everywhere("class Again: version = 1\nold = Again()")
+    first, old = here("Again"), here("old")
+    everywhere("class Again: version = 2")
+    second = here("Again")
+    assert second is not first
+    assert [everywhere("Again", pid) for pid in (p, q)] == [second, second]
+    assert everywhere("(type(given) is Again, given.version)", p, given=old) == (True, 2), "old ones go by name as well"
+    assert type(everywhere("old", p)) is second
+    assert type(old) is first
+    everywhere("class Again: version = 3", q)
+    assert everywhere("given.version", q, given=second()) == 3, "each process has its own"
+    assert everywhere("Again().version", p) == 2 and everywhere("Again()", q).version == 2
+
+    @everywhere
+    class Again:
+        version = 4
+
+    for pid in (p, q):
+        assert everywhere("Again.version", pid) == 4 and type(everywhere("Again()", pid)) is Again
+    everywhere("class Again: version = 5")
+    for pid in (p, q):
+        assert everywhere("given.version", pid, given=Again()) == 5
+        assert type(everywhere("Again()", pid)) is here("Again") is not Again
+
+
+def test_a_class_that_only_some_have_arrives_by_value(team: list[int]) -> None:
+    p, q = team[:2]
+    everywhere("class Theirs:\n    def who(self): return 'theirs'", p)
+    value = everywhere("Theirs()", p)
+    assert value.who() == "theirs" and "Theirs" not in vars(sys.modules["__main__"])
+    assert type(everywhere("Theirs()", p)) is type(value)
+    assert everywhere("type(given) is Theirs", p, given=value) is True, "it comes home"
+    assert everywhere("given.who()", q, given=value) == "theirs"
+    everywhere("class Theirs:\n    def who(self): return 'ours'", [1, q])
+    assert type(everywhere("Theirs()", p)) is here("Theirs")
+    assert everywhere("given.who()", q, given=here("Theirs")()) == "ours"
+    everywhere("class Ours: pass", 1)
+    back = remotecall_fetch(ident, p, here("Ours")())
+    assert type(back) is here("Ours")
+
+
+def test_classes_for_workers_to_come(team: list[int]) -> None:
+    everywhere("class ForLater: pass", later=True)
+    remotecall_fetch(lambda: everywhere("class FromWorker: pass", later=True), team[0])
+
+    class Decorated:
+        class Inner:
+            pass
+
+    everywhere(Decorated, later=True)
+    (new,) = distpool.addprocs(1)
+    try:
+        for path in ("ForLater", "FromWorker", "Decorated", "Decorated.Inner"):
+            assert everywhere(path, new) is everywhere(path, 1) is everywhere(path, team[1]), path
+        assert everywhere("type(given) is ForLater", new, given=here("ForLater")()) is True
+    finally:
+        distpool.rmprocs(new)
+
+
+def test_what_a_text_does_not_define_keeps_its_own_ways(team: list[int]) -> None:
+    """Bindings and values that come by another way: they are numbered already, by the process that they are from."""
+
+    class Bound:
+        def __init__(self) -> None:
+            self.kind = type(self)
+
+    for _ in range(2):
+        everywhere("class Local: pass\nBound = Bound\nOther = Bound", team[:2], Bound=Bound)
+        assert everywhere("Bound", team[0]) is everywhere("Other", team[1]) is Bound
+        assert everywhere("type(given) is Bound", team[0], given=Bound()) is True
+    import colorsys
+
+    remotecall_eval(colorsys, [1, team[0]], "class Tint: pass")
+    tint = vars(colorsys)["Tint"]
+    try:
+        assert remotecall_eval(colorsys, team[0], "Tint") is tint, "by its module, as ever"
+    finally:
+        del colorsys.Tint  # type: ignore[attr-defined]
+
+
+def test_strange_classes_do_no_harm(team: list[int]) -> None:
+    source = """
+    class Strange(type):
+        def __eq__(cls, other): raise ValueError
+        def __hash__(cls): raise ValueError
+        def __getattribute__(cls, name): raise ValueError(name)
+    class Odd(metaclass=Strange):
+        pass
+    class Even:
+        pass
+    """
+    everywhere(source)
+    assert everywhere("Even", team[0]) is here("Even")
+
+
+def test_classes_of_files_and_of_a_script(tmp_path: Path) -> None:
+    text = "class FromFile:\n    class Inner: pass\nif True:\n    class F2(FromFile): pass\n"
+    (tmp_path / "defs.py").write_text(text)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import distpool\n"
+        "from distpool import everywhere, include, remotecall_fetch\n"
+        "p, q = distpool.addprocs(2)\n"
+        "include('defs.py')\n"
+        "assert type(everywhere('F2()', p)) is F2 and everywhere('FromFile.Inner', p) is FromFile.Inner\n"
+        "class Own:\n"
+        "    where = 'script'\n"
+        "own = Own()\n"
+        "source = 'class Own: where = str(myid())'\n"
+        "everywhere(source, p)\n"
+        "assert everywhere('given.where', p, given=own) == 'script', 'a class of the script: by value, as ever'\n"
+        "assert everywhere('Own().where', p) == str(p)\n"
+        "assert type(remotecall_fetch(lambda: Own(), p)) is Own\n"
+        "everywhere(source)\n"
+        "assert Own is not type(own) and type(everywhere('Own()', p)) is type(everywhere('Own()', q)) is Own\n"
+        "assert remotecall_fetch(lambda: Own.where, q) == str(q)\n"
+        "assert type(remotecall_fetch(lambda: own, q)) is type(own)\n"
+        "counted = '''\n"
+        "DROPPED = 0\n"
+        "class Counted:\n"
+        "    def __del__(self):\n"
+        "        global DROPPED\n"
+        "        DROPPED += 1\n"
+        "'''\n"
+        "everywhere(counted)\n"
+        "remotecall_fetch(lambda: [Counted() for _ in range(3)] and None, p)\n"
+        "assert everywhere('DROPPED', p) == 3 and DROPPED == 0\n"
+        "with distpool.ClusterExecutor(1) as executor:\n"
+        "    assert type(executor.submit(lambda: Counted()).result(30)) is Counted\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_lambda_is_run(team: list[int]) -> None:
