@@ -1,4 +1,4 @@
-"""What the workers are doing: `stats` and `dump_stacks` (layer 10).
+"""What the workers are doing: `stats` and `dump_stacks` (layer 9).
 
     stats        any thread: tables of the crews (no lock: a snapshot) + psutil for processes of this host
                  workers elsewhere: USAGE -> their I/O thread -> USAGE_IS
