@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from distpool.node import node as nodes
+from distpool.node.served import RAISED, RETURNED, text_name
 from distpool.refs.lent import parcel
 from distpool.wire.byvalue import share_class
 from distpool.wire.failures import encode_exception
@@ -51,14 +52,17 @@ def run_times(source: str, filename: str, module: str, bindings: dict[str, Any],
     node = nodes.current()
     outcomes: list[Any] = []
     for _ in range(times):
+        call = node.served.begin(text_name(filename))
         try:
             run(source, filename, module, bindings)
         except BaseException as error:
+            node.served.end(call, RAISED)
             seen: list[Any] = []
             data = encode_exception(error, asker, seen=seen)
             node.references().lend(seen, asker)
             outcomes.append(parcel(ERROR, data, [], node.pid))
         else:
+            node.served.end(call, RETURNED)
             outcomes.append(None)
     return outcomes
 
