@@ -270,3 +270,6 @@ def _at_exit() -> None:
 
 
 atexit.register(_at_exit)
+
+if "logging" in sys.modules:  # else whatever loads it will do this
+    importlib.import_module("distpool.logs").be_quiet()

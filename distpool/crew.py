@@ -76,6 +76,7 @@ class Crew:
         self._max_tasks = max_tasks
         self._replace = replace
         self._dismissed = False
+        self._lost: list[int] = []  # workers that have died, in whose place nobody has come yet
         node.crews.add(self)
 
     @property
@@ -170,13 +171,22 @@ class Crew:
         self.supply.joined(member, not self._dismissed and not surplus)
         if self._dismissed:
             member.say_goodbye(_PATIENCE)
-        elif surplus:
+            return
+        if surplus:
             self._retire(slot)
-        elif self._initializer is not None:
+            return
+        if not self.supply.brought_at_first(member.pid):
+            self._say_whom_it_replaces(member.pid)
+        if self._initializer is not None:
             assert member.link is not None
             member.link.send(Kind.INITIALIZE, messages.Initialize("").pack(), self._initializer)
         else:
             self._ready(slot)
+
+    def _say_whom_it_replaces(self, pid: int) -> None:
+        """The first of those in whose place nobody has come yet: who was ordered for whom makes no difference."""
+        if self._lost:
+            log.warning("Worker %d replaces worker %d.", pid, self._lost.pop(0))
 
     def _on_initialized(self, slot: Slot, frame: Frame) -> None:
         if messages.Initialized.unpack(frame.control).ok:
@@ -260,6 +270,7 @@ class Crew:
             self.scheduler.lost(slot, lambda ran: self._exit_error(member, ran))
             self._break(lambda: self._exit_error(member, True), unsent)
             return
+        self._lost.append(member.pid)
         self._refill()
         self.scheduler.lost(slot, lambda ran: self._exit_error(member, ran))
 
@@ -290,6 +301,8 @@ class Crew:
         self.scheduler.reclaims.unpin(slot)  # now: when it is gone, the others may be as well
         self.supply.leaves(slot.pid)
         slot.member.say_goodbye(_PATIENCE)
+        if slot.exhausted:
+            log.info("Worker %d has run all the calls that it may: another one replaces it.", slot.pid)
         self._refill()
 
     def _staying(self) -> list[Slot]:
@@ -308,6 +321,8 @@ class Crew:
                 slot.recall(messages.Recall(slot.load, []))
             else:
                 self._retire(slot)
+        places = max(0, size - len(staying))  # for those who are under way, or will be: more will not be replaced
+        del self._lost[places:]
         self._refill()
 
     # -- the end -----------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from distpool.node import node as nodes
+from distpool.node.served import RAISED, RETURNED, text_name
 from distpool.refs.lent import parcel
 from distpool.wire.byvalue import is_numbered, running_texts, share_class
 from distpool.wire.failures import encode_exception
@@ -125,16 +126,19 @@ def run_times(source: str, filename: str, module: str, bindings: dict[str, Any],
     outcomes: list[Any] = []
     code: Code | None = None
     for _ in range(times):
+        call = node.served.begin(text_name(filename))
         try:
             if code is None:
                 code = check(source, filename)
             run(source, filename, module, bindings, code)
         except BaseException as error:
+            node.served.end(call, RAISED)
             seen: list[Any] = []
             data = encode_exception(error, asker, seen=seen)
             node.references().lend(seen, asker)
             outcomes.append(parcel(ERROR, data, [], node.pid))
         else:
+            node.served.end(call, RETURNED)
             outcomes.append(None)
     return outcomes
 

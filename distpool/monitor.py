@@ -1,7 +1,7 @@
-"""What the workers are doing: `stats` and `dump_stacks` (layer 10).
+"""What the workers are doing: `stats` and `dump_stacks` (layer 9).
 
     stats        any thread: tables of the crews (no lock: a snapshot) + psutil for processes of this host
-                 workers elsewhere: USAGE -> their I/O thread -> USAGE_IS
+                 workers elsewhere, and all once there may have been remote calls: USAGE -> their I/O thread -> USAGE_IS
     dump_stacks  STACKS -> I/O thread of each worker -> STACKS_ARE, until all have answered, are gone, or time is up
 
 Answers are collected on the leader (`Monitor`, one per node). psutil is imported on first use: `import distpool` must
@@ -14,7 +14,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distpool.config import LONGEST, as_int
 from distpool.errors import ProcessExitedException
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from distpool.slots import Slot
     from distpool.transport.link import Link
 
-_USAGE_PATIENCE = 1.0  # seconds for workers on other hosts to say what they use
+_USAGE_PATIENCE = 1.0  # seconds for workers to say what they use, and run
 _SHORTEST = 0.05  # seconds over which a CPU percentage means anything: the kernel counts in steps of 10 ms
 
 
@@ -40,11 +40,19 @@ def stats() -> list[dict[str, Any]]:
 
     `pid`, `host`, `ospid`; `cpu` (percent of one CPU since the last call, at first since the worker's start),
     `memory` (bytes resident), both `None` if the process cannot be looked at; `done`, `failed` (calls that returned,
-    and that raised); `bytes_in`, `bytes_out` (over its connection; shared memory is not counted); `running` (label or
-    function name of the call it runs, or `None`); `since` (seconds, or `None`); `queued` (calls sent ahead).
+    and that raised); `bytes_in`, `bytes_out` (over its connection with this process; shared memory is not counted);
+    `running` (label or function name of the call it runs, or `None`); `since` (seconds, or `None`); `queued` (calls
+    sent ahead).
 
-    `since` counts from when the call was sent to the idle worker, or from when the result before it arrived: right to
-    some milliseconds without any cost per call. RuntimeError on a worker.
+    Counted are calls of executors and pools (each element of a map; a chunk of `map(chunksize=)` and of `distributed`
+    is one call), and remote calls, whoever makes them: this process, another worker, or itself (but
+    `remotecall_fetch` to oneself is a plain call). Of several remote calls at a time, `running` is the oldest, and an
+    executor's call comes first. `since` of an executor's call counts from when it was sent to the idle worker, or from
+    when the result before it arrived: right to some milliseconds without any cost per call.
+
+    Workers are asked for their remote calls, and those of other hosts for `cpu` and `memory`. Who does not answer
+    within a second (it is stopped, or in C code that holds the interpreter lock) is taken to be as it was when it last
+    did. RuntimeError on a worker.
 
     Example: `for row in distpool.stats(): print(row["pid"], row["cpu"], row["running"])`
     """
@@ -52,7 +60,7 @@ def stats() -> list[dict[str, Any]]:
     if node is None or node.group is None:
         return []
     slots = {pid: slot for crew in list(node.crews) for pid, slot in list(crew._slots.items())}
-    return _rows(node, [(member, slots.get(member.pid)) for member in _living(node)])
+    return _rows(node, [(member, slots.get(member.pid, member.slot)) for member in _living(node)])
 
 
 def crew_stats(crew: Crew) -> list[dict[str, Any]]:
@@ -86,7 +94,7 @@ def dump_stacks(pids: int | Iterable[int] | None = None, *, timeout: float = 5.0
     if not members:
         return texts
     assert node is not None
-    answers = of(node).ask(members, Kind.STACKS, lambda number: messages.Stacks(number), timeout)
+    answers = of(node).ask(members, Kind.STACKS, lambda number, member: messages.Stacks(number), timeout)
     for member in members:
         frame = answers.get(member.pid)
         if frame is not None:
@@ -137,23 +145,36 @@ def _rows(node: Node, pairs: list[tuple[Member, Slot | None]]) -> list[dict[str,
     return [_row(member, slot, used.get(member.pid)) for member, slot in pairs]
 
 
+class _Served(NamedTuple):
+    """What a worker has told of the remote calls that it runs (kept in `member.served`)."""
+
+    done: int = 0
+    failed: int = 0
+    running: str | None = None
+    begin: float = 0.0  # monotonic seconds of this process: since when that runs
+
+
 def _row(member: Member, slot: Slot | None, used: tuple[float, float, int] | None) -> dict[str, Any]:
+    served: _Served = member.served or _Served()
     running, since = _running(slot) if slot is not None else (None, None)
     link = member.link
     load = max(0, slot.load) if slot is not None else 0
+    queued = max(0, load - (running is not None))
+    if running is None and served.running is not None:
+        running, since = served.running, max(0.0, time.monotonic() - served.begin)
     return {
         "pid": member.pid,
         "host": member.host,
         "ospid": member.ospid,
         "cpu": _percent(member, used[0], used[1]) if used is not None else None,
         "memory": used[2] if used is not None else None,
-        "done": slot.done if slot is not None else 0,
-        "failed": slot.failed if slot is not None else 0,
+        "done": served.done + (slot.done if slot is not None else 0),
+        "failed": served.failed + (slot.failed if slot is not None else 0),
         "bytes_in": link.bytes_in if link is not None else 0,
         "bytes_out": link.bytes_out if link is not None else 0,
         "running": running,
         "since": since,
-        "queued": max(0, load - (running is not None)),
+        "queued": queued,
     }
 
 
@@ -181,14 +202,18 @@ def _running(slot: Slot) -> tuple[str | None, float | None]:
 
 
 def _usage(node: Node, members: list[Member]) -> dict[int, tuple[float, float, int]]:
-    """pid -> age, seconds of CPU, resident bytes. Processes of this host are looked at, others are asked."""
+    """pid -> age, seconds of CPU, resident bytes. Processes of this host are looked at, others are asked.
+
+    What they are asked for besides, the remote calls that they have run, is kept in `member.served`. Those of this host
+    are not asked while there cannot have been any, so that one that does not answer holds nobody up.
+    """
     import psutil
 
     used: dict[int, tuple[float, float, int]] = {}
-    elsewhere = []
+    elsewhere = set()
     for member in members:
         if member.link is None or not member.link.shares_memory:
-            elsewhere.append(member)
+            elsewhere.add(member.pid)
             continue
         try:
             process = psutil.Process(member.ospid)
@@ -198,11 +223,22 @@ def _usage(node: Node, members: list[Member]) -> dict[int, tuple[float, float, i
                 used[member.pid] = age, times.user + times.system, process.memory_info().rss
         except psutil.Error:
             continue  # it is ending, or we may not look
-    if elsewhere:
-        answers = of(node).ask(elsewhere, Kind.USAGE, lambda number: messages.Usage(number), _USAGE_PATIENCE)
-        for pid, frame in answers.items():
+    # To find each other, workers ask this process, unless they have been connected from the beginning.
+    remote = node.remote_calls_loaded or not node.group.lazy
+    asked = [member for member in members if remote or member.pid in elsewhere]
+    if asked:
+        answers = of(node).ask(
+            asked, Kind.USAGE, lambda number, member: messages.Usage(number, member.pid in elsewhere), _USAGE_PATIENCE
+        )
+        for member in asked:
+            frame = answers.get(member.pid)
+            if frame is None:
+                continue
             answer = messages.UsageIs.unpack(frame.control)
-            used[pid] = answer.age, answer.cpu_seconds, answer.memory
+            begin = time.monotonic() - (answer.since or 0.0)
+            member.served = _Served(answer.done, answer.failed, answer.running, begin)
+            if member.pid in elsewhere:
+                used[member.pid] = answer.age, answer.cpu_seconds, answer.memory
     return used
 
 
@@ -256,16 +292,16 @@ class Monitor:
             inquiry.settle(member.pid, None)
 
     def ask(
-        self, members: list[Member], kind: Kind, make: Callable[[int], messages.Message], timeout: float
+        self, members: list[Member], kind: Kind, make: Callable[[int, Member], messages.Message], timeout: float
     ) -> dict[int, Frame]:
-        """The answers that come within `timeout` seconds, by pid. Not on the leader."""
+        """The answers to `make(number, member)` that come within `timeout` seconds, by pid. Not on the leader."""
         deadline = time.monotonic() + min(timeout, LONGEST)
         number = next(self._numbers)
         inquiry = self._open[number] = _Inquiry({member.pid for member in members})
         loop = self._node.loop
         try:
-            question = make(number).pack()
-            loop.call_soon(lambda: self._send(inquiry, members, kind, question))
+            questions = [(member, make(number, member).pack()) for member in members]
+            loop.call_soon(lambda: self._send(inquiry, kind, questions))
             if not loop.lead(inquiry.ended.is_set, deadline):
                 with loop.following():
                     inquiry.ended.wait(max(0.0, deadline - time.monotonic()))
@@ -273,9 +309,9 @@ class Monitor:
             self._open.pop(number, None)
         return dict(inquiry.answers)
 
-    def _send(self, inquiry: _Inquiry, members: list[Member], kind: Kind, question: bytes) -> None:
+    def _send(self, inquiry: _Inquiry, kind: Kind, questions: list[tuple[Member, bytes]]) -> None:
         """On the leader, so that nobody can go between the look at the state and the sending."""
-        for member in members:
+        for member, question in questions:
             if not _is_up(member) or member.link is None or not member.link.send(kind, question):
                 inquiry.settle(member.pid, None)
 

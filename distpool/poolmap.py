@@ -25,6 +25,7 @@ from distpool.errors import ProcessExitedException
 from distpool.mapruns import LOOK_AHEAD
 from distpool.node import node as nodes
 from distpool.node.node import Node
+from distpool.node.served import RAISED, RETURNED, name_of
 from distpool.pools import WorkerPool
 from distpool.refs import gc
 from distpool.refs.lent import parcel
@@ -350,17 +351,21 @@ class _Lane:
 def run_batch(function: Callable[..., Any], single: bool, arguments: list[Any], asker: int) -> list[Any]:
     """On the worker: the outcome of each element, each serialised for itself, so that one cannot spoil the others."""
     node = nodes.current()
+    served, name = node.served, name_of(function)
     outcomes: list[Any] = []
     for argument in arguments:
+        call = served.begin(name)
         try:
             value = function(argument) if single else function(*argument)
         except BaseException as error:
+            served.end(call, RAISED)
             if asker == node.pid:
                 note_traceback(error)
                 outcomes.append((RAISED_HERE, error, (), node.pid))
             else:
                 outcomes.append(_failed(node, error, asker, ERROR))
         else:
+            served.end(call, RETURNED)
             outcomes.append((LOCAL_VALUE, value, (), node.pid) if asker == node.pid else _ended(node, value, asker))
             del value
     return outcomes

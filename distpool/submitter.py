@@ -9,6 +9,10 @@ from __future__ import annotations
 import concurrent.futures
 from collections.abc import Callable, Iterable, Iterator
 
+from distpool.logs import quiet_if_loaded
+
+quiet_if_loaded()  # by `concurrent.futures`
+
 TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
     from typing import Any, TypeVar

@@ -316,6 +316,11 @@ class Supply:
         order = self.orders_of.get(pid)
         return None if order is None else order.place
 
+    def brought_at_first(self, pid: int) -> bool:
+        """Whether it is one of those that the executor was to have from the beginning, and replaces nobody."""
+        order = self.orders_of.get(pid)
+        return order is not None and order.first
+
     def joined(self, member: Member, more: bool) -> None:
         """A worker has come up; with `more` it may start others of its host."""
         self.orders_of[member.pid].on_joined(member, more)

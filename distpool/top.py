@@ -1,4 +1,4 @@
-"""The live table of workers: the endpoint in the watched program, and what draws it elsewhere (layer 10).
+"""The live table of workers: the endpoint in the watched program, and what draws it elsewhere (layer 9).
 
     DISTPOOL_TOP=127.0.0.1:8790 python program.py            or a path for a Unix socket (mode 0700)
     python -m distpool top 127.0.0.1:8790
@@ -38,6 +38,7 @@ _IDLE = 60.0  # seconds without a request after which a client is dropped
 _MAX_ANSWER = 16 << 20
 _COLUMNS = ("pid", "host", "ospid", "cpu %", "memory", "done", "failed", "queued", "in", "out", "since", "running")
 _LEFT = frozenset((1, 11))  # columns that are text
+_making = threading.Lock()  # protects Node.top while it is made
 
 
 def parse_address(text: str) -> str | tuple[str, int]:
@@ -58,7 +59,8 @@ def parse_address(text: str) -> str | tuple[str, int]:
 
 
 def serve_if_wanted(node: Node) -> None:
-    """Start the endpoint that `DISTPOOL_TOP` names, once per node.
+    """Start the endpoint that `DISTPOOL_TOP` names, once per node. Any thread: before the first workers are started, by
+    an executor or by `addprocs` (so by `python -m distpool run` as well).
 
     ValueError if the variable names no address, or one that is not loopback. An address in use is only logged: the
     programs that this one starts inherit the variable.
@@ -71,11 +73,14 @@ def serve_if_wanted(node: Node) -> None:
         raise ValueError(
             f"DISTPOOL_TOP must be a loopback address or a path, not {text!r}: whoever connects is answered"
         )
-    try:
-        node.top = Endpoint(node, address)
-    except OSError as error:
-        node.top = error  # do not try again
-        log.warning("cannot listen on DISTPOOL_TOP=%s: %s", text, error)
+    with _making:
+        if node.top is not None:  # another thread adds its first workers at the same time
+            return
+        try:
+            node.top = Endpoint(node, address)
+        except OSError as error:
+            node.top = error  # do not try again
+            log.warning("cannot listen on DISTPOOL_TOP=%s: %s", text, error)
 
 
 def is_loopback(host: str) -> bool:

@@ -1,11 +1,14 @@
-"""`trace`: every call of this program's executors as a timeline file (layer 10).
+"""`trace`: every call of this program as a timeline file (layer 10).
 
     enter   leader: TRACE on -> all workers, also those that join later; `member.tracer` is set
-    while   Slot.send -> sent (names, labels)    RESULTS -> answered (errors)    TRACED -> times, kept packed
+    while   executors' calls: Slot.send -> sent (names, labels)    RESULTS -> answered (errors)
+            remote calls, whoever makes them: told by who runs them (`node.served`), with their names
+            both: TRACED -> times, kept packed
     leave   TRACE off -> the rest of the times -> resolve names -> JSON (Chrome's trace event format)
 
-Off, it costs one look at `member.tracer` per frame in the master and nothing in the workers (`node/observe`). On, a
-worker pays about a microsecond per call and one more frame per 20 ms; the master keeps some hundred bytes per call.
+Off, it costs one look at `member.tracer` per frame in the master and nothing in the workers (`node/observe`), but one
+look at `Served.times` per remote call. On, a worker pays about a microsecond per call and one more frame per 20 ms, and
+keeps nothing but the names of functions; the master keeps some hundred bytes per call.
 
 Clocks: a worker times its calls by `perf_counter_ns` and sends its distance from the wall clock; the difference of
 two such distances maps its times to ours. On one host that is right to a few microseconds; between hosts as good as
@@ -16,9 +19,11 @@ encoding of results are the gaps between the calls.
 from __future__ import annotations
 
 import bisect
+import collections
 import itertools
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +34,8 @@ from distpool.node import group as groups
 from distpool.node import node as nodes
 from distpool.node.group import Member, State
 from distpool.node.node import Node
-from distpool.node.observe import RAISED, RUNNING, clock_offset
+from distpool.node.observe import clock_offset
+from distpool.node.served import RAISED, REMOTE, RUNNING, Lanes, Times
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.records import ENTRUSTED
@@ -39,23 +45,30 @@ if TYPE_CHECKING:
 
 _PATIENCE = 5.0  # seconds for the workers to send their last times
 _UNKNOWN = "?"  # a call of which nothing is known but its times
+_STATUS = ("ok", "error")  # RETURNED, RAISED
 _numbers = itertools.count(1)  # of traces: a late answer to the last one must not get into the next
 
 
 def trace(path: str | os.PathLike[str]) -> Trace:
-    """Context manager: writes all calls that executors and pools run inside it to `path`, as JSON.
+    """Context manager: writes all calls that run inside it to `path`, as JSON.
 
     Open the file in https://ui.perfetto.dev or chrome://tracing, or draw it with `plot_trace`. Each worker is a
-    process of the timeline, named by its pid; each call (each element of a map) is an event with its begin and
-    duration in microseconds, and `args`: `function`, `label` (of `options`), `status`: "ok", "error", "unsendable"
-    (it returned something that could not be sent), "running" (when the trace ended), "died" (with its worker; begin
-    and end are then the master's estimate). A worker that is killed takes the times of the last milliseconds along.
+    process of the timeline, named by its pid; each call (each element of a map, each chunk of `distributed`) is an
+    event with its begin and duration in microseconds, and `args`: `function`, `label` (of `options`), `status`: "ok",
+    "error", "unsendable" (an executor's call returned something that could not be sent), "running" (when the trace
+    ended), "died" (with its worker; begin and end are then the master's estimate). A worker that is killed takes the
+    times of the last milliseconds along.
+
+    Calls of executors and pools are there if they begin, or are sent, inside the trace; remote calls (`remotecall` and
+    all that is made of it) if they begin inside, whichever process made them. Those that run on process 1 are there as
+    well, but `remotecall_fetch` to oneself is a plain call, and so are the elements of a `pmap` without workers.
 
     OSError if the file cannot be written; RuntimeError on a worker, or if a trace is being made already.
 
     Example:
         with distpool.trace("calls.json"), distpool.ClusterExecutor(4) as ex:
             ex.pmap(f, xs)
+            distpool.remotecall_fetch(g, ex.workers[0])
     """
     return Trace(os.fspath(path))
 
@@ -108,10 +121,13 @@ class _Sent(NamedTuple):
 
 
 class _Track:
-    """What is known of one worker's calls."""
+    """What is known of one process's calls."""
 
-    def __init__(self, member: Member) -> None:
-        self.member = member
+    def __init__(self, pid: int, host: str, member: Member | None = None) -> None:
+        self.pid = pid
+        self.host = host
+        self.member = member  # None: this process
+        self.names: dict[int, str] = {}  # of functions of remote calls; leader
         self.sent: dict[int, _Sent] = {}  # by first sequence number; atomic
         self.times: list[tuple[int, bytes]] = []  # the worker's clock, TIMED records; leader
         self.unsendable: set[int] = set()  # leader
@@ -145,6 +161,8 @@ class Tracer:
         self.wall = time.time()
         self.tracks: dict[int, _Track] = {}
         self._group = groups.of(node)
+        self._records: collections.deque[bytes] = collections.deque()  # of calls that run here; atomic ends
+        self._own = Times(node.served, self._records, Lanes())
         self._all_ended = threading.Event()
         self._stopping = False
 
@@ -192,6 +210,7 @@ class Tracer:
     def _begin(self) -> None:
         node, group = self.node, self._group
         node.tracer = self
+        node.served.times = self._own
         node.handlers[Kind.TRACED] = self._on_traced
         group.joined_watchers.append(self._add)
         group.gone_watchers.append(self._on_gone)
@@ -205,7 +224,7 @@ class Tracer:
                         self.sent(pid, sequence, [entry])
 
     def _add(self, member: Member) -> None:
-        self.tracks[member.pid] = _Track(member)
+        self.tracks[member.pid] = _Track(member.pid, member.host, member)
         member.tracer = self
         if member.link is not None:
             member.link.send(Kind.TRACE, messages.Trace(self.number, True).pack())
@@ -213,14 +232,27 @@ class Tracer:
     def _end(self) -> None:
         self._stopping = True
         self._group.joined_watchers.remove(self._add)
+        self._end_own()
         for track in self.tracks.values():
             member = track.member
+            if member is None:
+                continue
             member.tracer = None
             if track.ended or member.link is None:
                 continue
             if not member.link.send(Kind.TRACE, messages.Trace(self.number, False).pack()):
                 track.ended = True
         self._check_ended()
+
+    def _end_own(self) -> None:
+        """The calls that ran, or run, on this process."""
+        self.node.served.times = None
+        self._own.announce()
+        if self._records:
+            own = self.tracks[1] = _Track(1, socket.gethostname())
+            own.times.append((self.clock, b"".join(self._records)))
+            own.names = dict(self._own.new_names())
+            own.ended = True
 
     def _take_back(self) -> None:
         """It has begun too late: nobody will end it."""
@@ -242,6 +274,7 @@ class Tracer:
         track = self.tracks.get(link.peer)
         if track is None or message.number != self.number:
             return
+        track.names.update((number, name) for number, name in message.names)
         if len(frame.body):
             track.times.append((message.clock, bytes(frame.body)))
         if message.last:
@@ -258,7 +291,7 @@ class Tracer:
 
     @staticmethod
     def _note_started(track: _Track) -> None:
-        journal = track.member.journal
+        journal = track.member.journal if track.member is not None else None
         if journal is not None:
             try:
                 track.started = journal.started
@@ -304,7 +337,10 @@ class Tracer:
 
     def _events_of(self, track: _Track) -> Iterator[Event]:
         firsts = sorted(track.sent)
-        pid = track.member.pid
+        pid = track.pid
+        end = (track.gone_at or self.ended) - self.began
+        remote_seen: set[tuple[int, int]] = set()
+        remote_lost: dict[tuple[int, int], str] = {}
         seen: set[tuple[int, int]] = set()
         last_end = 0
         lost: list[tuple[int, int, int, int]] = []
@@ -312,6 +348,14 @@ class Tracer:
             shift = clock - self.clock - self.began
             for sequence, element, lane, begin, duration, ended in messages.TIMED.iter_unpack(body):
                 begin += shift
+                if ended & REMOTE:
+                    name = track.names.get(sequence, _UNKNOWN)
+                    if ended == REMOTE | RUNNING:
+                        remote_lost[lane, begin] = name
+                        continue
+                    remote_seen.add((lane, begin))
+                    yield Event(pid, lane, max(0, begin), duration, name, None, _STATUS[ended & ~REMOTE])
+                    continue
                 if ended == RUNNING:
                     lost.append((sequence, element, lane, begin))
                     continue
@@ -320,7 +364,10 @@ class Tracer:
                 status = "error" if ended == RAISED else "unsendable" if sequence in track.unsendable else "ok"
                 sent = _find(track.sent, firsts, sequence)
                 yield Event(pid, lane, begin, duration, sent.function, sent.label, status)
-        end = (track.gone_at or self.ended) - self.began
+        for (lane, begin), name in remote_lost.items():
+            if (lane, begin) not in remote_seen:
+                begin = max(0, begin)
+                yield Event(pid, lane, begin, max(0, end - begin), name, None, "died" if track.gone_at else "running")
         for sequence, element, lane, begin in lost:
             if (sequence, element) not in seen:  # else: it ended while the worker was counting
                 sent = _find(track.sent, firsts, sequence)
@@ -348,7 +395,9 @@ def write(file: IO[str], tracer: Tracer) -> None:
     file.write(json.dumps(head)[:-1] + ', "traceEvents": [\n')
     lines = []
     for pid, track in sorted(tracer.tracks.items()):
-        lines.append(_metadata("process_name", pid, 0, {"name": f"worker {pid} ({track.member.host})"}))
+        lines.append(
+            _metadata("process_name", pid, 0, {"name": f"{'process' if pid == 1 else 'worker'} {pid} ({track.host})"})
+        )
         lines.append(_metadata("process_sort_index", pid, 0, {"sort_index": pid}))
         lines.append(_metadata("thread_name", pid, 0, {"name": "main thread"}))
     lanes = set()

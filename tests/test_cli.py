@@ -255,6 +255,33 @@ def test_once_over_a_private_socket(tmp_path: Path) -> None:
     assert not path.exists(), "no file outlives the program"
 
 
+@pytest.mark.parametrize("way", ["addprocs", "run"])
+def test_a_program_without_executors_is_watched(tmp_path: Path, way: str) -> None:
+    path = tmp_path / "top.sock"
+    source = "import sys, distpool; print('running', flush=True); sys.stdin.readline()"
+    if way == "addprocs":
+        command_line = [sys.executable, "-c", source.replace("distpool;", "distpool; distpool.addprocs(2);", 1)]
+    else:
+        command_line = [*COMMAND, "run", "-p", "2", "-c", source]
+    environment = {**os.environ, "DISTPOOL_TOP": str(path)}
+    with subprocess.Popen(
+        command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n"
+        done = command("top", str(path), "--once")
+        process.communicate("\n", timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3, "a line of titles and two workers"
+
+
+def test_run_refuses_an_address_that_others_reach() -> None:
+    environment = {**os.environ, "DISTPOOL_TOP": "0.0.0.0:8790"}
+    done = command("run", "-p", "1", "-c", "print('ran')", env=environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("distpool: DISTPOOL_TOP must be a loopback address")
+
+
 def test_a_killed_program_s_socket_is_taken_over(tmp_path: Path) -> None:
     path = tmp_path / "top.sock"
     with socket.socket(socket.AF_UNIX) as dead:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import distpool
+import distpool.top
 from distpool import cluster
 from distpool.cluster import addprocs, addprocs_async, end_workers, rmprocs
 from distpool.node import group as groups
@@ -70,6 +71,30 @@ def test_bad_arguments_start_nothing() -> None:
     with pytest.raises((TypeError, ValueError)):
         addprocs(object())  # type: ignore[arg-type]
     assert listed() == before
+
+
+def test_the_endpoint_is_served_only_if_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever only adds workers is watched as an executor is, and refused as it is."""
+    served: list[Any] = []
+    monkeypatch.setattr(distpool.top, "serve_if_wanted", served.append)
+    monkeypatch.delenv("DISTPOOL_TOP", raising=False)
+    rmprocs(addprocs(1)).result(PATIENCE)
+    assert not served
+    monkeypatch.setenv("DISTPOOL_TOP", "127.0.0.1:0")
+    rmprocs(addprocs(1)).result(PATIENCE)
+    assert served == [nodes.current()]
+
+
+def test_an_endpoint_that_others_reach_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    node, before = nodes.current(), listed()
+    monkeypatch.setattr(node, "top", None)
+    monkeypatch.setenv("DISTPOOL_TOP", "0.0.0.0:8790")
+    for add in (addprocs, addprocs_async):
+        with pytest.raises(ValueError, match="DISTPOOL_TOP must be a loopback address"):
+            add(1, topology="master_worker")
+    assert node.top is None and listed() == before
+    monkeypatch.delenv("DISTPOOL_TOP")
+    rmprocs(addprocs(1)).result(PATIENCE)  # the topology was not claimed
 
 
 def test_removing_what_is_not_there(pids: list[int]) -> None:

@@ -22,6 +22,10 @@ from distpool.node import node as nodes
 PATIENCE = 30.0
 
 
+def wait_for_ever() -> None:
+    threading.Event().wait()
+
+
 def test_killed_workers_are_replaced_one_for_one(make: Callable[..., ClusterExecutor]) -> None:
     executor = make(3)
     before = all_at_once(executor, 3)
@@ -46,6 +50,59 @@ def test_a_worker_that_dies_idle_costs_nothing(
             except ProcessExitedException:
                 pass  # it was sent in the moment between death and its notice, and may have run
     assert "terminated" in caplog.text
+
+
+def replacements(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings that say who replaces whom."""
+    found = [record for record in caplog.records if " replaces worker " in record.getMessage()]
+    assert all((record.name, record.levelno) == ("distpool.crew", logging.WARNING) for record in found)
+    return [record.getMessage() for record in found]
+
+
+@pytest.mark.parametrize("cause", ["killed", "timeout"])
+def test_the_log_says_who_replaces_whom(
+    make: Callable[..., ClusterExecutor], caplog: pytest.LogCaptureFixture, cause: str
+) -> None:
+    with caplog.at_level(logging.INFO, "distpool"):
+        executor = make(1)
+        executor.submit(abs, 1).result(PATIENCE)
+        (before,) = executor.workers
+        if cause == "killed":
+            error = executor.submit(os._exit, 3).exception(PATIENCE)
+            assert isinstance(error, ProcessExitedException)
+        else:
+            error = executor.options(timeout=0.2).submit(wait_for_ever).exception(PATIENCE)
+            assert isinstance(error, TimeoutError)
+        executor.submit(abs, 1).result(PATIENCE)
+        (after,) = executor.workers
+    assert replacements(caplog) == [f"Worker {after} replaces worker {before}."]
+    assert caplog.text.index(f"Worker {before} terminated.") < caplog.text.index("replaces")
+
+
+def test_who_comes_at_first_or_by_scale_replaces_nobody(
+    make: Callable[..., ClusterExecutor], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "distpool"):
+        executor = make(1)
+        executor.submit(abs, 1).result(PATIENCE)
+        executor.scale(3)
+        all_at_once(executor, 3)
+        executor.scale(1)
+        until(lambda: len(executor.workers) == 1, "the others have left")
+        executor.submit(abs, 1).result(PATIENCE)
+    assert not replacements(caplog)
+
+
+def test_planned_replacements_are_no_warnings(
+    make: Callable[..., ClusterExecutor], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "distpool"):
+        executor = make(1, max_tasks_per_child=1)
+        ospids = {executor.submit(os.getpid).result(PATIENCE) for _ in range(3)}
+    assert len(ospids) == 3
+    assert not replacements(caplog)
+    planned = [record for record in caplog.records if "has run all the calls that it may" in record.getMessage()]
+    assert len(planned) >= 2 and {record.levelno for record in planned} == {logging.INFO}
 
 
 @pytest.mark.leaves_processes("the shell that removes the launcher's directory at the end of this program")

@@ -46,6 +46,43 @@ def test_a_program_that_does_not_ask_sees_nothing() -> None:
     assert done.stderr == "distpool.x: this was asked for\n"
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import logging, distpool",
+        "import logging; from distpool import errors",
+        "import distpool, logging; distpool.ClusterExecutor",
+        "import distpool, logging; distpool.Future",
+        "import distpool, logging; distpool.remotecall",
+        "import distpool, logging; distpool.addprocs",
+        "import distpool, logging; distpool.DistPool",
+        "import distpool, logging; distpool.pmap",
+    ],
+)
+def test_the_null_handler_is_there(source: str) -> None:
+    """Before anything is logged: with the import of the package, or with the first name that can log."""
+    look = "print([type(handler).__name__ for handler in logging.getLogger('distpool').handlers])"
+    command = [sys.executable, "-c", f"{source}\n{look}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == ("['NullHandler']\n", "")
+
+
+def test_the_import_does_not_load_logging_and_respects_what_is_there() -> None:
+    source = """if True:
+        import sys
+        import distpool
+        assert "logging" not in sys.modules
+        assert "distpool.logs" not in sys.modules
+        del sys.modules["distpool"]
+        import logging
+        own = logging.StreamHandler()
+        logging.getLogger("distpool").addHandler(own)
+        import distpool
+        assert logging.getLogger("distpool").handlers == [own]
+    """
+    subprocess.run([sys.executable, "-c", source], timeout=60, check=True)
+
+
 def test_a_log_that_cannot_be_loaded_costs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from faults.helpers import Gate, hold_in_c
+from faults.helpers import Gate, hold, hold_in_c
 
 import distpool
 from distpool import monitor
@@ -218,6 +218,160 @@ def test_workers_elsewhere_are_asked(executor: distpool.ClusterExecutor) -> None
         for member in members:
             member.link.shares_memory = True
     held.result()
+
+
+# -- remote calls --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pids() -> Iterator[list[int]]:
+    found = distpool.addprocs(2)
+    yield found
+    distpool.rmprocs(found).result(30)
+
+
+def numbers(pids: list[int]) -> list[tuple[int, int]]:
+    """(done, failed) of these workers."""
+    rows = distpool.stats()
+    return [(row["done"], row["failed"]) for row in (row_of(rows, pid) for pid in pids)]
+
+
+def call_there(pid: int) -> int:
+    return distpool.remotecall_fetch(abs, pid, -1)
+
+
+def call_here() -> int:
+    value: int = distpool.remotecall(abs, distpool.myid(), -1).result()
+    return value
+
+
+def test_remote_calls_are_counted_where_they_run(pids: list[int]) -> None:
+    one, two = pids
+    assert numbers(pids) == [(0, 0), (0, 0)]
+    distpool.remotecall_fetch(abs, one, -1)
+    assert numbers(pids) == [(1, 0), (0, 0)], "before the answer is there"
+    distpool.remotecall_wait(abs, one, -1)
+    with pytest.raises(distpool.RemoteException):
+        distpool.remotecall_fetch(fail, two)
+    assert numbers(pids) == [(2, 0), (0, 1)]
+    distpool.fetch(distpool.spawnat(two, abs, -1))
+    assert numbers(pids) == [(2, 0), (1, 1)]
+    distpool.remotecall_fetch(call_there, one, two)  # from worker to worker
+    assert numbers(pids) == [(3, 0), (2, 1)]
+    distpool.remotecall_fetch(call_here, one)  # from a worker to itself
+    assert numbers(pids) == [(5, 0), (2, 1)]
+    distpool.remote_do(abs, two, -1)
+    wait_until(lambda: numbers(pids) == [(5, 0), (3, 1)])
+    pool = distpool.WorkerPool([one])
+    distpool.remote_do(fail, pool)
+    distpool.remotecall_fetch(abs, pool, -1)
+    wait_until(lambda: numbers(pids) == [(6, 1), (3, 1)])
+
+
+def test_what_runs_on_many_workers_is_counted(pids: list[int]) -> None:
+    def total() -> tuple[int, int]:
+        found = numbers(pids)
+        return sum(done for done, _ in found), sum(failed for _, failed in found)
+
+    for number, options in enumerate(({}, {"batch_size": 4}, {"pool": distpool.WorkerPool(pids)})):
+        assert distpool.pmap(abs, range(-10, 0), **options) == list(range(10, 0, -1))
+        assert total() == (10 * (number + 1), 0), "each element is a call"
+    assert distpool.pmap(fail_with, range(4), batch_size=2, on_error=repr) == [f"KeyError({n})" for n in range(4)]
+    assert total() == (30, 4)
+    assert distpool.distributed(abs, range(100), max) == 99
+    assert total() == (32, 4), "one chunk each"
+    distpool.everywhere("x = 1", pids)
+    distpool.everywhere("x = 1", pids[0])
+    distpool.everywhere(lambda: None, pids)
+    with pytest.raises(distpool.CompositeException):
+        distpool.everywhere("1 / 0", pids)
+    assert total() == (37, 6)
+
+
+def fail_with(value: Any) -> None:
+    raise KeyError(value)
+
+
+def test_the_running_remote_call_and_since_when(pids: list[int]) -> None:
+    gate = Gate()
+    try:
+        begin = time.monotonic()
+        future = distpool.remotecall(hold, pids[0], gate.address)
+        arrival = gate.arrival()
+        row = row_of(distpool.stats(), pids[0])
+        assert row["running"].endswith("hold") and 0 <= row["since"] <= time.monotonic() - begin
+        assert row["queued"] == 0 and row_of(distpool.stats(), pids[1])["running"] is None
+        later = row_of(distpool.stats(), pids[0])
+        assert later["since"] >= row["since"]
+        beside = distpool.remotecall(hold, pids[0], gate.address)  # on another thread
+        other = gate.arrival()
+        arrival.release()
+        future.result()
+        assert row_of(distpool.stats(), pids[0])["running"].endswith("hold")
+        other.release()
+        beside.result()
+        row = row_of(distpool.stats(), pids[0])
+        assert (row["running"], row["since"], row["done"]) == (None, None, 2)
+    finally:
+        gate.close()
+
+
+def test_the_user_s_function_is_the_running_one(pids: list[int]) -> None:
+    """Not the function of the library that calls it."""
+    gate = Gate()
+    wait_there = lambda number: hold(gate_address)
+    gate_address = gate.address
+    ways: list[Callable[[], Any]] = [
+        lambda: distpool.pmap(hold, [gate_address]),
+        lambda: distpool.pmap(hold, [gate_address], batch_size=2),
+        lambda: distpool.distributed(wait_there, range(1)),
+        lambda: distpool.remote_do(hold, distpool.WorkerPool(pids), gate_address),
+        lambda: distpool.everywhere(lambda: hold(gate_address), pids[0]),
+    ]
+    try:
+        for way in ways:
+            thread = threading.Thread(target=way)
+            thread.start()
+            arrival = gate.arrival()
+            running = [row["running"] for row in distpool.stats() if row["running"] is not None]
+            assert len(running) == 1 and running[0].endswith(("hold", "<lambda>")), running
+            arrival.release()
+            thread.join(30)
+            assert not thread.is_alive()
+            wait_until(lambda: all(row["running"] is None for row in distpool.stats()))
+    finally:
+        gate.close()
+
+
+def test_both_kinds_of_calls_are_added(pids: list[int]) -> None:
+    with distpool.ClusterExecutor(hosts=distpool.WorkerPool(pids[:1])) as ex:
+        assert list(ex.map(abs, range(10))) == list(range(10))
+        distpool.remotecall_fetch(abs, pids[0], -1)
+        assert row_of(ex.stats(), pids[0])["done"] == 11
+        assert numbers(pids[:1]) == [(11, 0)]
+    assert numbers(pids[:1]) == [(11, 0)], "also when it has been given back"
+
+
+def test_a_worker_that_does_not_answer_holds_nobody_up(pids: list[int]) -> None:
+    distpool.remotecall_fetch(abs, pids[0], -1)
+    row = row_of(distpool.stats(), pids[0])
+    gate = Gate()
+    try:
+        future = distpool.remotecall(hold, pids[0], gate.address)
+        arrival = gate.arrival()
+        assert row_of(distpool.stats(), pids[0])["running"].endswith("hold")
+        os.kill(row["ospid"], signal.SIGSTOP)
+        begin = time.monotonic()
+        row = row_of(distpool.stats(), pids[0])
+        assert time.monotonic() - begin < 10
+        assert row["done"] == 1 and row["running"].endswith("hold"), "as it was when it last told"
+        assert row["cpu"] is not None
+        os.kill(row["ospid"], signal.SIGCONT)
+        arrival.release()
+        future.result()
+    finally:
+        os.kill(row["ospid"], signal.SIGCONT)
+        gate.close()
 
 
 def ask_for_stats() -> str:

@@ -14,7 +14,8 @@ import pytest
 from fakes import ManualLoop
 
 from distpool.node import observe
-from distpool.node.observe import RAISED, RETURNED, RUNNING, Observer, Timeline
+from distpool.node.observe import Observer, Timeline
+from distpool.node.served import RAISED, RETURNED, RUNNING, Served
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
 
@@ -85,6 +86,7 @@ class Watched:
         self.function_of = lambda item: self.function  # of the runner
         self.find_function = self.function_of
         self.handlers: dict[int, Any] = {}
+        self.served = Served()
 
     def send(self, kind: Kind, control: bytes, body: bytes = b"") -> None:
         self.sent.append(Frame(kind, control, body, []))
@@ -113,7 +115,7 @@ def watched() -> Iterator[Watched]:
 
 
 def test_each_call_leaves_its_time_and_its_result_is_untouched(watched: Watched) -> None:
-    timeline = Timeline(watched, watched, 3)  # type: ignore[arg-type]
+    timeline = Timeline(watched, watched, watched.served, 3)  # type: ignore[arg-type]
     assert watched.run(5, -2) == 2
     with pytest.raises(TypeError):
         watched.run(6, "x")
@@ -125,7 +127,7 @@ def test_each_call_leaves_its_time_and_its_result_is_untouched(watched: Watched)
 
 
 def test_elements_of_a_chunk_are_told_apart(watched: Watched) -> None:
-    timeline = Timeline(watched, watched, 3)  # type: ignore[arg-type]
+    timeline = Timeline(watched, watched, watched.served, 3)  # type: ignore[arg-type]
     function = watched.find_function(SimpleNamespace(sequence=7, flags=messages.CHUNK, index=0))
     assert [function(number) for number in (-1, -2)] == [1, 2]
     timeline.stop()
@@ -133,7 +135,7 @@ def test_elements_of_a_chunk_are_told_apart(watched: Watched) -> None:
 
 
 def test_other_threads_have_lanes_of_their_own(watched: Watched) -> None:
-    timeline = Timeline(watched, watched, 3)  # type: ignore[arg-type]
+    timeline = Timeline(watched, watched, watched.served, 3)  # type: ignore[arg-type]
     for sequence in (1, 2):
         thread = threading.Thread(target=watched.run, args=(sequence, -1))
         thread.start()
@@ -145,7 +147,7 @@ def test_other_threads_have_lanes_of_their_own(watched: Watched) -> None:
 
 
 def test_what_still_runs_is_said_to(watched: Watched) -> None:
-    timeline = Timeline(watched, watched, 3)  # type: ignore[arg-type]
+    timeline = Timeline(watched, watched, watched.served, 3)  # type: ignore[arg-type]
     watched.function = lambda: timeline.stop()
     watched.run(5)
     assert watched.times() == [(5, 0, 0, RUNNING)] and watched.last() == [True]
@@ -154,7 +156,7 @@ def test_what_still_runs_is_said_to(watched: Watched) -> None:
 
 
 def test_times_are_sent_while_calls_run(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    timeline = Timeline(watched, watched, 3)  # type: ignore[arg-type]
+    timeline = Timeline(watched, watched, watched.served, 3)  # type: ignore[arg-type]
     watched.loop.ring(observe._EVERY)
     assert watched.sent == [], "nothing to tell"
     watched.run(1, -1)
@@ -170,7 +172,7 @@ def test_times_are_sent_while_calls_run(watched: Watched, monkeypatch: pytest.Mo
 
 
 def test_without_a_trace_nothing_is_paid(watched: Watched) -> None:
-    Timeline(watched, watched, 3).stop()  # type: ignore[arg-type]
+    Timeline(watched, watched, watched.served, 3).stop()  # type: ignore[arg-type]
     assert watched.find_function is watched.function_of
 
 
@@ -195,7 +197,7 @@ def test_the_master_turns_it_on_and_off(watched: Watched) -> None:
 def test_questions_are_answered_with_their_number(watched: Watched) -> None:
     Observer(watched, watched, watched)  # type: ignore[arg-type]
     watched.handlers[Kind.STACKS](watched, Frame(Kind.STACKS, messages.Stacks(8).pack(), b"", []))
-    watched.handlers[Kind.USAGE](watched, Frame(Kind.USAGE, messages.Usage(9).pack(), b"", []))
+    watched.handlers[Kind.USAGE](watched, Frame(Kind.USAGE, messages.Usage(9, True).pack(), b"", []))
     stacks, usage = watched.sent
     assert stacks.kind is Kind.STACKS_ARE and messages.StacksAre.unpack(stacks.control).request == 8
     assert b"test_questions_are_answered" in stacks.body

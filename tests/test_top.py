@@ -176,6 +176,32 @@ def test_an_address_in_use_is_logged_and_not_tried_again(
     assert isinstance(node.top, OSError)
 
 
+def test_two_threads_want_it_at_once(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each adds its first workers: one endpoint serves both, and neither finds its address in use by the other."""
+    made: list[Any] = []
+    barrier = threading.Barrier(2)
+    parse = top.parse_address
+
+    def parse_together(text: str) -> Any:  # both have seen that there is none
+        barrier.wait(20)
+        return parse(text)
+
+    def make(*arguments: Any) -> Any:
+        made.append(arguments)
+        return object()
+
+    monkeypatch.setattr(top, "parse_address", parse_together)
+    monkeypatch.setattr(top, "Endpoint", make)
+    monkeypatch.setenv("DISTPOOL_TOP", "127.0.0.1:0")
+    threads = [threading.Thread(target=top.serve_if_wanted, args=(node,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(made) == 1
+    monkeypatch.undo()
+
+
 def test_a_path_is_private_and_goes(node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "s"
     serve(node, path, monkeypatch)

@@ -8,12 +8,13 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from faults.helpers import Gate, hold_in_c
+from faults.helpers import Gate, hold, hold_in_c, show
 
 import distpool
 from distpool.node import node as nodes
@@ -310,6 +311,143 @@ def test_a_forked_child_writes_nothing(tmp_path: Path) -> None:
         assert path.read_text() == ""
         manager.__exit__(None, None, None)
     assert len(calls(path)) == 1
+
+
+# -- remote calls ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pids() -> Iterator[list[int]]:
+    found = distpool.addprocs(2)
+    yield found
+    distpool.rmprocs(found).result(30)
+
+
+def seen(path: Path) -> Counter[tuple[int, str, str]]:
+    """(pid, function, how it ended) of all calls."""
+    return Counter((event["pid"], event["name"].rpartition(".")[2], event["args"]["status"]) for event in calls(path))
+
+
+def nap_there(pid: int, seconds: float) -> float:
+    return distpool.remotecall_fetch(nap, pid, seconds)
+
+
+def nap_here(seconds: float) -> float:
+    value: float = distpool.remotecall(nap, distpool.myid(), seconds).result()
+    return value
+
+
+def test_remote_calls_of_all_kinds(tmp_path: Path, pids: list[int]) -> None:
+    path = tmp_path / "trace.json"
+    one, two = pids
+    with distpool.trace(path):
+        distpool.remotecall_fetch(nap, one, 0.05)
+        distpool.remotecall_wait(nap, two, 0.05)
+        distpool.fetch(distpool.spawnat(two, nap, 0.05))
+        distpool.fetchfrom(one, nap_there, two, 0.05)
+        distpool.fetchfrom(one, nap_here, 0.05)
+        assert distpool.remotecall(nap, 1, 0.05).result() == 0.05
+        with pytest.raises(distpool.RemoteException):
+            distpool.remotecall_fetch(fail, two)
+    assert seen(path) == {
+        (one, "nap", "ok"): 2,
+        (two, "nap", "ok"): 3,
+        (one, "nap_there", "ok"): 1,
+        (one, "nap_here", "ok"): 1,
+        (1, "nap", "ok"): 1,
+        (two, "fail", "error"): 1,
+    }
+    found = calls(path)
+    assert all(event["args"]["label"] is None and event["name"] == event["args"]["function"] for event in found)
+    naps = [event for event in found if event["name"].endswith("nap")]
+    assert all(50_000 <= event["dur"] < 5_000_000 for event in naps)
+    (there,) = (event for event in found if event["name"].endswith("nap_there"))
+    inside = [
+        event
+        for event in naps
+        if event["pid"] == two
+        and there["ts"] <= event["ts"] + 1000
+        and event["dur"] + event["ts"] <= there["ts"] + there["dur"] + 1000
+    ]
+    assert len(inside) == 1, "on a common clock"
+
+
+def test_maps_loops_and_texts_on_workers(tmp_path: Path, pids: list[int]) -> None:
+    path = tmp_path / "trace.json"
+    with distpool.trace(path):
+        distpool.pmap(nap, [0.01] * 6)
+        distpool.pmap(abs, range(8), batch_size=4)
+        distpool.distributed(len, ["a", "b"], max)
+        distpool.everywhere("x = 1", pids)
+        distpool.remotecall_fetch(max, distpool.WorkerPool(pids), 1, 2)
+    found: Counter[str] = Counter()
+    for (pid, name, status), count in seen(path).items():
+        assert pid in pids and status == "ok"
+        found[name] += count
+    assert found == {"nap": 6, "abs": 8, "len": 2, "everywhere": 2, "max": 1}
+
+
+def test_both_kinds_of_calls(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with distpool.trace(path), distpool.ClusterExecutor(1) as ex:
+        for _ in range(20):
+            ex.submit(abs, -1).result()
+            distpool.remotecall_fetch(len, ex.workers[0], "a")
+        pid = ex.workers[0]
+    assert seen(path) == {(pid, "abs", "ok"): 20, (pid, "len", "ok"): 20}
+
+
+def test_only_remote_calls_that_begin_in_it(tmp_path: Path, pids: list[int]) -> None:
+    path = tmp_path / "trace.json"
+    gate = Gate()
+    before = distpool.remotecall(hold, pids[0], gate.address)
+    first = gate.arrival()
+    with distpool.trace(path):
+        inside = distpool.remotecall(show, pids[1], gate.address)
+        gate.arrival()
+        inside.result()
+        first.release()
+        before.result()
+        runs = distpool.remotecall(hold, pids[0], gate.address)
+        last = gate.arrival()
+    last.release()
+    runs.result()
+    distpool.remotecall_fetch(abs, pids[0], -1)
+    gate.close()
+    assert seen(path) == {(pids[1], "show", "ok"): 1, (pids[0], "hold", "running"): 1}
+    with distpool.trace(path):
+        pass
+    assert not seen(path), "nothing is left of the trace before"
+
+
+def test_a_remote_call_that_dies_with_its_worker(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    one, two = distpool.addprocs(2)
+    with distpool.trace(path):
+        distpool.remotecall_fetch(nap, one, 0.05)
+        with pytest.raises(distpool.ProcessExitedException):
+            distpool.remotecall_fetch(nap_and_exit, one, 0.3)
+        distpool.remotecall_fetch(nap, two, 0.01)
+    distpool.rmprocs(two).result(30)
+    assert seen(path) == {(one, "nap", "ok"): 1, (one, "nap_and_exit", "died"): 1, (two, "nap", "ok"): 1}
+    (died,) = (event for event in calls(path) if event["args"]["status"] == "died")
+    assert 250_000 < died["dur"] < 10_000_000
+
+
+def nap_and_exit(seconds: float) -> None:
+    time.sleep(seconds)
+    os._exit(3)
+
+
+def test_no_remote_call_pays_after_the_trace(tmp_path: Path, pids: list[int]) -> None:
+    with distpool.trace(tmp_path / "trace.json"):
+        distpool.remotecall_fetch(abs, pids[0], -1)
+    assert distpool.remotecall_fetch(is_untimed, pids[0]) and is_untimed()
+
+
+def is_untimed() -> bool:
+    served = nodes.current().served
+    return served.times is None and not any(call.told for call in served.running.values())
 
 
 def test_a_real_trace_is_drawn(tmp_path: Path) -> None:

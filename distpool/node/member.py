@@ -99,6 +99,7 @@ class Member:
         self.started_at = 0.0
         self.tracer: Any = None  # of a running `trace()`
         self.meter: Any = None  # what `stats()` saw last
+        self.served: Any = None  # what it told `stats()` last of its remote calls
         self.on_joined: Callable[[Member], None] = lambda member: None
         self.on_frame: Callable[[Member, Frame], None] = lambda member, frame: None
         self.number: int | None = None  # which of its host's workers with `resources` it is

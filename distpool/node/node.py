@@ -20,6 +20,7 @@ from collections.abc import Callable
 from distpool.errors import DistpoolError, RemoteException
 from distpool.hints import Any
 from distpool.node.peers import Peers
+from distpool.node.served import RAISED, RETURNED, Served, name_of
 from distpool.node.threads import SerialQueue, ThreadCache
 from distpool.transport.ioloop import IoLoop
 from distpool.transport.link import Link
@@ -52,6 +53,7 @@ class Node:
         self.links: set[Link] = set()  # leader only
         self.loop.on_crash = self.crashed
         self.peers = Peers(self)
+        self.served = Served()
         self.remote_calls_loaded = False
         self.refs: Any = None  # references that this process holds or owns (refs.gc)
         self.ahead: Any = None  # workers: what was put ahead into channels of others (refs.ahead)
@@ -148,8 +150,16 @@ class Node:
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the user's to this very process, on a library thread: in a worker, `interrupt` ends it as well."""
-        runner = self.runner
-        return function(*args, **kwargs) if runner is None else runner.interrupts.call(function, args, kwargs)
+        runner, served = self.runner, self.served
+        call = served.begin(name_of(function), True)
+        served.loaded(call, function, args)
+        try:
+            value = function(*args, **kwargs) if runner is None else runner.interrupts.call(function, args, kwargs)
+        except BaseException:
+            served.end(call, RAISED)
+            raise
+        served.end(call, RETURNED)
+        return value
 
     def given_away(self) -> contextlib.AbstractContextManager[object]:
         """The context in which the calling thread, if it runs a task of an executor, has given its slot away."""

@@ -1,14 +1,15 @@
 """What a worker tells about itself: stacks, usage, and the times of its calls (layer 3).
 
     STACKS -> text of all threads -> STACKS_ARE        USAGE -> cpu, memory -> USAGE_IS
-    TRACE on  -> Timeline: the runner's functions are wrapped, each call leaves one `TIMED` record
+    TRACE on  -> Timeline: the runner's functions are wrapped, each call leaves one `TIMED` record; so does each remote
+                 call, by itself (`served`)
     TRACE off, every 20 ms, before the next call (at most every 2 ms), end of the worker -> TRACED
 
 The handlers run on the leader, so they answer while the main thread runs a Python loop; while C code holds the GIL
 nothing answers, and the master's patience ends. The wrapper runs around the user's code, where an interrupt may
 strike at any bytecode: it only appends to a deque and never writes to the link.
 
-Without a trace nothing is paid: `TaskRunner.find_function` is then the runner's own method.
+Without a trace nothing is paid: `TaskRunner.find_function` is then the runner's own method, and `Served.times` is None.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Callable
 
 from distpool.hints import Any
 from distpool.node.node import Node
+from distpool.node.served import RAISED, RETURNED, RUNNING, Lanes, Served, Times
 from distpool.node.striking import looking_at_frames
 from distpool.node.tasks import TaskRunner
 from distpool.transport.link import Link
@@ -30,8 +32,6 @@ from distpool.wire.frames import Frame, Kind
 
 _EVERY = 0.02  # seconds between two frames of times while calls run
 _AT_LEAST = 0.002  # seconds between two frames that are sent before a call
-
-RETURNED, RAISED, RUNNING = 0, 1, 2  # how a timed call ended; RUNNING: not yet, when the trace ended
 
 
 def clock_offset() -> int:
@@ -100,22 +100,26 @@ def _resident() -> int:
 
 
 class Timeline:
-    """The times of the calls that `runner` runs, from construction to `stop`."""
+    """The times of the calls that `runner` runs, and of the remote ones, from construction to `stop`."""
 
-    def __init__(self, link: Link, runner: TaskRunner, number: int) -> None:
+    def __init__(self, link: Link, runner: TaskRunner, served: Served, number: int) -> None:
         self.number = number
         self._link = link
         self._runner = runner
+        self._served = served
         self._clock = clock_offset()
         self._records: collections.deque[bytes] = collections.deque()  # atomic ends
         self._open: dict[int, tuple[int, int, int, int]] = {}  # thread -> sequence, element, lane, begin; atomic
-        self._lanes: dict[int, int] = {threading.main_thread().ident or 0: 0}  # thread -> lane; atomic
+        self._lanes = Lanes()
+        self._times = Times(served, self._records, self._lanes, self._look)
         self._sent = time.perf_counter()
         self._stopped = False
         self._timer = link.loop.call_later(_EVERY, self._tick)
         runner.find_function = self._find_function
+        served.times = self._times
 
     def _tick(self) -> None:
+        self._times.announce()
         self._send()
         if not self._stopped:
             self._timer = self._link.loop.call_later(_EVERY, self._tick)
@@ -125,6 +129,12 @@ class Timeline:
         if self._records and time.perf_counter() - self._sent > _AT_LEAST:
             self._send()
         return self._timed(self._runner.function_of(item), item)
+
+    def _look(self) -> None:
+        """A remote call is going to run, perhaps to the end of this process. Outside of the interruptible region."""
+        if time.perf_counter() - self._sent > _AT_LEAST:
+            self._times.announce()
+            self._send()
 
     def _timed(self, function: Callable[..., Any], item: Any) -> Callable[..., Any]:
         clock, opened, records, pack = time.perf_counter_ns, self._open, self._records, messages.TIMED.pack
@@ -137,7 +147,7 @@ class Timeline:
             sequence, element = (first + item.index, 0) if spans else (first, count)
             count += 1
             thread = threading.get_ident()
-            lane = self._lanes.setdefault(thread, len(self._lanes))
+            lane = self._lanes(thread)
             ended = RAISED
             begin = clock()
             opened[thread] = sequence, element, lane, begin
@@ -161,7 +171,7 @@ class Timeline:
             except IndexError:  # another thread sends as well
                 break
         if parts or last:
-            message = messages.Traced(self.number, self._clock, last)
+            message = messages.Traced(self.number, self._clock, last, self._times.new_names())
             self._link.send(Kind.TRACED, message.pack(), b"".join(parts) + more)
 
     def stop(self) -> None:
@@ -171,6 +181,8 @@ class Timeline:
         self._stopped = True
         self._timer.cancel()
         self._runner.find_function = self._runner.function_of
+        self._served.times = None
+        self._times.announce(again=True)
         now = time.perf_counter_ns()
         running = list(self._open.values())
         self._send(True, b"".join(messages.TIMED.pack(*entry, now - entry[3], RUNNING) for entry in running))
@@ -180,6 +192,7 @@ class Observer:
     """Answers the master's questions about this worker."""
 
     def __init__(self, node: Node, link: Link, runner: TaskRunner) -> None:
+        self._served: Served = node.served
         self._link = link
         self._runner = runner
         self._timeline: Timeline | None = None
@@ -190,14 +203,16 @@ class Observer:
         link.send(Kind.STACKS_ARE, messages.StacksAre(request).pack(), stacks().encode("utf-8", "backslashreplace"))
 
     def _on_usage(self, link: Link, frame: Frame) -> None:
-        request = messages.Usage.unpack(frame.control).request
-        link.send(Kind.USAGE_IS, messages.UsageIs(request, *usage()).pack())
+        message = messages.Usage.unpack(frame.control)
+        used = usage() if message.whole else (0.0, 0.0, 0)
+        done, failed, running, since = self._served.report()
+        link.send(Kind.USAGE_IS, messages.UsageIs(message.request, *used, done, failed, running, since).pack())
 
     def _on_trace(self, link: Link, frame: Frame) -> None:
         message = messages.Trace.unpack(frame.control)
         self.stop()
         if message.on:
-            self._timeline = Timeline(link, self._runner, message.number)
+            self._timeline = Timeline(link, self._runner, self._served, message.number)
 
     def stop(self) -> None:
         """The worker is about to end (or the trace is): send the times that have not been sent."""
@@ -206,4 +221,4 @@ class Observer:
             timeline.stop()
 
 
-__all__ = ["RAISED", "RETURNED", "RUNNING", "Observer", "Timeline", "clock_offset", "stacks", "usage"]
+__all__ = ["Observer", "Timeline", "clock_offset", "stacks", "usage"]

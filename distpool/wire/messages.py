@@ -218,20 +218,27 @@ class StacksAre(Message):
 
 
 class Usage(Message):
-    """Master -> worker on another host: how much of it do you use?"""
+    """Master -> worker: which remote calls have you run, and (`whole`) how much of your host do you use? The master
+    looks itself at what processes of its own host use."""
 
     kind: ClassVar[Kind] = Kind.USAGE
     request: int
+    whole: bool
 
 
 class UsageIs(Message):
-    """Worker -> master: seconds since it started, seconds of CPU used, bytes resident."""
+    """Worker -> master: seconds since it started, seconds of CPU used, bytes resident (zeros if not asked for); remote
+    calls that returned, and that raised; the one that has run for longest, if any runs, and for how many seconds."""
 
     kind: ClassVar[Kind] = Kind.USAGE_IS
     request: int
     age: float
     cpu_seconds: float
     memory: int
+    done: int
+    failed: int
+    running: str | None
+    since: float | None
 
 
 class Trace(Message):
@@ -245,12 +252,14 @@ class Trace(Message):
 class Traced(Message):
     """Worker -> master: calls of trace `number` (body: `TIMED` records); `last`: no more will come.
 
-    `clock`: nanoseconds from this process's `perf_counter_ns` to its wall clock."""
+    `clock`: nanoseconds from this process's `perf_counter_ns` to its wall clock. `names`: pairs of number and name, of
+    remote calls; each is sent once."""
 
     kind: ClassVar[Kind] = Kind.TRACED
     number: int
     clock: int
     last: bool
+    names: list[list[Any]]
 
 
 class Connect(Message):
