@@ -88,9 +88,10 @@ class SSHManager(ClusterManager):
         return manager
 
     def default_addprocs_params(self) -> dict[str, Any]:
-        """The keywords of `addprocs([machine, ...])`."""
+        """The keywords of `addprocs([machine, ...])`. `exename`, None: what is found there (docs/ssh.md)."""
         return {
             **super().default_addprocs_params(),
+            "exename": None,
             "tunnel": False,
             "multiplex": False,
             "ssh": None,
