@@ -10,6 +10,7 @@ then blocks, and memory stays bounded.
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -122,7 +123,7 @@ class OutputReader:
         stream: Any = sys.stdout
         try:
             if stream is not None and pieces:
-                stream.write("".join(pieces))
+                _write(stream, "".join(pieces))
                 stream.flush()
         except (OSError, ValueError):
             pass  # the user's stdout is closed: nobody can read it
@@ -168,3 +169,17 @@ class OutputReader:
         if not self.ended:
             self.ended = True
             os.close(self._descriptor)
+
+
+def _write(stream: Any, text: str) -> None:
+    """All of it: what the stream's encoding has no bytes for appears as an escape such as `\\u2713`."""
+    try:
+        stream.write(text)
+        return
+    except UnicodeEncodeError:
+        pass
+    # A stream of the user's may not name its encoding, or name another one than that of what is beneath it.
+    with contextlib.suppress(UnicodeError, LookupError, TypeError, AttributeError):
+        stream.write(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding))
+        return
+    stream.write(text.encode("ascii", "backslashreplace").decode("ascii"))
