@@ -20,7 +20,7 @@ from typing import Any
 
 from distpool import config, exits
 from distpool.adding import Adding, close_launcher
-from distpool.hosts import check_options, manager_for
+from distpool.hosts import check_options, kept, manager_for
 from distpool.logs import Log
 from distpool.managers.base import ClusterManager
 from distpool.members import myrole
@@ -74,7 +74,7 @@ def _plan(machines: Any, options: dict[str, Any]) -> Adding:
     defaults = manager.default_addprocs_params()
     if type(manager).__module__ in _BUILT_IN:
         check_options(manager, options)
-    params = {**defaults, **options}
+    params = kept({**defaults, **options})
     timeout = params.get("timeout")
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")

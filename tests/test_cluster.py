@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import pytest
 import distpool
 from distpool import cluster
 from distpool.cluster import addprocs, addprocs_async, end_workers, rmprocs
+from distpool.managers.resources import GPU_VARIABLE
 from distpool.node import group as groups
 from distpool.node import node as nodes
 
@@ -70,6 +73,15 @@ def test_bad_arguments_start_nothing() -> None:
     with pytest.raises((TypeError, ValueError)):
         addprocs(object())  # type: ignore[arg-type]
     assert listed() == before
+
+
+def test_options_that_can_be_read_only_once() -> None:
+    for executable in (sys.executable, iter([sys.executable])):
+        env = zip(["ZZ"], ["1"], strict=True)
+        (pid,) = addprocs(1, exename=executable, env=env, exeflags=iter(["-O"]), gpus=iter([5, 6]))
+        found = distpool.remotecall_fetch(lambda: (os.environ["ZZ"], sys.flags.optimize, os.environ[GPU_VARIABLE]), pid)
+        assert found == ("1", 1, "5")
+        rmprocs(pid).result(PATIENCE)
 
 
 def test_removing_what_is_not_there(pids: list[int]) -> None:
