@@ -144,10 +144,11 @@ class SSHManager(ClusterManager):
         clients = client(params)
         parcels = bootstrap.parcels(params["bootstrap"], *self._find(params["ship"]))
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        waiting = [self._login(spec, count, params, clients, parcels, events) for spec, count in self.machines.items()]
+        logins = [self._login(spec, count, params, clients, parcels, events) for spec, count in self.machines.items()]
+        waiting = list(logins)
         running: dict[HostLogin, float] = {}
         ends: dict[HostLogin, threading.Event] = {}
-        errors: list[Exception] = []
+        failures: dict[HostLogin, list[Exception]] = {}
         seconds = _seconds(params)
         try:
             while waiting or running:
@@ -170,10 +171,11 @@ class SSHManager(ClusterManager):
                 else:
                     login, problems = event
                     running.pop(login, None)
-                    errors += problems
+                    failures[login] = problems
         finally:
             for login in running:
                 threading.Thread(target=_abandon, args=(login, ends[login], events), daemon=True).start()
+        errors = [error for login in logins for error in failures.get(login, ())]  # in the order of the machines
         if errors:
             raise CompositeException(errors)
 
