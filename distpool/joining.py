@@ -169,7 +169,8 @@ class Launch:
             member.resources = partial(self._resources, member, worker)
             if isinstance(manager, LocalManager) or worker.host is not None:  # numbers in the order of the pids
                 self.node.group.number(member)
-        member.host = (worker.environ or {}).get("machine") or member.host  # until it says how it calls itself
+        if not isinstance(manager, LocalManager):
+            member.host = _host_of(worker)  # until it says how it calls itself
 
     def _unreachable(self, worker: WorkerConfig, error: BaseException) -> BaseException:
         """What the manager says of that: user code, also on the leader."""
@@ -366,6 +367,7 @@ class _HeaderLine:
         found = parse_header(line)
         if found is not None:
             self._worker.host, self._worker.port = found
+            self._member.host = _host_of(self._worker)
             self._launch._dial(self._member, self._worker)
             return True
         self._lines += 1
@@ -394,6 +396,12 @@ def _waiting(node: Node) -> dict[int, Callable[[messages.Launched | None], None]
         node.handlers[Kind.LAUNCHED] = on_launched
         group.gone_watchers.append(on_gone)
     return waiting
+
+
+def _host_of(worker: WorkerConfig) -> str:
+    """What errors call the host of a worker that has not joined."""
+    host = (worker.environ or {}).get("machine") or worker.host
+    return "localhost" if not host or str(host).startswith("unix:") else str(host)
 
 
 def _listener(member: Member, address: tuple[Any, ...]) -> tuple[Any, ...]:

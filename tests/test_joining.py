@@ -296,6 +296,23 @@ def test_an_address_that_leads_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [str(error) for error in world.members[0].failures] == ["refused: is the firewall open?"]
 
 
+@pytest.mark.parametrize(
+    ("config", "host"),
+    [
+        (at(1), "host"),
+        (at(1, environ={"machine": "node7"}), "node7"),
+        (WorkerConfig(host="unix:/tmp/s", port=0), "localhost"),
+        (WorkerConfig(), "localhost"),
+    ],
+)
+def test_errors_name_the_host_that_the_manager_names(dialled: list[Any], config: WorkerConfig, host: str) -> None:
+    """They said localhost, wherever it was."""
+    world = World(Manager(config))
+    world.launch.start()
+    world.run()
+    assert world.members[0].host == host
+
+
 def test_a_config_that_says_nothing() -> None:
     world = World(Manager(WorkerConfig(), WorkerConfig(io=5.5)))
     world.launch.start()
@@ -314,7 +331,11 @@ def test_the_header_line_says_where(dialled: list[Any], monkeypatch: pytest.Monk
     assert member.output == 9 and not member.on_line("a banner")
     assert member.on_line("distpool_worker:9009#10.0.0.7")
     world.run()
-    assert dialled == [("tcp", "10.0.0.7", 9009)] and (member.config.host, member.config.port) == ("10.0.0.7", 9009)
+    assert (
+        dialled == [("tcp", "10.0.0.7", 9009)]
+        and member.host == "10.0.0.7"
+        and (member.config.host, member.config.port) == ("10.0.0.7", 9009)
+    )
 
 
 def test_a_banner_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
