@@ -58,6 +58,11 @@ def serve(
     OSError: it cannot listen there. ValueError: `tls` is no certificate with its key.
     """
     check_cookie(cookie)
+    started_by = os.environ.pop("DISTPOOL_STARTED_BY", None)
+    if started_by is not None:  # by `siblings`
+        from distpool.orphans import take_over
+
+        take_over(started_by)
     listener = listen(host, port)
     redirect(close_stdin, stderr_to_stdout)
     # A clean `__main__`, as every worker has it: the caller's functions must not meet this program's names there.
