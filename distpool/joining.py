@@ -330,7 +330,7 @@ class Launch:
             names = []
             for number, host, port in launched.workers:
                 there = worker.host if worker.bind_addr is None and _is_any(host) else host
-                other = replace(worker, io=None, process=None, count=None, host=there, port=port)
+                other = replace(worker, io=None, process=None, ospid=None, count=None, host=there, port=port)
                 names.append([number, self.begin(other).pid])
             if member.link is not None:
                 member.link.send(Kind.NAMED, messages.Named(names).pack())

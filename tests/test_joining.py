@@ -382,7 +382,7 @@ def first(world: World, **more: Any) -> tuple[Any, Starter]:
 
 def test_the_first_one_starts_the_rest(dialled: list[Any]) -> None:
     world = World(Manager())
-    member, link = first(world, count=3, exename="python", exeflags=["-q"])
+    member, link = first(world, count=3, exename="python", exeflags=["-q"], ospid=4711)
     told: list[Any] = []
     assert world.launch.more(member, lambda count, errors: told.append((count, errors)))
     assert (link.sent[0].count, link.sent[0].command) == (2, ["python", "-q"])
@@ -394,7 +394,7 @@ def test_the_first_one_starts_the_rest(dialled: list[Any]) -> None:
     assert count == 1 and error.reason == "exit code 3" and error.output == "its output"
     assert link.sent[1:] == [messages.Named([[0, 3]])]
     other = world.members[1].config
-    assert (other.host, other.port, other.count, other.io) == ("host", 8, None, None)
+    assert (other.host, other.port, other.count, other.io, other.ospid) == ("host", 8, None, None, None)
 
 
 @pytest.mark.parametrize("end", ["silence", "death"])

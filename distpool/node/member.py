@@ -260,6 +260,8 @@ class Member:
 
     def _on_join(self, link: Link, joined: messages.Joined) -> None:
         self.ospid, self.host = joined.ospid, joined.host
+        if self.config is not None and self.config.ospid is None:
+            self.config.ospid = joined.ospid  # before the manager is told anything: it may interrupt by it
         if joined.problem:
             self._failure = ValueError(joined.problem)
             self.kill(joined.problem)
