@@ -253,15 +253,14 @@ def _worker(options: argparse.Namespace) -> int:
         from distpool import login
 
         login.main(options.worker)
-    from distpool import standalone
+    from distpool import config, standalone
     from distpool.managers.surroundings import routable_address
 
     cookie = options.worker if options.worker is not None else standalone.read_cookie()
     try:
-        standalone.check_cookie(cookie)
-    except ValueError:
-        most = standalone.MAX_COOKIE
-        return _complain(f"the cookie (--worker=COOKIE or a line on stdin) must be 1 to {most} ASCII characters")
+        config.check_cookie(cookie)
+    except ValueError as error:
+        return _complain(f"{error} (--worker=COOKIE, or a line on stdin)")
     host, port = options.bind_to or (routable_address(), 0)
     try:
         standalone.serve(None, cookie, host, port)

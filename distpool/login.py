@@ -60,7 +60,7 @@ def main(cookie: str | None, line: bytes = b"", front: Sequence[str] = (), cache
         line, rest = (line, b"") if line else _read_line(orders)
         settings = LoginSettings.from_line(line)
         settings.cookie = settings.cookie if settings.cookie is not None else cookie
-        standalone.check_cookie(settings.cookie)
+        config.check_cookie(settings.cookie)
         os.dup2(2, 1)
         if not hasattr(os, "fork"):
             raise RuntimeError("logins to hosts without fork (Windows) are not supported by this version of distpool")
