@@ -63,6 +63,12 @@ def as_int(value: Any) -> Any:
         return value
 
 
+def as_bool(value: Any) -> Any:
+    """The bool that `value` is, if it is numpy's; anything else as it is."""
+    kind = type(value)
+    return bool(value) if kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_") else value
+
+
 def check_cookie(cookie: Any) -> None:
     """ValueError unless it can be a cookie: a secret, so not empty, and one line on the stdin of a worker."""
     if not isinstance(cookie, str) or not 1 <= len(cookie) <= MAX_COOKIE or not cookie.isascii():

@@ -126,7 +126,8 @@ def manager_of(hosts: Any) -> ClusterManager:
         raise TypeError(f"max_workers must be an int, not {type(hosts).__name__}")
     if isinstance(hosts, Iterable) and not isinstance(hosts, bytes | bytearray | Mapping):
         machines = list(hosts)
-        if isinstance(hosts, tuple) and len(machines) == 2 and (isinstance(machines[1], int) or machines[1] == "auto"):
+        count = config.as_int(machines[1]) if isinstance(hosts, tuple) and len(machines) == 2 else None
+        if isinstance(count, int) or count == "auto":
             machines = [hosts]  # one machine, with its number of workers
         if not machines:
             raise ValueError("hosts must name at least one machine")

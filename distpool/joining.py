@@ -344,7 +344,7 @@ class Launch:
 
 def _check(worker: WorkerConfig) -> None:
     """What `launch` gave, on its thread: on the leader an error would be nobody's, and who waits would wait on."""
-    count = worker.count
+    count = worker.count = config.as_int(worker.count)
     if count is not None and count != "auto" and (isinstance(count, bool) or not isinstance(count, int)):
         raise TypeError(f"WorkerConfig.count must be a number of workers or 'auto', not {count!r}")
     if worker.environ is not None and not isinstance(worker.environ, dict):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import distpool
@@ -82,6 +83,25 @@ def test_options_that_can_be_read_only_once() -> None:
         found = distpool.remotecall_fetch(lambda: (os.environ["ZZ"], sys.flags.optimize, os.environ[GPU_VARIABLE]), pid)
         assert found == ("1", 1, "5")
         rmprocs(pid).result(PATIENCE)
+
+
+def test_numbers_of_numpy() -> None:
+    found = addprocs(np.int64(1), timeout=np.int32(50), lazy=np.True_)
+    rmprocs(np.array(found), waitfor=np.int8(50)).result(PATIENCE)
+    with pytest.raises(ValueError, match="timeout must be"):
+        addprocs(1, timeout=np.int64(0))
+    with pytest.raises(ValueError, match="waitfor must be"):
+        rmprocs(waitfor=np.int64(-1))
+
+
+@pytest.mark.parametrize("pids", [b"\x03", bytearray(b"\x03"), memoryview(b"\x03"), "3", "", b""])
+def test_texts_are_no_pids(pids: Any) -> None:
+    """The bytes were taken for numbers, and worker 3 was removed."""
+    for call in (rmprocs, cluster.interrupt, distpool.dump_stacks):
+        with pytest.raises(TypeError, match="int"):
+            call(pids)
+    with pytest.raises(TypeError, match="a pid is an int"):
+        rmprocs(2, [3], pids)
 
 
 def test_removing_what_is_not_there(pids: list[int]) -> None:

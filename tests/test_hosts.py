@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distpool import ClusterExecutor, ClusterManager, DistPool, hosts
@@ -108,6 +109,7 @@ def test_machines(tmp_path: Path) -> None:
         (["a", ("b", 3)], ["a", ("b", 3)]),
         (("a", "b"), ["a", "b"]),
         (("a", 4), [("a", 4)]),
+        (("a", np.int64(4)), [("a", 4)]),
         (("a", "auto"), [("a", "auto")]),
         ("me@a:2222", ["me@a:2222"]),
         (path, [("me@host:2222", 3), "other"]),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import ManualLoop
 
@@ -370,6 +371,13 @@ class Starter:
 
     def send(self, kind: Kind, control: bytes) -> None:
         self.sent.append(messages.MESSAGES[kind].unpack(control))
+
+
+def test_counts_of_numpy(dialled: list[Any]) -> None:
+    world = World(Manager(at(1, count=np.int64(3))))
+    world.launch.start()
+    world.run()
+    assert world.ends == [(1, None)] and type(world.members[0].config.count) is int
 
 
 def first(world: World, **more: Any) -> tuple[Any, Starter]:

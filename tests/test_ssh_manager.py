@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distpool.errors import CompositeException, LaunchWorkerError
 from distpool.managers.ssh import SSHManager
+
+
+def test_counts_of_numpy() -> None:
+    manager = SSHManager([("host", np.int64(2)), ("host", 1)])
+    assert list(manager.machines.values()) == [3] and {type(count) for count in manager.machines.values()} == {int}
+    manager.check({**manager.default_addprocs_params(), "max_parallel": np.int8(3)})
+    for bad in (0, True, 1.5, np.True_):
+        with pytest.raises(ValueError, match="the number of workers of 'host'"):
+            SSHManager([("host", bad)])
 
 
 class Login:

@@ -112,7 +112,7 @@ class SSHManager(ClusterManager):
             raise ValueError(f"encrypt must be None, False or True, not {params['encrypt']!r}")
         if params["shell"] not in SHELLS:
             raise ValueError(f"shell must be one of {', '.join(SHELLS)}, not {params['shell']!r}")
-        parallel = params["max_parallel"]
+        parallel = config.as_int(params["max_parallel"])
         if isinstance(parallel, bool) or not isinstance(parallel, int):
             raise TypeError(f"max_parallel must be an int, not {type(parallel).__name__}")
         if parallel < 1:
@@ -407,7 +407,7 @@ def merge(machines: Iterable[Any]) -> dict[Spec, Any]:
     found: dict[Spec, Any] = {}
     for machine in machines:
         text, count = machine if isinstance(machine, tuple) and len(machine) == 2 else (machine, 1)
-        spec = split_spec(text)
+        spec, count = split_spec(text), config.as_int(count)
         if count != "auto" and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ValueError(f"the number of workers of {text!r} must be a positive int or 'auto', not {count!r}")
         there = found.get(spec, 0)
