@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
@@ -142,6 +143,7 @@ class Loop(Future[None]):
                 return
         errors = [error for error in self._errors if error is not None]
         if errors:
+            _failed[id(self)] = weakref.ref(self)
             self.set_exception(CompositeException(errors))
         else:
             self.set_result(None)
@@ -159,10 +161,32 @@ class Loop(Future[None]):
         self._asked = True
         return super().exception(timeout)
 
-    def __del__(self) -> None:
+    def _report(self) -> None:
+        """Print the error, if there is one that nobody has asked for."""
         error = self.__dict__.get("_exception")
         if error is not None and not self._asked:
+            self._asked = True
             print_error(error)
 
+    def __del__(self) -> None:
+        self._report()
+        _failed.pop(id(self), None)
 
-__all__ = ["Loop", "distributed", "splitrange"]
+
+_failed: dict[int, weakref.ref[Loop]] = {}
+"""Those that have not been dropped."""
+
+
+def report_failed() -> None:
+    """At the program's end: print the errors of loops that are held until then, by a global variable, say.
+
+    When Python drops those, it loads no module any more, which is what formatting a traceback takes. And one that a
+    thread of ours still holds is not dropped at all.
+    """
+    for reference in list(_failed.values()):
+        loop = reference()
+        if loop is not None:
+            loop._report()
+
+
+__all__ = ["Loop", "distributed", "report_failed", "splitrange"]
