@@ -432,6 +432,22 @@ def test_removal_goes_from_words_to_force(world: World, process: FakeProcess) ->
     assert world.member.why() == "it was removed" and ended == ["manager"], "once"
 
 
+@pytest.mark.parametrize("here", [True, False], ids=["process", "connection"])
+def test_removal_that_the_manager_has_not_been_asked_for(process: FakeProcess, here: bool) -> None:
+    """Its `kill` is for `rmprocs` and the program's end; the worker ends all the same."""
+    world = World(process if here else None)
+    link = world.up()
+    ended: list[str] = []
+    world.member.kills = lambda: ended.append("manager")
+    world.member.remove(3.0, by_manager=False)
+    world.loop.ring(3.0)
+    world.loop.ring(module._TERM_GRACE)
+    assert process.signals == ([signal.SIGTERM, None] if here else []) and bool(link.reasons) is not here
+    process.exit(-9)
+    world.loop.run()
+    assert world.member.state is State.GONE and ended == []
+
+
 def test_removal_of_one_that_goes_by_itself_uses_no_force(world: World, process: FakeProcess) -> None:
     world.up()
     world.member.remove(3.0)

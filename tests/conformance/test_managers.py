@@ -373,9 +373,13 @@ def test_C241_idents_that_never_come() -> None:
                 config.ident, config.connect_idents = "a", ["b"]
                 yield config
 
+    manager = Lonely(1)
     with pytest.raises(RuntimeError, match=r"peer workers did not connect within 3 seconds"):
-        addprocs(Lonely(1), topology="custom", timeout=3)
+        addprocs(manager, topology="custom", timeout=3)
     wait_until(lambda: others() == [])
+    assert manager.processes[0].wait(10) == 0
+    wait_until(lambda: [op for op, _ in manager.told] == ["register", "deregister", "finalize"])
+    assert manager.killed == [], "`kill` only from rmprocs and exit"
 
 
 def test_C239_who_is_leaving_does_not_hold_the_topology() -> None:
