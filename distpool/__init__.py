@@ -267,6 +267,9 @@ def _at_exit() -> None:
     exits = sys.modules.get("distpool.exits")
     if exits is not None:
         exits.end_cluster()
+    loops = sys.modules.get("distpool.loops")
+    if loops is not None:
+        loops.report_failed()  # also those that failed because their workers had to go
 
 
 atexit.register(_at_exit)

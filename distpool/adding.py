@@ -180,7 +180,7 @@ class _Idents:
             return
         self._end()
         for member in self._lacking():
-            member.remove(_PATIENCE)
+            member.remove(_PATIENCE, by_manager=False)
         text = f"peer workers did not connect within {self._adding.seconds:g} seconds"
         self._adding.finish(RuntimeError(text))
 

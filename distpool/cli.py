@@ -26,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Example: `main(["top", "127.0.0.1:8790", "--once"])`
     """
-    options = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # The program's own words are not for argparse, of which no version leaves them all as they are (`--`, say).
+    end = _program_at(words) if words[:1] == ["run"] else len(words)
+    options = _parser().parse_args(words[:end])
+    options.program = words[end:]
     status: int = options.run(options)
     return status
 
@@ -86,10 +90,23 @@ def _add_run(commands: Any) -> None:
     where.add_argument("--machine-file", type=_file, metavar="F", help="file with lines [COUNT*]HOST, reached by SSH")
     where.add_argument("--hosts", type=_machines, metavar="A,B", help="[COUNT*]HOST,..., reached by SSH")
     _add_option(run)
-    run.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="run this module")
-    run.add_argument("-c", dest="code", nargs=argparse.REMAINDER, metavar="CODE", help="run this text")
-    run.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT", help="a file, and its arguments")
+    # For the help text: `main` takes these, and what follows them, out first.
+    run.add_argument("-m", metavar="MODULE", help="run this module")
+    run.add_argument("-c", metavar="CODE", help="run this text")
+    run.add_argument("script", nargs="?", metavar="SCRIPT", help="a file, and its arguments")
     run.set_defaults(run=_run, usage_error=run.error)
+
+
+def _program_at(words: Sequence[str]) -> int:
+    """Where the program begins in the words of `run`: as with python itself, all that follows belongs to it."""
+    at = 1
+    while at < len(words):
+        word = words[at]
+        if word == "--" or word[:2] in ("-m", "-c") or word[:1] != "-" or word == "-":
+            return at
+        alone = "=" in word if word.startswith("--") else len(word) > 2  # with its value, if it has one
+        at += 1 if alone or word == "-h" or "--help".startswith(word) else 2
+    return len(words)
 
 
 def _add_hosts(commands: Any) -> None:
@@ -200,11 +217,15 @@ def _complain(text: object) -> int:
 def _run(options: argparse.Namespace) -> int:
     from distpool import runner
 
-    given = {"module": options.module, "code": options.code, "script": options.script or None}
-    found = [(kind, words) for kind, words in given.items() if words is not None]
-    if len(found) != 1 or not found[0][1]:
+    kind, words = "script", options.program
+    if words and words[0] == "--":
+        words = words[1:]
+    elif words and words[0][:2] in ("-m", "-c"):
+        kind = {"-m": "module", "-c": "code"}[words[0][:2]]
+        words = [*filter(None, [words[0][2:]]), *words[1:]]
+    if not words:
         options.usage_error("a script, -m MODULE or -c CODE is needed")
-    ((kind, (target, *arguments)),) = found
+    target, *arguments = words
     machines = next((x for x in (options.procs, options.machine_file, options.hosts) if x is not None), None)
     return runner.run(runner.Program(kind, target, arguments), machines, dict(options.option))
 
@@ -232,15 +253,14 @@ def _worker(options: argparse.Namespace) -> int:
         from distpool import login
 
         login.main(options.worker)
-    from distpool import standalone
+    from distpool import config, standalone
     from distpool.managers.surroundings import routable_address
 
     cookie = options.worker if options.worker is not None else standalone.read_cookie()
     try:
-        standalone.check_cookie(cookie)
-    except ValueError:
-        most = standalone.MAX_COOKIE
-        return _complain(f"the cookie (--worker=COOKIE or a line on stdin) must be 1 to {most} ASCII characters")
+        config.check_cookie(cookie)
+    except ValueError as error:
+        return _complain(f"{error} (--worker=COOKIE, or a line on stdin)")
     host, port = options.bind_to or (routable_address(), 0)
     try:
         standalone.serve(None, cookie, host, port)

@@ -21,7 +21,7 @@ from typing import Any
 
 from distpool import config, exits
 from distpool.adding import Adding, close_launcher
-from distpool.hosts import check_options, manager_for
+from distpool.hosts import check_options, kept, manager_for
 from distpool.logs import Log
 from distpool.managers.base import ClusterManager
 from distpool.members import myrole
@@ -75,8 +75,8 @@ def _plan(machines: Any, options: dict[str, Any]) -> Adding:
     defaults = manager.default_addprocs_params()
     if type(manager).__module__ in _BUILT_IN:
         check_options(manager, options)
-    params = {**defaults, **options}
-    timeout = params.get("timeout")
+    params = kept({**defaults, **options})
+    timeout = config.as_int(params.get("timeout"))
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
     manager.check(params)
@@ -112,6 +112,7 @@ def rmprocs(*pids: int | Iterable[int], waitfor: float | None = None) -> concurr
     if myrole() != "master":
         raise RuntimeError("Only process 1 can add and remove workers")
     wanted = _flat(pids)
+    waitfor = config.as_int(waitfor)
     if waitfor is not None and (isinstance(waitfor, bool) or not isinstance(waitfor, int | float) or not waitfor >= 0):
         raise ValueError(f"waitfor must be a number of seconds, not {waitfor!r}")
     future: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -248,7 +249,8 @@ def _flat(pids: Iterable[Any]) -> list[int]:
     """Ints and iterables of ints as one list without repetitions; TypeError for anything else."""
     found: dict[int, None] = {}
     for entry in map(config.as_int, pids):
-        if isinstance(entry, bool) or (not isinstance(entry, int) and not isinstance(entry, Iterable)):
+        several = isinstance(entry, Iterable) and not isinstance(entry, str | bytes | bytearray | memoryview)
+        if isinstance(entry, bool) or not (several or isinstance(entry, int)):
             raise TypeError(f"a pid is an int, not {type(entry).__name__}")
         for pid in [entry] if isinstance(entry, int) else map(config.as_int, entry):
             if isinstance(pid, bool) or not isinstance(pid, int):

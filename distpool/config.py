@@ -36,6 +36,8 @@ FLUSH_SECONDS = 0.004
 SPAN_FLUSH_SECONDS = 0.048
 #: Bytes of a worker's journal of results (shared with the master on the same host).
 JOURNAL_SIZE = 1 << 18
+#: Characters that a cookie may have.
+MAX_COOKIE = 64
 #: Connections at a time that have not proved yet that they belong to the cluster.
 MAX_STRANGERS = 64
 #: Seconds that each of them has for the proof.
@@ -67,6 +69,20 @@ def as_pid(value: Any) -> int:
     if isinstance(found, bool) or not isinstance(found, int):
         raise TypeError(f"a pid is an int, not {type(value).__name__}")
     return found
+
+
+def as_bool(value: Any) -> Any:
+    """The bool that `value` is, if it is numpy's; anything else as it is."""
+    kind = type(value)
+    return bool(value) if kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_") else value
+
+
+def check_cookie(cookie: Any) -> None:
+    """ValueError unless it can be a cookie: a secret, so not empty, and one line on the stdin of a worker."""
+    if not isinstance(cookie, str) or not 1 <= len(cookie) <= MAX_COOKIE or not cookie.isascii():
+        raise ValueError(f"the cookie must be 1 to {MAX_COOKIE} ASCII characters")
+    if any(letter in cookie for letter in "\n\r\0"):
+        raise ValueError("the cookie must not contain a newline, carriage return or NUL: workers read it as a line")
 
 
 def worker_timeout() -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from distpool import config
 from distpool.fields import Fields
@@ -85,6 +85,7 @@ def plan_for(hosts: Any, max_workers: int | None, options: dict[str, Any]) -> Pl
     else:
         manager = manager_of(hosts)
     check_options(manager, options)
+    options = kept(options)
     if options or type(manager) is not LocalManager:  # without any there is nothing to check, and nothing to pay for
         manager.check({**manager.default_addprocs_params(), **options})
     places = [Place(part, count) for part, count in manager.parts()]
@@ -125,7 +126,8 @@ def manager_of(hosts: Any) -> ClusterManager:
         raise TypeError(f"max_workers must be an int, not {type(hosts).__name__}")
     if isinstance(hosts, Iterable) and not isinstance(hosts, bytes | bytearray | Mapping):
         machines = list(hosts)
-        if isinstance(hosts, tuple) and len(machines) == 2 and (isinstance(machines[1], int) or machines[1] == "auto"):
+        count = config.as_int(machines[1]) if isinstance(hosts, tuple) and len(machines) == 2 else None
+        if isinstance(count, int) or count == "auto":
             machines = [hosts]  # one machine, with its number of workers
         if not machines:
             raise ValueError("hosts must name at least one machine")
@@ -189,6 +191,25 @@ def check_count(count: Any) -> None:
         raise TypeError(f"max_workers must be an int, not {type(count).__name__}")
     if count <= 0:
         raise ValueError("max_workers must be greater than 0")
+
+
+_ITERABLES = ("env", "exename", "exeflags", "affinity", "gpus", "ssh", "sshflags", "ship")
+"""Keywords that may be any iterable. Others are the manager's own business: a file, say, is an iterator too."""
+
+
+def kept(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same keywords, with a list for every iterator: they are read more than once, to check them and then for each
+    launch."""
+    return {name: _kept(value) if name in _ITERABLES else value for name, value in options.items()}
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, Iterator):
+        value = list(value)
+    if isinstance(value, list | tuple):
+        found = [_kept(part) for part in value]
+        return value if all(new is old for new, old in zip(found, value, strict=True)) else found
+    return value
 
 
 def check_options(manager: ClusterManager, options: dict[str, Any]) -> None:

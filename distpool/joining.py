@@ -169,7 +169,8 @@ class Launch:
             member.resources = partial(self._resources, member, worker)
             if isinstance(manager, LocalManager) or worker.host is not None:  # numbers in the order of the pids
                 self.node.group.number(member)
-        member.host = (worker.environ or {}).get("machine") or member.host  # until it says how it calls itself
+        if not isinstance(manager, LocalManager):
+            member.host = _host_of(worker)  # until it says how it calls itself
 
     def _unreachable(self, worker: WorkerConfig, error: BaseException) -> BaseException:
         """What the manager says of that: user code, also on the leader."""
@@ -329,7 +330,7 @@ class Launch:
             names = []
             for number, host, port in launched.workers:
                 there = worker.host if worker.bind_addr is None and _is_any(host) else host
-                other = replace(worker, io=None, process=None, count=None, host=there, port=port)
+                other = replace(worker, io=None, process=None, ospid=None, count=None, host=there, port=port)
                 names.append([number, self.begin(other).pid])
             if member.link is not None:
                 member.link.send(Kind.NAMED, messages.Named(names).pack())
@@ -343,7 +344,7 @@ class Launch:
 
 def _check(worker: WorkerConfig) -> None:
     """What `launch` gave, on its thread: on the leader an error would be nobody's, and who waits would wait on."""
-    count = worker.count
+    count = worker.count = config.as_int(worker.count)
     if count is not None and count != "auto" and (isinstance(count, bool) or not isinstance(count, int)):
         raise TypeError(f"WorkerConfig.count must be a number of workers or 'auto', not {count!r}")
     if worker.environ is not None and not isinstance(worker.environ, dict):
@@ -366,6 +367,7 @@ class _HeaderLine:
         found = parse_header(line)
         if found is not None:
             self._worker.host, self._worker.port = found
+            self._member.host = _host_of(self._worker)
             self._launch._dial(self._member, self._worker)
             return True
         self._lines += 1
@@ -394,6 +396,12 @@ def _waiting(node: Node) -> dict[int, Callable[[messages.Launched | None], None]
         node.handlers[Kind.LAUNCHED] = on_launched
         group.gone_watchers.append(on_gone)
     return waiting
+
+
+def _host_of(worker: WorkerConfig) -> str:
+    """What errors call the host of a worker that has not joined."""
+    host = (worker.environ or {}).get("machine") or worker.host
+    return "localhost" if not host or str(host).startswith("unix:") else str(host)
 
 
 def _listener(member: Member, address: tuple[Any, ...]) -> tuple[Any, ...]:

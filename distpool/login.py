@@ -5,8 +5,8 @@
     per worker: socket that listens, pipe for its output, lifeline pipe; os.fork(), then `startup.become_worker`
 
 One login per host, so this process must outlive any of its workers: it is none itself and runs no user code. (A first
-worker that starts the others, as `siblings` does it, takes their output with it when a task kills it.) It is a zygote
-as well: what workers need is imported once, and a fork costs a millisecond.
+worker that starts the others, as `siblings` does it, takes the way of their output with it when a task kills it.) It is
+a zygote as well: what workers need is imported once, and a fork costs a millisecond.
 
 One thread, because fork and threads do not go together. It never blocks: output is taken from workers only as fast as
 the master takes it from us, so a worker that prints without end waits, while signals and the end of stdin are seen.
@@ -60,7 +60,7 @@ def main(cookie: str | None, line: bytes = b"", front: Sequence[str] = (), cache
         line, rest = (line, b"") if line else _read_line(orders)
         settings = LoginSettings.from_line(line)
         settings.cookie = settings.cookie if settings.cookie is not None else cookie
-        standalone.check_cookie(settings.cookie)
+        config.check_cookie(settings.cookie)
         os.dup2(2, 1)
         if not hasattr(os, "fork"):
             raise RuntimeError("logins to hosts without fork (Windows) are not supported by this version of distpool")

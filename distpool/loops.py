@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from distpool.calls import _node, note_started, print_error
 from distpool.errors import CompositeException
 from distpool.members import workers
+from distpool.node import node as nodes
 from distpool.refs import gc
 from distpool.refs.refs import Future, Outcome
 from distpool.refs.remote import _Waiting
@@ -122,7 +124,8 @@ class Loop(Future[None]):
         self._errors: list[Exception | None] = [None] * len(work)
         self._left = len(work)
         self._counting = threading.Lock()  # protects _left
-        self._call = _Waiting(gc.of(_node()))
+        self._node = _node()
+        self._call = _Waiting(gc.of(self._node))
         if not work:
             self.set_result(None)
         for number, (pid, part) in enumerate(work):
@@ -144,6 +147,7 @@ class Loop(Future[None]):
                 return
         errors = [error for error in self._errors if error is not None]
         if errors:
+            self._node.failed_loops[id(self)] = weakref.ref(self)
             self.set_exception(CompositeException(errors))
         else:
             self.set_result(None)
@@ -166,12 +170,33 @@ class Loop(Future[None]):
         self._asked = True
         return super().outcome()
 
-    def __del__(self) -> None:
+    def _say(self) -> None:
+        """Print the error, if there is one that nobody has asked for."""
         error = self.__dict__.get("_exception")
         if error is not None and not self._asked:
+            self._asked = True
             print_error(error)
+
+    def __del__(self) -> None:
+        self._say()
+        node = self.__dict__.get("_node")
+        if node is not None:
+            node.failed_loops.pop(id(self), None)
+
+
+def report_failed() -> None:
+    """At the program's end: print the errors of loops that are held until then, by a global variable, say.
+
+    When Python drops those, it loads no module any more, which is what formatting a traceback takes. And one that a
+    thread of ours still holds is not dropped at all.
+    """
+    node = nodes.existing()
+    for reference in list(node.failed_loops.values()) if node is not None else ():
+        loop = reference()
+        if loop is not None:
+            loop._say()
 
 
 codec.register_reducer(Loop, reduce_future)
 
-__all__ = ["Loop", "distributed", "splitrange"]
+__all__ = ["Loop", "distributed", "report_failed", "splitrange"]

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from distpool.config import as_int
+from distpool.config import as_int, check_cookie
 from distpool.node import group as groups
 from distpool.node import node as nodes
 from distpool.node.group import Group, WorkerInfo
 from distpool.node.output import OutputHook
 
 Hook = TypeVar("Hook", bound=Callable[[WorkerInfo], object])
-_MAX_COOKIE = 64
 
 
 def myid() -> int:
@@ -83,7 +82,8 @@ def check_same_host(pids: Iterable[int]) -> bool:
 def cluster_cookie(cookie: str | None = None) -> str:
     """The secret that processes of this group prove to know; with an argument: set it for workers to come.
 
-    ASCII text of 1 to 64 printable characters (ValueError otherwise), random by default.
+    ASCII text of 1 to 64 characters, random by default. ValueError for anything else: a newline, carriage return or NUL
+    in it too, because workers read it as a line, and the empty text, which would keep nobody out.
 
     Example: `cluster_cookie()` goes to a worker that is started by hand.
     """
@@ -91,8 +91,7 @@ def cluster_cookie(cookie: str | None = None) -> str:
     if cookie is not None:
         if not isinstance(cookie, str):
             raise TypeError(f"the cookie must be a str, not {type(cookie).__name__}")
-        if not 1 <= len(cookie) <= _MAX_COOKIE or not cookie.isascii() or not cookie.isprintable():
-            raise ValueError(f"the cookie must be 1 to {_MAX_COOKIE} printable ASCII characters")
+        check_cookie(cookie)
         node.cookie = cookie
     return node.cookie
 

@@ -79,6 +79,7 @@ def dump_stacks(pids: int | Iterable[int] | None = None, *, timeout: float = 5.0
 
     Example: `print(distpool.dump_stacks(2)[2])`
     """
+    timeout = as_int(timeout)
     if isinstance(timeout, bool) or not isinstance(timeout, int | float):
         raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
     if not timeout > 0:  # NaN too
@@ -88,8 +89,10 @@ def dump_stacks(pids: int | Iterable[int] | None = None, *, timeout: float = 5.0
         members, own = _living(node) if node is not None else [], False
     else:
         pids = as_int(pids)
-        wanted = sorted({pids} if isinstance(pids, int) else set(map(as_int, pids)))
-        members, own = [_member(node, pid) for pid in wanted if pid != 1], 1 in wanted
+        if isinstance(pids, str | bytes | bytearray | memoryview):
+            raise TypeError(f"pids must be an int or several, not {type(pids).__name__}")
+        wanted = {_check_pid(pid) for pid in ([pids] if isinstance(pids, int) else map(as_int, pids))}
+        members, own = [_member(node, pid) for pid in sorted(wanted) if pid != 1], 1 in wanted
     texts = {1: observe.stacks()} if own else {}
     if not members:
         return texts
@@ -128,9 +131,13 @@ def _living(node: Node) -> list[Member]:
     return [member for _, member in sorted(members.items()) if _is_up(member)]
 
 
-def _member(node: Node | None, pid: Any) -> Member:
+def _check_pid(pid: Any) -> int:
     if isinstance(pid, bool) or not isinstance(pid, int):
         raise TypeError(f"a pid must be an int, not {type(pid).__name__}")
+    return pid
+
+
+def _member(node: Node | None, pid: int) -> Member:
     group = groups.of(node) if node is not None else None
     if group is None or not 1 < pid <= group.last_pid:
         raise ValueError(f"no process with id {pid} exists")

@@ -19,7 +19,7 @@ def make_policy(base: Policy | None, **changes: Any) -> Policy | None:
     if unknown:
         raise TypeError(f"unknown option {sorted(unknown)[0]!r}")
     values.update(changes)
-    values["retries"] = as_int(values["retries"])
+    values["retries"], values["timeout"] = as_int(values["retries"]), as_int(values["timeout"])
     timeout, retries, delays, pids = (values[name] for name in ("timeout", "retries", "retry_delays", "pids"))
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float)):
         raise TypeError(f"timeout must be a number of seconds or None, not {type(timeout).__name__}")

@@ -4,8 +4,8 @@
     master <--LAUNCHED------ where they listen, or why they do not
     master --NAMED---------> their pids: from then on their output goes to our stdout, each line with its prefix
 
-The children live and die with their connection to the master. Their lines carry the prefix already, so the master does
-not add ours.
+The children live and die with their connection to the master, and outlive us: then their output takes another way
+(`orphans`). Their lines carry the prefix already, so the master does not add ours.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from typing import IO, Any
 
 from distpool import config
 from distpool.managers.base import parse_header
 from distpool.managers.process import PACKAGE, no_forks
 from distpool.node.node import Node
+from distpool.orphans import VARIABLE
 from distpool.sigpipe import quietly
 from distpool.transport.link import Link
 from distpool.wire import messages
@@ -40,25 +42,46 @@ class _Child:
         self.address: tuple[str, int] | None = None
         self.said: list[str] = []
         self.settled = threading.Event()  # the header line has come, or never will
+        self.lifeline = -1  # while the child lives; our end tells it (`orphans`)
         with no_forks:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env
-            )
+            self._start(command, env)
         assert self.process.stdin is not None
         # It may have died at once: its output says why.
         with contextlib.suppress(OSError), quietly(), self.process.stdin as stdin:
             stdin.write(cookie.encode() + b"\n")
 
+    def _start(self, command: list[str], env: dict[str, str]) -> None:
+        with contextlib.ExitStack() as passed_on, contextlib.ExitStack() as kept:
+            output, writing = os.pipe()
+            kept.callback(os.close, output)
+            passed_on.callback(os.close, writing)
+            waiting, lifeline = os.pipe()
+            kept.callback(os.close, lifeline)
+            passed_on.callback(os.close, waiting)
+            more: dict[str, Any] = {"env": env}
+            if sys.platform != "win32":
+                more = {"env": {**env, VARIABLE: f"{output},{waiting}"}, "pass_fds": (output, waiting)}
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=writing, stderr=subprocess.STDOUT, **more
+            )
+            kept.pop_all()
+        self._output, self.lifeline = output, lifeline
+
+    def close_lifeline(self) -> None:
+        """It is over, or this is a forked child of ours, which may live longer than we."""
+        if self.lifeline >= 0:
+            os.close(self.lifeline)
+            self.lifeline = -1
+
     def read(self) -> None:
         """On a thread of its own: the header, then the output, until its end."""
-        stream = self.process.stdout
-        assert stream is not None
-        with stream:
+        with open(self._output, "rb") as stream:
             self._read_header(stream)
             self.settled.set()
             if self.address is not None:
                 self._relay(stream)
         self.process.wait()
+        self.close_lifeline()
 
     def _read_header(self, stream: IO[bytes]) -> None:
         for raw in stream:
@@ -97,6 +120,8 @@ class Siblings:
         self._bound_to = bound_to  # the address on which this worker listens: theirs too
         self._link = link
         self._children: dict[int, _Child] = {}
+        self._living: set[_Child] = set()
+        node.on_fork.append(self._forked)
         node.handlers[Kind.LAUNCH] = self._on_launch
         node.handlers[Kind.NAMED] = self._on_named
 
@@ -122,7 +147,8 @@ class Siblings:
                 continue
             self._children[number] = child
             children.append(child)
-            self._node.deliver(child.read)
+            self._living.add(child)
+            self._node.deliver(partial(self._read, child))
         workers: list[list[Any]] = []
         deadline = message.timeout
         for child in children:
@@ -133,6 +159,15 @@ class Siblings:
             else:
                 workers.append([child.number, *child.address])
         self._link.send(Kind.LAUNCHED, messages.Launched(workers, problems).pack())
+
+    def _read(self, child: _Child) -> None:
+        """On a library thread."""
+        child.read()
+        self._living.discard(child)
+
+    def _forked(self) -> None:
+        for child in self._living:
+            child.close_lifeline()
 
     def _on_named(self, link: Link, frame: Frame) -> None:
         for number, pid in messages.Named.unpack(frame.control).pids:

@@ -16,7 +16,7 @@ import socket
 import sys
 from typing import Any, NoReturn
 
-from distpool import startup
+from distpool import config, startup
 from distpool.managers.record import WorkerConfig
 from distpool.managers.surroundings import here, routable_address
 from distpool.node import node as nodes
@@ -24,8 +24,6 @@ from distpool.transport.stream import Adopted, adopt
 from distpool.wire import codec
 from distpool.wire.protocol import Role
 from distpool.worker import Worker
-
-MAX_COOKIE = 64
 
 
 def start_worker(
@@ -57,7 +55,12 @@ def serve(
 
     OSError: it cannot listen there. ValueError: `tls` is no certificate with its key.
     """
-    check_cookie(cookie)
+    config.check_cookie(cookie)
+    started_by = os.environ.pop("DISTPOOL_STARTED_BY", None)
+    if started_by is not None:  # by `siblings`
+        from distpool.orphans import take_over
+
+        take_over(started_by)
     listener = listen(host, port)
     redirect(close_stdin, stderr_to_stdout)
     # A clean `__main__`, as every worker has it: the caller's functions must not meet this program's names there.
@@ -83,7 +86,7 @@ def init_worker(cookie: str, manager: Any = None) -> None:
     Example: `init_worker(cookie); process_messages(sock, sock)`
     """
     check_unused()
-    check_cookie(cookie)
+    config.check_cookie(cookie)
     worker = Worker(cookie)
     if manager is not None:
 
@@ -123,21 +126,15 @@ def check_unused() -> None:
         raise RuntimeError("this process belongs to a process group already")
 
 
-def check_cookie(cookie: Any) -> None:
-    """ValueError unless it may be a cookie."""
-    if not isinstance(cookie, str) or not 1 <= len(cookie) <= MAX_COOKIE or not cookie.isascii():
-        raise ValueError(f"the cookie must be 1 to {MAX_COOKIE} ASCII characters")
-
-
 def read_cookie() -> str:
     """The first line of stdin, and not a byte of what follows."""
     line = bytearray()
-    while not line.endswith(b"\n") and len(line) <= MAX_COOKIE + 2:
+    while not line.endswith(b"\n") and len(line) <= config.MAX_COOKIE + 2:
         byte = os.read(0, 1)
         if not byte:
             break
         line += byte
-    return line.decode("utf-8", "replace").strip()
+    return line.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
 
 
 def listen(host: str, port: int) -> socket.socket:

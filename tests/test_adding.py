@@ -57,7 +57,8 @@ class FakeMember:
         self.listed = False
         self.on_gone(self, None)
 
-    def remove(self, patience: float) -> None:
+    def remove(self, patience: float, by_manager: bool) -> None:
+        assert not by_manager, "the manager's `kill` is for rmprocs and the program's end"
         self.patience.append(patience)
 
     def launch_error(self) -> LaunchWorkerError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ def test_defaults_of_a_manager() -> None:
     manager.kill(2, config)  # nothing was started by us
     params = manager.default_addprocs_params()
     assert params["topology"] == "all_to_all" and params["lazy"] is True and params["exeflags"] == ()
+    assert params["exename"] == sys.executable
     params["dir"] = "/changed"
     assert manager.default_addprocs_params()["dir"] is None
 
@@ -92,3 +94,8 @@ def test_from_url(rest: str, n: int) -> None:
 def test_from_url_takes_a_number_of_workers(rest: str) -> None:
     with pytest.raises(ValueError, match="Counted takes a number of workers"):
         Counted.from_url(rest)
+
+
+def test_an_interpreter_that_does_not_know_its_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "")
+    assert ClusterManager().default_addprocs_params()["exename"] is None

@@ -144,6 +144,19 @@ def test_a_worker_with_its_cookie_from_the_option() -> None:
         assert process.wait(20) == 0
 
 
+def test_a_cookie_with_blanks_at_its_ends() -> None:
+    """The worker stripped them off, and knew another cookie than its master."""
+    node = nodes.current()
+    former = node.cookie
+    node.cookie = "\t with blanks "
+    try:
+        with worker_process("--bind-to", "127.0.0.1", cookie=node.cookie) as process:
+            assert "MainThread" in ask_for_stacks(*header(process))
+            assert process.wait(20) == 0
+    finally:
+        node.cookie = former
+
+
 def test_no_cookie_no_service() -> None:
     with worker_process("--worker=wrong", "--bind-to", "127.0.0.1") as process:
         host, port = header(process)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import distpool
 import distpool.top
 from distpool import cluster
 from distpool.cluster import addprocs, addprocs_async, end_workers, rmprocs
+from distpool.managers.resources import GPU_VARIABLE
 from distpool.node import group as groups
 from distpool.node import node as nodes
 
@@ -95,6 +99,34 @@ def test_an_endpoint_that_others_reach_starts_nothing(monkeypatch: pytest.Monkey
     assert node.top is None and listed() == before
     monkeypatch.delenv("DISTPOOL_TOP")
     rmprocs(addprocs(1)).result(PATIENCE)  # the topology was not claimed
+
+
+def test_options_that_can_be_read_only_once() -> None:
+    for executable in (sys.executable, iter([sys.executable])):
+        env = zip(["ZZ"], ["1"], strict=True)
+        (pid,) = addprocs(1, exename=executable, env=env, exeflags=iter(["-O"]), gpus=iter([5, 6]))
+        found = distpool.remotecall_fetch(lambda: (os.environ["ZZ"], sys.flags.optimize, os.environ[GPU_VARIABLE]), pid)
+        assert found == ("1", 1, "5")
+        rmprocs(pid).result(PATIENCE)
+
+
+def test_numbers_of_numpy() -> None:
+    found = addprocs(np.int64(1), timeout=np.int32(50), lazy=np.True_)
+    rmprocs(np.array(found), waitfor=np.int8(50)).result(PATIENCE)
+    with pytest.raises(ValueError, match="timeout must be"):
+        addprocs(1, timeout=np.int64(0))
+    with pytest.raises(ValueError, match="waitfor must be"):
+        rmprocs(waitfor=np.int64(-1))
+
+
+@pytest.mark.parametrize("pids", [b"\x03", bytearray(b"\x03"), memoryview(b"\x03"), "3", "", b""])
+def test_texts_are_no_pids(pids: Any) -> None:
+    """The bytes were taken for numbers, and worker 3 was removed."""
+    for call in (rmprocs, cluster.interrupt, distpool.dump_stacks):
+        with pytest.raises(TypeError, match="int"):
+            call(pids)
+    with pytest.raises(TypeError, match="a pid is an int"):
+        rmprocs(2, [3], pids)
 
 
 def test_removing_what_is_not_there(pids: list[int]) -> None:

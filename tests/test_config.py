@@ -7,6 +7,7 @@ import socket
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distpool import config
@@ -97,3 +98,25 @@ def test_what_says_that_it_is_an_int(given: Any, expected: Any) -> None:
     """numpy's integers do, and so, in vain, do its arrays."""
     found = config.as_int(given)
     assert found == expected and type(found) is type(expected)
+
+
+def test_bools() -> None:
+    assert config.as_bool(np.True_) is True and config.as_bool(np.False_) is False and config.as_bool(True) is True
+    assert config.as_bool("bool") == "bool" and config.as_bool(np.int8(1)) is not True
+
+
+@pytest.mark.parametrize("cookie", ["a", "x" * 64, "with spaces !", "  ", " a\t", "\x01\x7f"])
+def test_cookies(cookie: str) -> None:
+    config.check_cookie(cookie)
+
+
+@pytest.mark.parametrize("cookie", ["", "x" * 65, "\N{LATIN SMALL LETTER E WITH ACUTE}", b"bytes", None, 5])
+def test_what_is_no_cookie(cookie: Any) -> None:
+    with pytest.raises(ValueError, match="1 to 64 ASCII"):
+        config.check_cookie(cookie)
+
+
+@pytest.mark.parametrize("cookie", ["a\n", "\n", "a\rb", "\0"])
+def test_what_is_no_line(cookie: str) -> None:
+    with pytest.raises(ValueError, match="must not contain a newline, carriage return or NUL"):
+        config.check_cookie(cookie)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import selectors
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,6 +173,8 @@ def test_a_forked_child_only_closes(loop: IoLoop, cat: subprocess.Popen[bytes]) 
 
 
 def rest(descriptor: int) -> bytes:
+    with selectors.DefaultSelector() as selector:  # as the I/O loop does
+        selector.register(descriptor, selectors.EVENT_READ)
     os.set_blocking(descriptor, True)
     with open(descriptor, "rb") as file:
         return file.read()
@@ -214,6 +219,70 @@ def test_whatever_a_readable_raises_is_its_end(error: type[Exception]) -> None:
             raise error
 
     assert rest(open_output(Readable())[0]) == b"abc"
+
+
+@pytest.mark.parametrize("mode", ["rb", "rb, unbuffered", "temporary"])
+def test_a_file_is_copied(tmp_path: Path, mode: str) -> None:
+    """A scheduler's `job.out`: no poller takes a regular file."""
+    path = tmp_path / "job.out"
+    path.write_bytes(b"header\n" + b"x" * 100_000)
+    if mode == "temporary":
+        with tempfile.NamedTemporaryFile() as source:
+            source.write(path.read_bytes())
+            source.seek(0)
+            assert rest(open_output(source)[0]) == path.read_bytes()
+        return
+    with open(path, "rb", 0 if "," in mode else -1) as source:
+        first = source.readline() if "," not in mode else b""
+        descriptor, early = open_output(source)
+        assert first + early + rest(descriptor) == path.read_bytes()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="no such device here")
+def test_a_device_that_cannot_be_polled() -> None:
+    with open("/dev/null", "rb") as source:
+        assert rest(open_output(source)[0]) == b""
+
+
+class OnlyRead:
+    """As a manager may hand over: each call waits until it has all that was asked for."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def read(self, size: int = -1) -> Any:
+        return self.source.read(size)
+
+
+class Lines(OnlyRead):
+    def readline(self) -> Any:
+        return self.source.readline()
+
+
+class BufferedInto(io.BufferedIOBase):
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> Any:
+        return self.source.readinto1(memoryview(buffer)[:1000])
+
+
+@pytest.mark.parametrize("wrap", [OnlyRead, Lines, BufferedInto])
+def test_readables_with_little_to_offer(wrap: Any) -> None:
+    reader, writer = os.pipe()
+    with open(reader, "rb") as source:
+        descriptor, early = open_output(wrap(source))
+        assert early == b""
+        os.write(writer, b"header\n")
+        os.set_blocking(descriptor, True)
+        with open(descriptor, "rb") as file:
+            assert file.readline() == b"header\n", "although nothing else has come"
+            os.write(writer, b"more")
+            os.close(writer)
+            assert file.read() == b"more"
 
 
 def test_a_socket() -> None:

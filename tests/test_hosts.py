@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distpool import ClusterExecutor, ClusterManager, DistPool, hosts
@@ -78,6 +79,21 @@ def test_unknown_options_are_refused_before_anything_is_launched() -> None:
     check_options(LocalManager(1), {"dir": "/", "env": {}, "restrict": True})
 
 
+def test_iterators_among_the_options_are_read_once() -> None:
+    """The check of the arguments had used them up when the launch came to them, and again for each replacement."""
+    given = {"env": zip(["A"], ["1"], strict=True), "exeflags": iter(["-O"]), "affinity": (iter([0]),)}
+    plan = plan_for(2, None, {**given, "gpus": iter([5, iter([6, 7])]), "dir": "/"})
+    expected = {"env": [("A", "1")], "exeflags": ["-O"], "affinity": [[0]], "gpus": [5, [6, 7]], "dir": "/"}
+    assert plan.params == expected
+
+
+def test_what_is_no_iterator_stays_what_it_is() -> None:
+    with open(os.devnull) as file:
+        options = {"env": {"A": "1"}, "exeflags": ("-O",), "gpus": 3, "affinity": [[0]], "log": file}
+        for name, value in hosts.kept(options).items():
+            assert value is options[name]
+
+
 def test_a_manager_may_take_any_option() -> None:
     class Batch(ClusterManager):
         any_keyword = True
@@ -93,6 +109,7 @@ def test_machines(tmp_path: Path) -> None:
         (["a", ("b", 3)], ["a", ("b", 3)]),
         (("a", "b"), ["a", "b"]),
         (("a", 4), [("a", 4)]),
+        (("a", np.int64(4)), [("a", 4)]),
         (("a", "auto"), [("a", "auto")]),
         ("me@a:2222", ["me@a:2222"]),
         (path, [("me@host:2222", 3), "other"]),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import ManualLoop
 
@@ -296,6 +297,23 @@ def test_an_address_that_leads_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [str(error) for error in world.members[0].failures] == ["refused: is the firewall open?"]
 
 
+@pytest.mark.parametrize(
+    ("config", "host"),
+    [
+        (at(1), "host"),
+        (at(1, environ={"machine": "node7"}), "node7"),
+        (WorkerConfig(host="unix:/tmp/s", port=0), "localhost"),
+        (WorkerConfig(), "localhost"),
+    ],
+)
+def test_errors_name_the_host_that_the_manager_names(dialled: list[Any], config: WorkerConfig, host: str) -> None:
+    """They said localhost, wherever it was."""
+    world = World(Manager(config))
+    world.launch.start()
+    world.run()
+    assert world.members[0].host == host
+
+
 def test_a_config_that_says_nothing() -> None:
     world = World(Manager(WorkerConfig(), WorkerConfig(io=5.5)))
     world.launch.start()
@@ -314,7 +332,11 @@ def test_the_header_line_says_where(dialled: list[Any], monkeypatch: pytest.Monk
     assert member.output == 9 and not member.on_line("a banner")
     assert member.on_line("distpool_worker:9009#10.0.0.7")
     world.run()
-    assert dialled == [("tcp", "10.0.0.7", 9009)] and (member.config.host, member.config.port) == ("10.0.0.7", 9009)
+    assert (
+        dialled == [("tcp", "10.0.0.7", 9009)]
+        and member.host == "10.0.0.7"
+        and (member.config.host, member.config.port) == ("10.0.0.7", 9009)
+    )
 
 
 def test_a_banner_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,6 +373,13 @@ class Starter:
         self.sent.append(messages.MESSAGES[kind].unpack(control))
 
 
+def test_counts_of_numpy(dialled: list[Any]) -> None:
+    world = World(Manager(at(1, count=np.int64(3))))
+    world.launch.start()
+    world.run()
+    assert world.ends == [(1, None)] and type(world.members[0].config.count) is int
+
+
 def first(world: World, **more: Any) -> tuple[Any, Starter]:
     world.launch.start()
     member = world.launch.begin(at(1, **more))
@@ -361,7 +390,7 @@ def first(world: World, **more: Any) -> tuple[Any, Starter]:
 
 def test_the_first_one_starts_the_rest(dialled: list[Any]) -> None:
     world = World(Manager())
-    member, link = first(world, count=3, exename="python", exeflags=["-q"])
+    member, link = first(world, count=3, exename="python", exeflags=["-q"], ospid=4711)
     told: list[Any] = []
     assert world.launch.more(member, lambda count, errors: told.append((count, errors)))
     assert (link.sent[0].count, link.sent[0].command) == (2, ["python", "-q"])
@@ -373,7 +402,7 @@ def test_the_first_one_starts_the_rest(dialled: list[Any]) -> None:
     assert count == 1 and error.reason == "exit code 3" and error.output == "its output"
     assert link.sent[1:] == [messages.Named([[0, 3]])]
     other = world.members[1].config
-    assert (other.host, other.port, other.count, other.io) == ("host", 8, None, None)
+    assert (other.host, other.port, other.count, other.io, other.ospid) == ("host", 8, None, None, None)
 
 
 @pytest.mark.parametrize("end", ["silence", "death"])

@@ -96,7 +96,10 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("pool", "pooling", "pool_runs", "pool_results", "pool_callbacks", "pool_input"),
         *("tracing", "traceplot", "hostcheck"),
     ),
-    11: ("startup", "zygote", "worker", "standalone", "siblings", "login", "runner", "cli", "__main__", "__init__"),
+    11: (
+        *("startup", "zygote", "worker", "standalone", "siblings", "orphans", "login", "runner", "cli"),
+        *("__main__", "__init__"),
+    ),
     12: ("integrations.joblib",),
 }
 """Layer -> its modules, lowest first. A new module is added here, in the layer of the job that it does."""
@@ -307,6 +310,8 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("login", "standalone"),
         ("login", "startup"),
         ("login", "zygote"),
+        ("siblings", "orphans"),
+        ("standalone", "orphans"),
         ("standalone", "startup"),
         ("standalone", "worker"),
         ("worker", "siblings"),

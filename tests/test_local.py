@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from distpool import CompositeException, LaunchWorkerError, addprocs
 from distpool.managers import command
 from distpool.managers.launch import Launcher
 from distpool.managers.local import LocalManager
@@ -73,6 +74,34 @@ def test_method_transport_and_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTPOOL_TRANSPORT", "unix")
     assert (spec_of().method, spec_of().transport) == ("fork", "unix")
     assert spec_of(restrict=False).transport == "tcp"
+
+
+@pytest.mark.parametrize("keyword", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_the_keyword_counts_more_than_what_the_manager_was_made_with(own: bool, keyword: bool) -> None:
+    """It was accepted, and ignored."""
+    manager = LocalManager(1, own)
+    spec = manager.spec({"cookie": "c", "restrict": keyword})
+    assert (spec.transport == "tcp") is not keyword and (spec.bind == "127.0.0.1") >= keyword
+    assert manager.default_addprocs_params()["restrict"] is own, "without it"
+
+
+@pytest.mark.parametrize("what", ["missing", "file", "closed"])
+def test_a_directory_that_is_none_ends_the_launch(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers worked in the home directory instead; that is for a current directory which has vanished."""
+    directory = tmp_path / what
+    if what == "file":
+        directory.touch()
+    elif what == "closed":
+        directory.mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: path != str(directory))
+    monkeypatch.chdir(tmp_path)
+    for given in (directory, what):
+        with pytest.raises(CompositeException) as info:
+            addprocs(2, dir=given)
+        [error] = info.value.exceptions
+        assert isinstance(error, LaunchWorkerError) and error.host == "localhost"
+        assert repr(str(directory)) in str(error) and "no directory here" in str(error)
 
 
 @pytest.mark.parametrize("method", ["fork", "exec"])

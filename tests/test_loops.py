@@ -213,3 +213,34 @@ def test_an_error_is_printed_at_the_very_end_of_the_program() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0
     assert "ZeroDivisionError" in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("more", ["", "del loop", "atexit.register(loop.exception)"])
+def test_its_traceback_is_there_at_the_very_end_too(more: str) -> None:
+    """Formatting one loads a module, and that could not be done any more."""
+    program = f"""if True:
+        import atexit, threading, distpool
+        loop = distpool.distributed(lambda number: 1 / number, [0])
+        done = threading.Event()
+        loop.add_done_callback(lambda future: done.set())
+        assert done.wait({PATIENCE})
+        {more}
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    if "atexit" in more:
+        assert done.stderr == "", "somebody has asked"
+        return
+    assert "no traceback" not in done.stderr and "| Traceback (most recent call last):" in done.stderr
+    assert done.stderr.count("CompositeException") == 1 and "in <lambda>" in done.stderr
+
+
+def test_a_loop_that_fails_because_the_program_ends() -> None:
+    program = """if True:
+        import time, distpool
+        distpool.addprocs(2)
+        loop = distpool.distributed(lambda number: time.sleep(100), [1, 2])
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert "no traceback" not in done.stderr and done.stderr.count("CompositeException") == 1
+    assert done.stdout == "" and "| Traceback (most recent call last):" in done.stderr

@@ -15,6 +15,7 @@ import pytest
 from fakes import ManualLoop
 
 from distpool.errors import LaunchWorkerError, VersionMismatchError
+from distpool.managers.record import WorkerConfig
 from distpool.node import member as module
 from distpool.node.member import NOW, Member, State
 from distpool.node.threads import ThreadCache
@@ -117,14 +118,15 @@ class World:
             introduce=lambda member: self.events.append("introduced"),
             forget=lambda member: self.events.append("forgotten"),
         )
-        self.member = Member(self.group, 5, process, "config", self)
+        self.config = WorkerConfig()
+        self.member = Member(self.group, 5, process, self.config, self)
         self.member.on_gone = lambda member, reason: self.events.append(("gone", reason))
         self.member.on_frame = lambda member, frame: self.events.append(frame.kind)
         self.member.notices = SimpleNamespace(put=lambda function: function())  # type: ignore[assignment]
         self.adopted: Any = None
 
     def manage(self, pid: int, config: Any, op: str) -> None:
-        assert (pid, config) == (5, "config")
+        assert pid == 5 and config is self.config
         self.events.append(op)
 
     @property
@@ -184,6 +186,18 @@ def test_it_is_told_who_it_is_and_then_counts(world: World) -> None:
     assert world.events == ["register", "peers", "introduced"]
     world.loop.ring(20.0)
     assert world.member.process.signals == [], "the deadline is over"
+
+
+@pytest.mark.parametrize(("known", "expected"), [(None, 4711), (12, 12)])
+def test_its_manager_learns_its_process_id(world: World, known: int | None, expected: int) -> None:
+    """To interrupt it by that; a manager may know it better (that of a container, say)."""
+    world.member.tells = True
+    world.config.ospid = known
+    world.manage = lambda pid, config, op: world.events.append((op, config.ospid))  # type: ignore[method-assign]
+    world.connect()
+    world.link.ready(world.link)
+    world.join()
+    assert world.events[0] == ("register", expected) and world.config.process is None
 
 
 def test_a_journal_is_kept_only_where_it_sees_it(world: World) -> None:
@@ -416,6 +430,22 @@ def test_removal_goes_from_words_to_force(world: World, process: FakeProcess) ->
     assert process.signals == [signal.SIGTERM, None]
     process.exit(-9)
     assert world.member.why() == "it was removed" and ended == ["manager"], "once"
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["process", "connection"])
+def test_removal_that_the_manager_has_not_been_asked_for(process: FakeProcess, here: bool) -> None:
+    """Its `kill` is for `rmprocs` and the program's end; the worker ends all the same."""
+    world = World(process if here else None)
+    link = world.up()
+    ended: list[str] = []
+    world.member.kills = lambda: ended.append("manager")
+    world.member.remove(3.0, by_manager=False)
+    world.loop.ring(3.0)
+    world.loop.ring(module._TERM_GRACE)
+    assert process.signals == ([signal.SIGTERM, None] if here else []) and bool(link.reasons) is not here
+    process.exit(-9)
+    world.loop.run()
+    assert world.member.state is State.GONE and ended == []
 
 
 def test_removal_of_one_that_goes_by_itself_uses_no_force(world: World, process: FakeProcess) -> None:

@@ -424,6 +424,13 @@ def test_chosen_workers_and_this_process(executor: distpool.ClusterExecutor) -> 
         assert list(distpool.dump_stacks(pids)) == [pid]
 
 
+@pytest.mark.parametrize("pids", [True, False, [True], b"\x01", "1", [1.5]])
+def test_what_is_no_pid(pids: Any) -> None:
+    """True was this process."""
+    with pytest.raises(TypeError, match="int"):
+        distpool.dump_stacks(pids)
+
+
 def test_a_worker_that_holds_the_interpreter_lock(executor: distpool.ClusterExecutor) -> None:
     pid, other = executor.workers
     gate = Gate()

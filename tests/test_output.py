@@ -165,6 +165,65 @@ def test_a_stdout_that_takes_nothing(setup: Setup, monkeypatch: pytest.MonkeyPat
     assert list(reader.tail)[-1] == "lost"
 
 
+class Narrow(io.TextIOWrapper):
+    """A stdout for few characters, as PYTHONIOENCODING makes it."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(io.BytesIO(), encoding)
+
+
+class Tee:
+    """One of the user's, which does not know what is beneath."""
+
+    encoding: Any
+
+    def __init__(self, encoding: Any) -> None:
+        self.beneath = Narrow("ascii")
+        if encoding is not None:
+            self.encoding = encoding
+
+    def write(self, text: str) -> int:
+        return self.beneath.write(text)
+
+    def flush(self) -> None:
+        self.beneath.flush()
+
+
+@pytest.mark.parametrize(
+    ("stream", "shown"),
+    [
+        (Narrow("latin-1"), "h\u00e9llo \\u2713"),
+        (Narrow("cp1252"), "h\u00e9llo \\u2713"),  # it calls itself charmap in its errors
+        (Narrow("ascii"), "h\\xe9llo \\u2713"),
+        (Tee("utf-8"), "h\\xe9llo \\u2713"),
+        (Tee("no such encoding"), "h\\xe9llo \\u2713"),
+        (Tee(0), "h\\xe9llo \\u2713"),
+        (Tee(None), "h\\xe9llo \\u2713"),
+    ],
+)
+def test_a_stdout_that_has_not_all_characters(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, stream: Any, shown: str
+) -> None:
+    """That line, and those that came with it, were lost."""
+    monkeypatch.setattr(sys, "stdout", stream)
+    setup.reader()
+    setup.write("before\nh\u00e9llo \u2713\nafter\n".encode())
+    setup.end()
+    wrapper = stream if isinstance(stream, Narrow) else stream.beneath
+    printed = wrapper.buffer.getvalue().decode(wrapper.encoding)
+    assert printed == f"{PREFIX}before\n{PREFIX}{shown}\n{PREFIX}after\n"
+
+
+def test_what_a_hook_makes_of_a_line_may_be_no_text(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Narrow("utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    setup.hook = lambda pid, line: f"{line} \udce9"
+    setup.reader()
+    setup.write("\u2713\n".encode())
+    setup.end()
+    assert stream.buffer.getvalue().decode() == "\u2713 \\udce9\n"  # type: ignore[attr-defined]
+
+
 class Slow(io.StringIO):
     """A stdout that takes nothing until it is let."""
 

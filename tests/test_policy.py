@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distpool.policy import make_policy
@@ -28,6 +29,11 @@ def test_delays_are_numbers_and_mean_retries() -> None:
     assert make_policy(None, retry_delays=[1, 2], retries=5) == Policy(retries=5, retry_delays=(1.0, 2.0))
     assert make_policy(None, retry_delays=[1, 2], retries=0) == Policy(retry_delays=(1.0, 2.0))
     assert make_policy(Policy(retries=3), retry_delays=[1]) == Policy(retries=3, retry_delays=(1.0,))
+
+
+def test_numbers_of_numpy() -> None:
+    policy = make_policy(None, timeout=np.int64(5), retries=np.int8(2))
+    assert policy == Policy(timeout=5, retries=2) and type(policy.timeout) is int
 
 
 def test_one_pid_or_several() -> None:

@@ -258,6 +258,45 @@ def test_a_system_that_starts_no_further_thread(count: int, monkeypatch: pytest.
         assert not thread.is_alive()
 
 
+class OnlyInto(io.BufferedIOBase):
+    """A buffered stream that has not more than it needs: `read1` and `readinto1` of the base class end in an error."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def readinto(self, buffer: Any) -> int:
+        part, self.data = self.data[:3], self.data[3:]
+        buffer[: len(part)] = part
+        return len(part)
+
+
+class OnlyInto1(OnlyInto):
+    def readinto1(self, buffer: Any) -> int:
+        return OnlyInto.readinto(self, buffer)
+
+    def readinto(self, buffer: Any) -> int:
+        raise AssertionError("it would wait until the buffer is full")
+
+
+class OnlyRead(io.BufferedIOBase):
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        part, self.data = self.data[:size], self.data[size:]
+        return part
+
+
+@pytest.mark.parametrize("kind", [OnlyInto, OnlyInto1, OnlyRead, io.BytesIO])
+def test_buffered_streams_of_any_make(kind: Any) -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        pump = make(kind(b"abcdefgh"), near.makefile("wb", 0))
+        pump.stream.settimeout(PATIENCE)
+        assert read_exactly(pump.stream, 8) == b"abcdefgh" and pump.stream.recv(1) == b""
+        pump.stream.close()
+
+
 def test_what_cannot_be_read_or_written() -> None:
     with pytest.raises(TypeError, match="readinto"):
         readinto_of(object())

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from conformance.clusters import ByCommand
 from faults.helpers import Gate, hold
@@ -46,6 +47,18 @@ def test_wishes() -> None:
     assert wishes({"gpus": "0,1"}) == Wishes(gpus=["0", "1"])
     assert wishes({"memory_limit": "300 MiB"}).memory == 300 << 20
     assert memory_bytes("1.5GB") == 1_500_000_000
+    assert memory_bytes("2gib") == memory_bytes(" 2 GIB ") == 2 << 30 and memory_bytes("1.kb") == memory_bytes("1K")
+    assert memory_bytes(".5 mb") == 500_000 and memory_bytes("5B") == 5
+
+
+def test_wishes_in_numbers_of_numpy() -> None:
+    """As pids and counts they were accepted, as these not."""
+    wanted = wishes({"memory_limit": np.int64(9), "affinity": np.int32(2), "gpus": np.uint8(3)})
+    assert wanted == Wishes(9, 2, 3) and {type(each) for each in wanted} == {int}
+    found = wishes({"affinity": np.array([[0, 1], [2, 3]]), "gpus": np.array([5, 6])})
+    assert found == Wishes(affinity=[[0, 1], [2, 3]], gpus=["5", "6"])
+    assert isinstance(found.affinity, list) and {type(core) for cores in found.affinity for core in cores} == {int}
+    assert wishes({"gpus": [[np.int64(1), 2], np.int8(3)]}).gpus == ["1,2", "3"]
 
 
 @pytest.mark.parametrize(
@@ -58,13 +71,19 @@ def test_bad_affinity(value: Any) -> None:
         ClusterExecutor(1, affinity=value)
 
 
-@pytest.mark.parametrize("value", [-1, True, 1.5, ["a b"], [[]], [None], [True], "0,,1", ""])
+@pytest.mark.parametrize("value", [-1, True, 1.5, ["a b"], [[]], [None], [True], "0,,1", "", b"01"])
 def test_bad_gpus(value: Any) -> None:
     with pytest.raises((ValueError, TypeError)):
         distpool.addprocs(1, gpus=value)
 
 
-@pytest.mark.parametrize("value", [0, -1, "much", 1.5, True])
+@pytest.mark.parametrize("text", ["1.2.3", ".", "", "GiB", "1e9", "5i", "-1", "9" * 400, "\N{ARABIC-INDIC DIGIT TWO}"])
+def test_bad_memory_in_words(text: str) -> None:
+    with pytest.raises(ValueError, match="^memory_limit must be bytes or text such as '2GiB', not "):
+        memory_bytes(text)
+
+
+@pytest.mark.parametrize("value", [0, -1, "much", 1.5, True, "0", np.True_, np.float64(3)])
 def test_bad_memory(value: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="memory_limit"):
         distpool.addprocs(1, memory_limit=value)

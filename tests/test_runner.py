@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from distpool import cli
+
 COMMAND = [sys.executable, "-m", "distpool", "run"]
 
 
@@ -113,6 +115,39 @@ def test_code_and_module(tmp_path: Path) -> None:
     assert done.stdout == "__main__ mine ['-c', 'b'] 41\n42\n", done.stderr
     done = run("-m", "no.such.module")
     assert done.returncode == 1 and "No module named" in done.stderr
+
+
+REST = ["-p", "3", "--", "y", "-o", "--help", "-m", "-c", "--hosts=a", "-", ""]
+
+
+def test_whatever_follows_the_program_is_its_own(tmp_path: Path) -> None:
+    """argparse of each Python has its own idea of `--` among what remains."""
+    show = "import sys; print(sys.argv[1:])"
+    (tmp_path / "modx.py").write_text(show)
+    for program in (["-c", show], ["-c" + show], ["-m", "modx"], ["-mmodx"], ["modx.py"], ["--", "modx.py"]):
+        for rest in (REST, ["--", "b"], ["--"]):
+            done = run("-o", "exeflags=()", *program, *rest, cwd=tmp_path)
+            assert (done.stdout, done.stderr) == (f"{rest}\n", ""), program
+
+
+@pytest.mark.parametrize(
+    ("words", "at"),
+    [
+        ("-p 3 x.py", 2),
+        ("-p3 x.py", 1),
+        ("--procs 3 --machine-file=f --hosts -c x.py", 5),
+        ("--proc=3 -", 1),
+        ("-h x.py", 1),
+        ("--help x.py", 1),
+        ("-o a=b -o -m -cx", 4),
+        ("-p", 1),
+        ("-p 3", 2),
+        ("", 0),
+    ],
+)
+def test_where_the_program_begins(words: str, at: int) -> None:
+    split = ["run", *words.split()]
+    assert cli._program_at(split) == at + 1
 
 
 def test_a_folder_and_an_archive(tmp_path: Path) -> None:

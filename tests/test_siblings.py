@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wires import PATIENCE
+from wires import PATIENCE, until
 
 from distpool import siblings
 from distpool.siblings import Siblings
@@ -33,6 +33,7 @@ class Host:
 
     def __init__(self, bound_to: str = "") -> None:
         self.handlers: dict[int, Any] = {}
+        self.on_fork: list[Any] = []
         self.cookie = "c" * 16
         self.answers: list[messages.Launched] = []
         self.answered = threading.Event()
@@ -97,6 +98,50 @@ def test_they_come_up_and_print_under_their_names(tmp_path: Path) -> None:
         host.join()
     expected = "cookie cccccccccccccccc arguments -m distpool worker --bind-to 127.0.0.9\n"
     assert sorted(stdout.read_text().splitlines(True)) == [f"      From worker {pid}:\t{expected}" for pid in (7, 8)]
+
+
+#: Says what it was given besides.
+HANDED = WORKER.replace('"arguments", *sys.argv[1:]', '"lifeline", lifeline()').replace(
+    "    import sys\n",
+    """    import os, select, sys
+    def lifeline():
+        reading, end = map(int, os.environ["DISTPOOL_STARTED_BY"].split(","))
+        print("reading", os.fstat(reading).st_ino == os.fstat(1).st_ino, flush=True)
+        return len(os.read(end, 1))
+""",
+)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="descriptors are not handed on there")
+def test_they_hear_of_our_end_also_if_a_child_of_ours_lives_on(tmp_path: Path) -> None:
+    host = Host()
+    stdout = tmp_path / "stdout"
+    with descriptor_1(stdout):
+        launched = host.launch(1, command(tmp_path, HANDED))
+        host.name([[launched.workers[0][0], 7]])
+        until(lambda: "reading True" in stdout.read_text(), "it has looked at its descriptors")
+        host.on_fork[0]()  # as in a forked child, which closes its copy
+        host.join()
+    assert "cookie cccccccccccccccc lifeline 0" in stdout.read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="descriptors are not handed on there")
+def test_descriptors_that_are_missing_leave_none_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    real = os.pipe
+
+    def pipe() -> tuple[int, int]:
+        if opened:
+            raise OSError(24, "too many")
+        opened.extend(real())
+        return opened[0], opened[1]
+
+    monkeypatch.setattr(siblings.os, "pipe", pipe)
+    launched = Host().launch(1, command(tmp_path, WORKER))
+    assert launched.workers == [] and "too many" in launched.problems[0][0]
+    for number in opened:
+        with pytest.raises(OSError):
+            os.fstat(number)
 
 
 def test_all_cpus_but_the_one_of_this_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

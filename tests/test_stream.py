@@ -84,6 +84,17 @@ def test_what_is_no_stream(bad: object) -> None:
         adopt(bad)
 
 
+def test_one_file_of_a_socket_is_no_pair() -> None:
+    """It was iterated over, which waited for two lines."""
+    near, far = socket.socketpair()
+    with near, far, near.makefile("rwb") as file, near.makefile("rb") as reader:
+        for one, name in ((file, "BufferedRWPair"), (reader, "BufferedReader")):
+            with pytest.raises(TypeError, match=f"a socket or a pair .reader, writer., not {name}"):
+                adopt(one)
+        far.sendall(b"a\n")
+        assert near.recv(2) == b"a\n", "not a byte was taken"
+
+
 def test_closed_and_encrypted_sockets_are_refused() -> None:
     near, far = socket.socketpair()
     near.close()

@@ -10,6 +10,7 @@ The methods run on the master; `connect` also on workers, when they connect to e
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 
 from distpool.hints import TYPE_CHECKING, Any, ClassVar
@@ -108,12 +109,15 @@ class ClusterManager:
         return cls(int(rest))  # type: ignore[call-arg]
 
     def default_addprocs_params(self) -> dict[str, Any]:
-        """The keywords that `addprocs` takes for this manager, with their defaults."""
+        """The keywords that `addprocs` takes for this manager, with their defaults.
+
+        `exename` is the path of this interpreter; None where Python does not know it (embedded).
+        """
         return {
             "topology": "all_to_all",
             "lazy": True,
             "dir": None,
-            "exename": None,
+            "exename": sys.executable or None,
             "exeflags": (),
             "env": None,
             "enable_threaded_blas": False,

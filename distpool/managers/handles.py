@@ -13,10 +13,12 @@ import contextlib
 import io
 import os
 import socket
+import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from distpool.hints import Any
 from distpool.managers.process import SIGKILL, Loop
@@ -120,13 +122,14 @@ class PopenHandle:
 def open_output(source: Any) -> tuple[int, bytes]:
     """A pollable descriptor of ours for a binary readable, and what had been read from it already.
 
-    TypeError: it cannot be read. A readable without a descriptor gets a thread that copies it into a socket.
+    TypeError: it cannot be read. A readable without a descriptor, or with one that cannot be polled (a file's), gets a
+    thread that copies it into a socket.
     """
     try:
         number = source.fileno()
     except (AttributeError, OSError, ValueError):
         number = -1
-    if number < 0 or sys.platform == "win32":  # pipes cannot be polled there
+    if number < 0 or not _can_be_polled(number):
         return _copied(source), b""
     descriptor = os.dup(number)
     early = b""
@@ -137,18 +140,43 @@ def open_output(source: Any) -> tuple[int, bytes]:
     return descriptor, early
 
 
+def _can_be_polled(number: int) -> bool:
+    if sys.platform == "win32":  # not even pipes
+        return False
+    mode = os.fstat(number).st_mode
+    if stat.S_ISCHR(mode):
+        return os.isatty(number)  # /dev/null, for one, cannot
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISBLK(mode))
+
+
 def _copied(source: Any) -> int:
-    readinto = readinto_of(source)
+    read = _read_of(source)
     near, far = socket.socketpair()
 
     def copy() -> None:
-        buffer = bytearray(65536)
         with near, contextlib.suppress(Exception):  # the readable is user code: whatever it raises is its end
-            while count := readinto(buffer):
-                near.sendall(memoryview(buffer)[:count], QUIET)
+            while data := read():
+                near.sendall(data, QUIET)
 
     threading.Thread(target=copy, name="distpool-output", daemon=True).start()
     return far.detach()
+
+
+def _read_of(source: Any) -> Callable[[], Any]:
+    """What gives the next bytes of a binary readable, none at its end; without waiting for more than there is."""
+    if not callable(getattr(source, "readinto", None)):
+        for name, arguments in _READS:
+            method = getattr(source, name, None)
+            if callable(method):
+                return partial(method, *arguments)
+    readinto = readinto_of(source)
+    buffer = bytearray(_CHUNK)
+    return lambda: memoryview(buffer)[: readinto(buffer) or 0]
+
+
+_CHUNK = 65536
+_READS: tuple[tuple[str, tuple[int, ...]], ...] = (("read1", (_CHUNK,)), ("readline", ()), ("read", (1,)))
+"""For objects that have nothing else, best first. A `read` of more than one byte may wait until it has them all."""
 
 
 __all__ = ["PopenHandle", "open_output"]

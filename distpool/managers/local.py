@@ -11,10 +11,11 @@ import os
 from collections.abc import Iterator, Mapping
 
 from distpool import config
+from distpool.errors import LaunchWorkerError
 from distpool.hints import Any
 from distpool.managers.base import ClusterManager
 from distpool.managers.command import command, environment, import_path, pairs
-from distpool.managers.process import LaunchSpec
+from distpool.managers.process import HOST, LaunchSpec
 from distpool.managers.record import WorkerConfig
 from distpool.managers.resources import wishes
 from distpool.managers.surroundings import here, routable_address
@@ -22,7 +23,8 @@ from distpool.wire import versions
 
 
 class LocalManager(ClusterManager):
-    """`n` workers on this machine; with `restrict` (default) they listen on private sockets or loopback only.
+    """`n` workers on this machine; with `restrict` (default) they listen on private sockets or loopback only. The
+    keyword `restrict` of `addprocs` counts more than this one.
 
     Example: `addprocs(LocalManager(4))`, which is what `addprocs(4)` does.
     """
@@ -50,11 +52,15 @@ class LocalManager(ClusterManager):
     def launch(self, params: dict[str, Any]) -> Iterator[WorkerConfig]:
         """Start the workers; each config's `process` is the launcher's handle (`add_exit_callback`, `output`, `kill`).
 
+        LaunchWorkerError: `dir` is no directory, or some could not be started; those that were given before stay.
         Of `params`: `launcher` (the node's `Launcher`), `cookie`, `extra` (handed to the workers), and the keywords.
         """
         if not self.n:
             return
-        for process in params["launcher"].launch(self.spec(params), _load_what_they_need):
+        spec = self.spec(params)
+        if params.get("dir") is not None and not (os.path.isdir(spec.cwd) and os.access(spec.cwd, os.X_OK)):
+            raise LaunchWorkerError(HOST, "", f"dir={spec.cwd!r} is no directory here, or may not be entered")
+        for process in params["launcher"].launch(spec, _load_what_they_need):
             kind, host, *port = process.address
             yield WorkerConfig(
                 process=process,
@@ -71,6 +77,7 @@ class LocalManager(ClusterManager):
         wanted = pairs(params.get("env"))
         directory = params.get("dir")
         cwd = os.path.abspath(os.path.expanduser(os.fspath(directory))) if directory is not None else here()
+        restrict = bool(params.get("restrict", self.restrict))
         return LaunchSpec(
             count=self.n,
             argv=argv,
@@ -78,11 +85,11 @@ class LocalManager(ClusterManager):
             cwd=cwd,
             sys_path=import_path(wanted, foreign, moved=directory is not None),
             cookie=params["cookie"],
-            transport=config.local_transport() if self.restrict else "tcp",
+            transport=config.local_transport() if restrict else "tcp",
             method=config.launch_method(),
             timeout=config.launch_timeout(params.get("timeout")),
             extra={**(params.get("extra") or {}), **({"memory_limit": limit} if limit is not None else {})},
-            bind="127.0.0.1" if self.restrict else routable_address(),
+            bind="127.0.0.1" if restrict else routable_address(),
             own_path=foreign,
         )
 
@@ -99,7 +106,7 @@ class LocalManager(ClusterManager):
 
     def default_addprocs_params(self) -> dict[str, Any]:
         """The keywords of `addprocs(n)`. `ship`: nothing has to be sent, workers here find what this program finds."""
-        return {**super().default_addprocs_params(), "restrict": True, "ship": ()}
+        return {**super().default_addprocs_params(), "restrict": self.restrict, "ship": ()}
 
 
 def _load_what_they_need() -> None:

@@ -44,7 +44,7 @@ class WorkerConfig:
         io              binary stream from which its header line is read; further output is forwarded
         host, port      where it listens (str, int)
         process         what was started: `subprocess.Popen`, or a handle with `kill(signum)`
-        ospid           its process id on its host
+        ospid           its process id on its host; when it joins, what it says itself, unless the manager knows it
         connect_at      what the master's `connect` left for `connect` between workers
     Used by managers that log in to hosts:
         count           workers to start on that host (int, or "auto")

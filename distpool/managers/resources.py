@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 
+from distpool.config import as_int
 from distpool.hints import Any, NamedTuple
 
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
@@ -46,16 +47,20 @@ def wishes(params: Mapping[str, Any]) -> Wishes:
     )
 
 
+_MEMORY = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]*)?|\.[0-9]+)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE | re.ASCII)
+
+
 def memory_bytes(limit: Any) -> int | None:
-    """`memory_limit=` in bytes: an int, or text such as "300MiB", "2 GiB", "1.5GB". ValueError, TypeError."""
+    """`memory_limit=` in bytes: an int, or text such as "300MiB", "2 gib", "1.5GB". ValueError, TypeError."""
     if limit is None:
         return None
+    limit = as_int(limit)
     if isinstance(limit, str):
-        found = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]?)(i?)B?\s*", limit)
+        found = _MEMORY.fullmatch(limit)
         if found is None:
             raise ValueError(f"memory_limit must be bytes or text such as '2GiB', not {limit!r}")
         base = 1024 if found[3] else 1000
-        limit = int(float(found[1]) * base ** " kMGT".index(found[2].replace("K", "k") or " "))
+        limit = int(float(found[1]) * base ** " kmgt".index((found[2] or " ").lower()))
     if isinstance(limit, bool) or not isinstance(limit, int):
         raise TypeError(f"memory_limit must be an int or a str, not {type(limit).__name__}")
     if limit <= 0:
@@ -66,7 +71,8 @@ def memory_bytes(limit: Any) -> int | None:
 def _affinity(value: Any) -> int | str | list[list[int]]:
     """Cores per worker (int), `"auto"`, or a list with the cores of each worker in turn."""
     text = f"affinity must be a number of cores, 'auto' or a list of lists of cores, not {value!r}"
-    if value == "auto":
+    value = as_int(value)
+    if isinstance(value, str) and value == "auto":
         return "auto"
     if isinstance(value, bool | str | bytes):
         raise ValueError(text)
@@ -76,10 +82,13 @@ def _affinity(value: Any) -> int | str | list[list[int]]:
         return value
     if not isinstance(value, Iterable):
         raise TypeError(text)
-    lists = [list(cores) if isinstance(cores, Iterable) and not isinstance(cores, str) else [] for cores in value]
+    lists = [
+        [as_int(core) for core in cores] if isinstance(cores, Iterable) and not isinstance(cores, str | bytes) else []
+        for cores in value
+    ]
     if not lists or not all(cores and all(_is_number(core) for core in cores) for cores in lists):
         raise ValueError(text)
-    return [[int(core) for core in cores] for cores in lists]
+    return lists
 
 
 def _is_number(value: Any) -> bool:
@@ -89,18 +98,17 @@ def _is_number(value: Any) -> bool:
 def _gpus(value: Any) -> int | list[str]:
     """How many GPUs each host has (int), or their ids: one for each worker in turn, or a list of ids for each."""
     text = f"gpus must be a number of GPUs or a list of their ids, not {value!r}"
-    if isinstance(value, str):
-        value = value.split(",")
+    value = value.split(",") if isinstance(value, str) else as_int(value)
     if isinstance(value, bool):
         raise TypeError(text)
     if isinstance(value, int):
         if value < 0:
             raise ValueError(text)
         return value
-    if not isinstance(value, Iterable):
+    if not isinstance(value, Iterable) or isinstance(value, bytes):
         raise TypeError(text)
-    found = [[each] if isinstance(each, int | str) else list(each) for each in value]
-    ids = [[str(one).strip() for one in each if not isinstance(one, bool)] for each in found]
+    found = [[each] if isinstance(each, int | str) else list(each) for each in map(as_int, value)]
+    ids = [[str(as_int(one)).strip() for one in each if not isinstance(one, bool)] for each in found]
     if not all(each and all(re.fullmatch(r"[\w./:-]+", one, re.ASCII) for one in each) for each in ids):
         raise ValueError(text)
     return [",".join(each) for each in ids]

@@ -88,9 +88,10 @@ class SSHManager(ClusterManager):
         return manager
 
     def default_addprocs_params(self) -> dict[str, Any]:
-        """The keywords of `addprocs([machine, ...])`."""
+        """The keywords of `addprocs([machine, ...])`. `exename`, None: what is found there (docs/ssh.md)."""
         return {
             **super().default_addprocs_params(),
+            "exename": None,
             "tunnel": False,
             "multiplex": False,
             "ssh": None,
@@ -111,7 +112,7 @@ class SSHManager(ClusterManager):
             raise ValueError(f"encrypt must be None, False or True, not {params['encrypt']!r}")
         if params["shell"] not in SHELLS:
             raise ValueError(f"shell must be one of {', '.join(SHELLS)}, not {params['shell']!r}")
-        parallel = params["max_parallel"]
+        parallel = config.as_int(params["max_parallel"])
         if isinstance(parallel, bool) or not isinstance(parallel, int):
             raise TypeError(f"max_parallel must be an int, not {type(parallel).__name__}")
         if parallel < 1:
@@ -143,10 +144,11 @@ class SSHManager(ClusterManager):
         clients = client(params)
         parcels = bootstrap.parcels(params["bootstrap"], *self._find(params["ship"]))
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        waiting = [self._login(spec, count, params, clients, parcels, events) for spec, count in self.machines.items()]
+        logins = [self._login(spec, count, params, clients, parcels, events) for spec, count in self.machines.items()]
+        waiting = list(logins)
         running: dict[HostLogin, float] = {}
         ends: dict[HostLogin, threading.Event] = {}
-        errors: list[Exception] = []
+        failures: dict[HostLogin, list[Exception]] = {}
         seconds = _seconds(params)
         try:
             while waiting or running:
@@ -169,10 +171,11 @@ class SSHManager(ClusterManager):
                 else:
                     login, problems = event
                     running.pop(login, None)
-                    errors += problems
+                    failures[login] = problems
         finally:
             for login in running:
                 threading.Thread(target=_abandon, args=(login, ends[login], events), daemon=True).start()
+        errors = [error for login in logins for error in failures.get(login, ())]  # in the order of the machines
         if errors:
             raise CompositeException(errors)
 
@@ -404,7 +407,7 @@ def merge(machines: Iterable[Any]) -> dict[Spec, Any]:
     found: dict[Spec, Any] = {}
     for machine in machines:
         text, count = machine if isinstance(machine, tuple) and len(machine) == 2 else (machine, 1)
-        spec = split_spec(text)
+        spec, count = split_spec(text), config.as_int(count)
         if count != "auto" and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ValueError(f"the number of workers of {text!r} must be a positive int or 'auto', not {count!r}")
         there = found.get(spec, 0)

@@ -14,7 +14,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable
 
-from distpool import errors
+from distpool import config, errors
 from distpool.hints import Any, NamedTuple
 from distpool.logs import Log
 from distpool.node.member import Member, State
@@ -196,6 +196,7 @@ class Group:
         """
         if topology not in TOPOLOGIES:
             raise ValueError(f"topology must be one of {', '.join(TOPOLOGIES)}, not {topology!r}")
+        lazy = config.as_bool(lazy)
         if not isinstance(lazy, bool):
             raise TypeError(f"lazy must be a bool, not {type(lazy).__name__}")
         lazy = lazy and topology == "all_to_all"

@@ -261,6 +261,8 @@ class Member:
 
     def _on_join(self, link: Link, joined: messages.Joined) -> None:
         self.ospid, self.host = joined.ospid, joined.host
+        if self.config is not None and self.config.ospid is None:
+            self.config.ospid = joined.ospid  # before the manager is told anything: it may interrupt by it
         if joined.problem:
             self._failure = ValueError(joined.problem)
             self.kill(joined.problem)
@@ -313,9 +315,13 @@ class Member:
         elif self.state is not State.GONE and self.state is not State.LEAVING:
             self.kill()
 
-    def remove(self, patience: float) -> None:
-        """`rmprocs`: what runs there is interrupted; who has not gone `patience` seconds later is ended by force."""
+    def remove(self, patience: float, by_manager: bool = True) -> None:
+        """`rmprocs`: what runs there is interrupted; who has not gone `patience` seconds later is ended by force, also
+        by its manager's `kill`, unless nobody but us wants it gone: then the loss of its connection is the last means.
+        """
         self.removed = True
+        if not by_manager:
+            self.kills = None
         self.reason = self.reason or "it was removed"
         if self.state in (State.READY, State.LEAVING) and self.link is not None:
             if self.state is State.READY:

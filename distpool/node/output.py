@@ -10,6 +10,7 @@ then blocks, and memory stays bounded.
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -106,26 +107,9 @@ class OutputReader:
             self.tail.append(text)
         return []
 
-    def _line(self, hook: OutputHook | None, text: str) -> str:
-        """What is printed for one line."""
-        if hook is not None:
-            try:
-                line = hook(self._pid, text)
-                return "" if line is None else line if line.endswith("\n") else line + "\n"
-            except BaseException:  # SystemExit too: the lines beside it are not lost for it
-                log.exception("the output hook failed on a line of worker %d", self._pid)
-        return text + "\n" if text.startswith("      From worker ") else f"      From worker {self._pid}:\t{text}\n"
-
     def _print(self, texts: list[str], size: int) -> None:
-        hook = self._hook()
-        pieces = [self._line(hook, text) for text in texts]
-        stream: Any = sys.stdout
         try:
-            if stream is not None and pieces:
-                stream.write("".join(pieces))
-                stream.flush()
-        except (OSError, ValueError):
-            pass  # the user's stdout is closed: nobody can read it
+            show(sys.stdout, self._pid, texts, self._hook())
         finally:
             self._loop.call_soon(lambda: self._written(size))
 
@@ -168,3 +152,37 @@ class OutputReader:
         if not self.ended:
             self.ended = True
             os.close(self._descriptor)
+
+
+def show(stream: Any, pid: int, texts: list[str], hook: OutputHook | None) -> None:
+    """Print these lines of a worker on `stream`, which is the user's, or None."""
+    pieces = [_line(pid, text, hook) for text in texts]
+    with contextlib.suppress(OSError, ValueError):  # it is closed: nobody can read it
+        if stream is not None and pieces:
+            _write(stream, "".join(pieces))
+            stream.flush()
+
+
+def _line(pid: int, text: str, hook: OutputHook | None) -> str:
+    """What is printed for one line."""
+    if hook is not None:
+        try:
+            line = hook(pid, text)
+            return "" if line is None else line if line.endswith("\n") else line + "\n"
+        except BaseException:  # SystemExit too: the lines beside it are not lost for it
+            log.exception("the output hook failed on a line of worker %d", pid)
+    return text + "\n" if text.startswith("      From worker ") else f"      From worker {pid}:\t{text}\n"
+
+
+def _write(stream: Any, text: str) -> None:
+    """All of it: what the stream's encoding has no bytes for appears as an escape such as `\\u2713`."""
+    try:
+        stream.write(text)
+        return
+    except UnicodeEncodeError:
+        pass
+    # A stream of the user's may not name its encoding, or name another one than that of what is beneath it.
+    with contextlib.suppress(UnicodeError, LookupError, TypeError, AttributeError):
+        stream.write(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding))
+        return
+    stream.write(text.encode("ascii", "backslashreplace").decode("ascii"))

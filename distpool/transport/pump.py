@@ -136,6 +136,7 @@ def _block_sigpipe() -> None:
 
 def readinto_of(reader: Any) -> Callable[[Any], int | None]:
     """`readinto(buffer) -> n` of a reader: short reads, 0 at the end, None for "not now" (raw, non-blocking)."""
+    names = ["readinto", "recv_into"]
     if isinstance(reader, io.BufferedIOBase):
         # Its `readinto` waits until the whole buffer is full, and `readinto1` until something comes, although there is
         # something; `read1` gives what lies there, else what one read brings.
@@ -144,12 +145,21 @@ def readinto_of(reader: Any) -> Callable[[Any], int | None]:
             buffer[: len(data)] = data
             return len(data)
 
-        return read1
-    for name in ("readinto", "recv_into"):
+        if _is_own(reader, "read1"):
+            return read1
+        if _is_own(reader, "readinto1"):
+            names.insert(0, "readinto1")
+    for name in names:
         method = getattr(reader, name, None)
         if callable(method):
             return method  # type: ignore[no-any-return]
     raise TypeError(f"a reader must have readinto(buffer), as io.RawIOBase has it: {type(reader).__name__} has not")
+
+
+def _is_own(reader: io.BufferedIOBase, name: str) -> bool:
+    """Whether the class has this method, and not only what the base class says of it: `read1` is not supported there,
+    and `readinto1` calls it."""
+    return getattr(type(reader), name) is not getattr(io.BufferedIOBase, name)
 
 
 def write_of(writer: Any) -> Callable[[bytes], int]:

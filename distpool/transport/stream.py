@@ -84,6 +84,8 @@ def adopt(given: Any) -> Adopted:
     if isinstance(given, socket.socket):
         return _adopt_socket(given)
     try:
+        if any(hasattr(given, name) for name in ("readinto", "read", "write")):
+            raise TypeError  # one stream: iterating over it would wait for lines
         reader, writer = given
     except (TypeError, ValueError):
         raise TypeError(

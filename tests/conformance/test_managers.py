@@ -170,6 +170,17 @@ def test_C274_launch_gets_defaults_and_everything_that_was_passed() -> None:
     base = {"topology", "dir", "exename", "exeflags", "env", "enable_threaded_blas", "lazy"}
     assert base <= set(manager.params) and base <= set(distpool.default_addprocs_params())
     assert distpool.default_addprocs_params(manager)["queue"] == "short"
+    assert distpool.default_addprocs_params()["exename"] == manager.params["exename"] == sys.executable
+
+
+def test_C274_a_worker_can_be_started_with_what_the_parameters_say() -> None:
+    class Plain(ByCommand):
+        def launch(self, params: dict[str, Any]) -> Iterator[WorkerConfig]:
+            self.command = [params["exename"], *params["exeflags"], "-m", "distpool", "worker"]
+            return super().launch(params)
+
+    check_works(addprocs(Plain(1)))
+    check_works(addprocs(Plain(1), exeflags=["-O"]))
 
 
 def test_C275_the_first_worker_starts_the_rest() -> None:
@@ -362,9 +373,13 @@ def test_C241_idents_that_never_come() -> None:
                 config.ident, config.connect_idents = "a", ["b"]
                 yield config
 
+    manager = Lonely(1)
     with pytest.raises(RuntimeError, match=r"peer workers did not connect within 3 seconds"):
-        addprocs(Lonely(1), topology="custom", timeout=3)
+        addprocs(manager, topology="custom", timeout=3)
     wait_until(lambda: others() == [])
+    assert manager.processes[0].wait(10) == 0
+    wait_until(lambda: [op for op, _ in manager.told] == ["register", "deregister", "finalize"])
+    assert manager.killed == [], "`kill` only from rmprocs and exit"
 
 
 def test_C239_who_is_leaving_does_not_hold_the_topology() -> None:
