@@ -97,7 +97,7 @@ def start(f: Callable[..., Any], where: Where, args: tuple[Any, ...], kwargs: di
         future = RemoteFuture.make(refs, rrid, where, 1, watched=True)
         entry = refs.owner.touch(rrid, where)
         refs.owner.watch(entry, future._arrived)
-        node.deliver(lambda: refs.owner.settle(entry, _run_here(f, args, kwargs)))
+        node.deliver(lambda: _run_here(f, args, kwargs, lambda outcome: refs.owner.settle(entry, outcome)))
         return future
     node.peers.ensure(where)
     future = RemoteFuture.make(refs, rrid, where, 0, watched=True)
@@ -212,22 +212,28 @@ def _wrapped(node: Node, error: BaseException) -> RemoteException:
     return RemoteException(node.pid, CapturedException(error, traceback_text(error)))
 
 
-def _run_here(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
-    """On a library thread."""
+def _run_here(
+    f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], settle: Callable[[Outcome], object]
+) -> None:
+    """On a library thread: `settle(outcome)`, unless there is none (`Node.drops`)."""
     node = _node()
     try:
-        return Outcome(LOCAL_VALUE, node.call(f, args, kwargs), (), node.pid)
+        outcome = Outcome(LOCAL_VALUE, node.call(f, args, kwargs), (), node.pid)
     except BaseException as error:
-        return Outcome(RAISED_HERE, _wrapped(node, error), (), node.pid)
+        if node.drops(error):
+            return
+        outcome = Outcome(RAISED_HERE, _wrapped(node, error), (), node.pid)
     finally:
         settle_puts()
+    settle(outcome)
 
 
 def _do(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
         f(*args, **kwargs)
     except BaseException as error:
-        print_error(error)
+        if not _node().drops(error):
+            print_error(error)
 
 
 def print_error(exc: BaseException) -> None:
@@ -393,7 +399,8 @@ class Callee:
         try:
             value = self._value(message, body, buffers, call)
         except BaseException as error:
-            self._failed(pid, message, entry, error)
+            if not self._node.drops(error):
+                self._failed(pid, message, entry, error)
             return
         if entry is not None:
             self._refs.owner.settle(entry, Outcome(LOCAL_VALUE, value, (), self._node.pid))

@@ -54,6 +54,8 @@ def run_times(source: str, filename: str, module: str, bindings: dict[str, Any],
         try:
             run(source, filename, module, bindings)
         except BaseException as error:
+            if node.drops(error):
+                raise
             seen: list[Any] = []
             data = encode_exception(error, asker, seen=seen)
             node.references().lend(seen, asker)
