@@ -427,6 +427,24 @@ def test_removal_of_one_that_goes_by_itself_uses_no_force(world: World, process:
     assert process.signals == [] and world.member.why() == "it was removed"
 
 
+def test_who_was_killed_while_it_was_to_be_removed_was_killed(world: World, process: FakeProcess) -> None:
+    """By somebody else, before or after it was asked to go: as at the end of a program."""
+    world.up()
+    world.member.remove(3.0)
+    process.exit(-9)
+    assert world.member.why() == "killed by signal 9"
+
+
+def test_a_removed_one_whose_link_ends_first_was_removed(world: World, process: FakeProcess) -> None:
+    link = world.up()
+    world.member.remove(3.0)
+    link.close(None)
+    world.loop.ring(module._EXIT_GRACE)
+    assert process.signals == [None]
+    process.exit(-9)
+    assert world.member.why() == "it was removed"
+
+
 def test_memory_that_ran_out_is_named_as_the_cause(world: World, process: FakeProcess) -> None:
     world.up()
     world.group.oom_kills.more = lambda: True

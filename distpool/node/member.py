@@ -116,6 +116,7 @@ class Member:
         self._exited = process is None
         self._link_ended = False
         self._ended_by_us = False  # killed because it could not come up
+        self._forced = False  # we have sent it a signal
         self._output_waited = False
         self._deadline: Any = None
 
@@ -286,6 +287,7 @@ class Member:
         """End the process with SIGKILL, or cut the connection, which ends it as well. Any thread."""
         if reason and not self.reason:
             self.reason = reason
+        self._forced = True
         if self.process is not None:
             if signum is None:
                 self.process.kill()
@@ -315,7 +317,6 @@ class Member:
     def remove(self, patience: float) -> None:
         """`rmprocs`: what runs there is interrupted; who has not gone `patience` seconds later is ended by force."""
         self.removed = True
-        self.reason = self.reason or "it was removed"
         if self.state in (State.READY, State.LEAVING) and self.link is not None:
             if self.state is State.READY:
                 self.move(State.LEAVING)
@@ -388,7 +389,7 @@ class Member:
             return
         self._ended_by_us = not self._registered
         if self.is_worker or not self._registered:
-            self.kill("its connection was lost" if self._registered else "")
+            self.kill("its connection was lost" if self._registered and not self.removed else "")
         if self.is_worker:
             self.group.node.loop.call_later(_STATUS_GRACE, self._no_news)
         else:
@@ -414,6 +415,8 @@ class Member:
                 self.group.node.loop.call_later(_OUTPUT_GRACE, self._stop_output)
             return
         joined = self._registered
+        if self.removed and (self._forced or (self.exitcode or 0) >= 0):  # else something else was quicker than we
+            self.reason = self.reason or "it was removed"
         if not self.reason and self.is_worker_here and self.exitcode == -signal.SIGKILL and self.group.oom_kills.more():
             self.reason = "killed by signal 9, it seems by the kernel, which ran out of memory"
         elif not self.reason and self.exitcode is None:
