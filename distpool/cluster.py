@@ -197,9 +197,15 @@ def end_workers(node: Node, patience: float) -> None:
     if not members:
         node.notices.join(_PATIENCE)  # of one that has just gone, the last lines may be about to be printed
         return
-    pids = {member.pid for member in members}
-    if pids.intersection(node.peers.requests.pending()):
-        log.warning("The program ends: what still runs on its workers is interrupted.")
+    said: list[None] = []
+
+    def warn() -> None:
+        if not said:
+            said.append(None)
+            log.warning("The program ends: what still runs on its workers is interrupted.")
+
+    # What runs there only they know: who called may have forgotten the call (`remote_do`), or its future.
+    group.on_busy = warn
     for member in members:
         member.removed = True
     future: concurrent.futures.Future[None] = concurrent.futures.Future()

@@ -116,6 +116,7 @@ class World:
             oom_kills=SimpleNamespace(more=lambda: False),
             introduce=lambda member: self.events.append("introduced"),
             forget=lambda member: self.events.append("forgotten"),
+            on_busy=lambda: self.events.append("busy"),
         )
         self.member = Member(self.group, 5, process, "config", self)
         self.member.on_gone = lambda member, reason: self.events.append(("gone", reason))
@@ -410,7 +411,11 @@ def test_removal_goes_from_words_to_force(world: World, process: FakeProcess) ->
     del link.sent[:]
     world.member.remove(3.0)
     assert link.sent == [messages.Shutdown(NOW)] and not world.member.listed
+    link.frame(link, Frame(Kind.BUSY, messages.Busy().pack(), b"", []))
+    assert world.events[-1] == "busy"
+    world.events.pop()
     world.loop.ring(3.0)
+    assert world.events[-1] == "busy", "who is stuck cannot say so"
     assert process.signals == [signal.SIGTERM] and ended == ["manager"]
     world.loop.ring(module._TERM_GRACE)
     assert process.signals == [signal.SIGTERM, None]

@@ -241,6 +241,8 @@ class Member:
     def _on_link_frame(self, link: Link, frame: Frame) -> None:
         if frame.kind == Kind.RESULTS and self.state is State.READY:
             self.on_frame(self, frame)
+        elif frame.kind == Kind.BUSY:
+            self.group.on_busy()
         elif frame.kind == Kind.SEGMENTS_FREE:
             if self.segments is not None:
                 self.segments.on_free(messages.SegmentsFree.unpack(frame.control).segments)
@@ -331,6 +333,7 @@ class Member:
         """It did not go when asked."""
         if self.state is State.GONE:
             return
+        self.group.on_busy()  # it may not even have been able to say so
         if self.is_worker:
             self.kill(signum=signal.SIGTERM)
         self._deadline = self.group.node.loop.call_later(_TERM_GRACE, self._force)

@@ -147,6 +147,12 @@ class Shutdown(Message):
     reason: str
 
 
+class Busy(Message):
+    """Worker -> master that wants it gone now: calls run here, which are interrupted in a moment."""
+
+    kind: ClassVar[Kind] = Kind.BUSY
+
+
 class SegmentsFree(Message):
     """Receiver -> sender of segments: the last views of these are gone."""
 
@@ -370,7 +376,7 @@ MESSAGES: dict[int, type[Message]] = {
     int(cls.kind): cls
     for cls in (
         Join, Joined, Function, Forget, Recall, Recalled, Initialize, Initialized, Shutdown,
-        SegmentsFree, Blocked, Submit, Outcome, Cancel, Cancelled, Interrupt,
+        Busy, SegmentsFree, Blocked, Submit, Outcome, Cancel, Cancelled, Interrupt,
         Connect, Connected, Launch, Launched, Named,
         Peer, Where, Address, Dial, Undialled, IdentityIs, Dead, Relay,
         Stacks, StacksAre, Usage, UsageIs, Trace, Traced,

@@ -199,6 +199,47 @@ time.sleep(0.3)
     assert all(gone(int(ospid)) for ospid in done.stdout.split())
 
 
+@pytest.mark.parametrize(
+    "call",
+    {
+        "nothing": "",
+        "one that has ended": "distpool.remotecall_fetch(abs, 2, -3)",
+        "remotecall": "future = distpool.remotecall(held, 2)",
+        "remotecall, forgotten": "distpool.remotecall(held, 2)",
+        "spawnat": "future = distpool.spawnat(2, held)",
+        "callback": "distpool.remotecall(held, 2).add_done_callback(print)",
+        "remote_do": "distpool.remote_do(held, 2)",
+        "thread": "threading.Thread(target=ask, daemon=True).start()  # held",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_exit_warns_of_what_still_runs(call: tuple[str, str]) -> None:
+    """Once, before it is interrupted; its error is printed nowhere: nobody can get it any more, and it is the end."""
+    code = f"""
+import distpool, logging, threading, time
+logging.basicConfig(format="%(levelname)s %(message)s")
+distpool.addprocs(2)
+begun = distpool.RemoteChannel(lambda: distpool.Channel(1), 1)
+def held():
+    begun.put(1)
+    time.sleep(100)
+def ask():
+    try:
+        distpool.remotecall_fetch(held, 2)
+    except distpool.ProcessExitedException:
+        pass
+{call[1]}
+if "held" in {call[1]!r}:
+    begun.take()
+"""
+    done, seconds = run(code)
+    said = ["WARNING The program ends: what still runs on its workers is interrupted."] if "held" in call[1] else []
+    # Some Pythons start no threads any more then, which is said as well.
+    assert [line for line in done.stderr.splitlines() if "no further thread" not in line] == said
+    assert done.returncode == 0 and seconds < 15
+    assert "Traceback" not in done.stdout
+
+
 def test_exit_hooks_may_use_the_cluster() -> None:
     code = """
 import atexit, distpool.calls
