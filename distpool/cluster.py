@@ -28,6 +28,7 @@ from distpool.node import group as groups
 from distpool.node import node as nodes
 from distpool.node.group import Group, Member
 from distpool.node.node import Node
+from distpool.refs.refs import Future
 from distpool.wire import messages
 from distpool.wire.frames import Kind
 
@@ -109,7 +110,7 @@ def rmprocs(*pids: int | Iterable[int], waitfor: float | None = None) -> concurr
     wanted = _flat(pids)
     if waitfor is not None and (isinstance(waitfor, bool) or not isinstance(waitfor, int | float) or not waitfor >= 0):
         raise ValueError(f"waitfor must be a number of seconds, not {waitfor!r}")
-    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    future: Future[None] = Future()  # ours travels: a worker may have pid 1 call this
     future.set_running_or_notify_cancel()
     if 1 in wanted:
         warnings.warn("rmprocs: process 1 not removed", stacklevel=2)

@@ -72,6 +72,37 @@ def test_C245_without_waiting() -> None:
     assert workers() == pids[2:]
 
 
+@pytest.mark.parametrize("waitfor", [None, 0])
+def test_C232_removed_from_a_worker(waitfor: float | None) -> None:
+    """Only pid 1 removes, but anybody may have it do so; the Future travels."""
+    one, two = addprocs(2)
+
+    def remove(pid: int, waitfor: float | None) -> list[object]:
+        import concurrent.futures
+
+        import distpool
+
+        future = distpool.remotecall_fetch(distpool.rmprocs, 1, pid, waitfor=waitfor)
+        done = concurrent.futures.wait([future], 30).done
+        return [isinstance(future, concurrent.futures.Future), done == {future}, future.result(), distpool.workers()]
+
+    assert remotecall_fetch(remove, one, two, waitfor) == [True, True, None, [one]]
+    assert others() == [one]
+
+
+def test_workers_have_some_added() -> None:
+    (pid,) = addprocs(1)
+
+    def add() -> list[int]:
+        import distpool
+
+        pids: list[int] = distpool.remotecall_fetch(distpool.addprocs_async, 1, 1).result(30)
+        return pids
+
+    assert remotecall_fetch(add, pid) == [pid + 1]
+    assert others() == [pid, pid + 1]
+
+
 def test_C247_not_in_time() -> None:
     pids = addprocs(2)
     for pid in pids:
