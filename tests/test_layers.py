@@ -36,6 +36,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     3: (
         *(
             "node.requests",
+            "node.ready",
             "node.interrupts",
             "node.striking",
             "node.tasks",
@@ -142,6 +143,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("node.observe", "node.striking"),
         ("node.observe", "node.tasks"),
         ("node.output", "node.threads"),
+        ("node.peers", "node.ready"),
         ("node.peers", "node.requests"),
         ("node.node", "node.peers"),
         ("node.node", "node.bulk"),

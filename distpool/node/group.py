@@ -168,7 +168,7 @@ class Group:
         pid, code, output, reason = member.pid, member.exitcode, member.last_output, member.reason
         peers = self.node.peers
         peers.mark_dead(pid, lambda: errors.ProcessExitedException(pid, code, True, output, reason))
-        peers.broadcast_dead(pid, code, reason)
+        peers.broadcast_dead(pid)
 
     def _call_hooks(self, hooks: list[Callable[[WorkerInfo], object]], info: WorkerInfo) -> None:
         for hook in list(hooks):

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import threading
 from collections.abc import Callable
 
 from distpool import config, errors
 from distpool.errors import ProtocolError, TopologyError
 from distpool.hints import TYPE_CHECKING, Any
+from distpool.node.ready import Ready
 from distpool.node.requests import Requests
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
@@ -33,9 +33,11 @@ from distpool.wire.protocol import Handshake, Role
 
 if TYPE_CHECKING:
     from distpool.node.node import Node
-    from distpool.transport.ioloop import IoLoop, Timer
+    from distpool.transport.ioloop import Timer
 
 _TRY_AGAIN = 1.0  # seconds after a failure during which calls fail at once, with the same error
+_NEWS = 0.5  # seconds in which pid 1 mostly says of a process whose link is lost that it is gone, and how
+_LAST_WORDS = 10_000  # characters of what it printed last that go with that news
 _DOUBT = 2.0  # seconds that a link has to show that it lives, when the other side wants a new one
 #: A REVOKE of nothing: it changes nothing there, and is answered.
 _QUESTION = structs.Revoke(0, 0, 0, 0).pack()
@@ -58,41 +60,6 @@ _OF_PID_1 = frozenset(
 )
 
 
-class _Ready:
-    """Whether there is a link, or it is known why there is none (`problem`), and who waits for that."""
-
-    def __init__(self) -> None:
-        self.problem: Callable[[], BaseException] | None = None
-        self._over = False
-        self._sleepers: list[threading.Lock] = []  # one for each thread that waits; list operations are atomic
-
-    def is_set(self) -> bool:
-        return self._over
-
-    def set(self) -> None:
-        """Leader, once."""
-        self._over = True
-        for sleeper in list(self._sleepers):
-            _release(sleeper)
-
-    def wait(self, loop: IoLoop) -> None:
-        """Wait without leading. A lock of its own for each thread: an interrupt of one wakes no other."""
-        sleeper = threading.Lock()
-        sleeper.acquire()
-        self._sleepers.append(sleeper)
-        try:
-            with loop.following(lambda: _release(sleeper)):
-                if not self._over:
-                    sleeper.acquire()
-        finally:
-            self._sleepers.remove(sleeper)
-
-
-def _release(sleeper: threading.Lock) -> None:
-    with contextlib.suppress(RuntimeError):  # somebody else was first
-        sleeper.release()
-
-
 class Peers:
     """The other members as this process reaches them."""
 
@@ -109,7 +76,7 @@ class Peers:
         self._dialling: dict[int, list[Callable[[str], object]]] = {}
         self._doubted: dict[int, Callable[[], None]] = {}  # pid -> makes a new link if the one we have is dead; leader
         self._problems: dict[int, Callable[[], BaseException]] = {}  # pid -> why no link can be made; leader
-        self._ready: dict[int, _Ready] = {}  # pid -> set when `ensure` may look again
+        self._ready: dict[int, Ready] = {}  # pid -> set when `ensure` may look again
         self._late: dict[int, Timer] = {}  # pid -> ends the attempt to reach it that is under way; leader
         #: Links that a manager has made, and whom to tell which pid the other side has. Leader.
         self._unproved: dict[Link, Callable[[int], object]] = {}
@@ -150,7 +117,7 @@ class Peers:
             return
         self.check(pid)
         self._node.loop.check_wait()
-        event = self._ready.setdefault(pid, _Ready())
+        event = self._ready.setdefault(pid, Ready())
         self._node.loop.call_soon(lambda: self._open(pid))
         loop = self._node.loop
         if not loop.lead(event.is_set):
@@ -240,8 +207,6 @@ class Peers:
         pid = message.pid
         if message.problem == "":
             self._dial(pid, message.address, message.shares_memory, lambda text: self._not_reached(pid, text, message))
-        elif message.problem == "gone":
-            self.mark_dead(pid, lambda: errors.ProcessExitedException(pid, None, False, "", message.detail))
         elif message.problem == "topology":
             self._give_up(pid, lambda: TopologyError(message.detail))
         elif message.problem == "unreachable":
@@ -416,15 +381,24 @@ class Peers:
         return True
 
     def _closed(self, pid: int, link: Link, reason: BaseException | None = None) -> None:
-        """The peer is dying, or the connection is broken: pid 1 will say which; until then a new link may be tried."""
+        """The peer is dying, or the connection is broken: pid 1 will say which; until then a new link may be tried.
+
+        What waits for an answer fails with pid 1's news, which tells exit code and last words, or a moment later
+        without: there is no answer on a new link to what was asked on this one.
+        """
         self._node.links.discard(link)
         if link.segments is not None:
             link.segments.close()
         if self._links.get(pid) is link:
             del self._links[pid]
             text = f"its connection to process {self._node.pid} was lost" + (f": {reason}" if reason else "")
-            lost = self.dead.get(pid) or (lambda: errors.ProcessExitedException(pid, None, True, "", text))
-            self.requests.fail(pid, lost)
+            asked = self.requests.pending(pid)
+
+            def fail() -> None:
+                self.requests.fail(pid, lambda: errors.ProcessExitedException(pid, None, True, "", text), asked)
+
+            if asked:
+                self._node.loop.call_later(_NEWS, fail)
             for callback in self.on_unlinked:
                 callback(pid)
             make = self._doubted.pop(pid, None)
@@ -446,8 +420,8 @@ class Peers:
     def on_dead(self, link: Link, frame: Frame) -> None:
         """Worker: pid 1 says that a process is gone."""
         message = messages.Dead.unpack(frame.control)
-        code, reason = message.exitcode, message.reason
-        self.mark_dead(message.pid, lambda: errors.ProcessExitedException(message.pid, code, True, "", reason))
+        pid, code, output, reason = message.pid, message.exitcode, message.output, message.reason
+        self.mark_dead(pid, lambda: errors.ProcessExitedException(pid, code, True, output, reason))
 
     def mark_dead(self, pid: int, make_error: Callable[[], BaseException]) -> None:
         """The process is gone for good: idempotent."""
@@ -467,9 +441,14 @@ class Peers:
             callback(pid)
         self._announce(pid)
 
-    def broadcast_dead(self, pid: int, exitcode: int | None, reason: str) -> None:
+    def obituary(self, pid: int) -> bytes:
+        """Pid 1: what it tells of a dead process."""
+        error: Any = self.dead[pid]()
+        return messages.Dead(pid, error.exitcode, error.reason, error.output[-_LAST_WORDS:]).pack()
+
+    def broadcast_dead(self, pid: int) -> None:
         """Pid 1: tell every worker."""
-        packed = messages.Dead(pid, exitcode, reason).pack()
+        packed = self.obituary(pid)
         for other, link in list(self._links.items()):
             if other != pid:
                 link.send(Kind.DEAD, packed)

@@ -110,8 +110,10 @@ def on_where(node: Node, link: Link, frame: Frame) -> None:
     asker, target = members.get(link.peer), members.get(pid)
     if asker is None:
         return
-    if target is None or pid in node.peers.dead:
-        refuse(link, pid, "gone" if pid in node.peers.dead else "unknown", "")
+    if pid in node.peers.dead:  # the asker was not there yet when everybody was told
+        link.send(Kind.DEAD, node.peers.obituary(pid))
+    elif target is None:
+        refuse(link, pid, "unknown", "")
     elif not node.group.may_connect(asker.pid, pid):
         refuse(link, pid, "topology", f"peer {pid} is not connected to {asker.pid}. Topology : {node.group.topology}")
     elif target.link is None:

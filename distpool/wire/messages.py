@@ -314,7 +314,7 @@ class Where(Message):
 
 
 class Address(Message):
-    """Pid 1 -> worker: where `pid` listens; `problem` is "unknown", "gone", "topology", "unreachable" or "".
+    """Pid 1 -> worker: where `pid` listens; `problem` is "unknown", "topology", "unreachable" or "".
 
     `detail`: the text of the problem; without one, why `pid` itself could not dial (there is no third way).
     `address`: family and place; `["manager", connect_at]` for a custom transport.
@@ -356,12 +356,13 @@ class IdentityIs(Message):
 
 
 class Dead(Message):
-    """Pid 1 -> every worker: this process is gone."""
+    """Pid 1 -> every worker, and whoever asks later: this process is gone; `output`: the last lines it printed."""
 
     kind: ClassVar[Kind] = Kind.DEAD
     pid: int
     exitcode: int | None
     reason: str
+    output: str = ""
 
 
 class Relay(Message):
