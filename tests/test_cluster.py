@@ -117,6 +117,26 @@ def test_a_time_that_is_no_number_starts_nothing() -> None:
     assert groups.of(nodes.current()).last_pid == before
 
 
+def test_workers_with_different_cookies_deny_each_other() -> None:
+    def ask(pid: int) -> tuple[str, str]:
+        try:
+            return "", distpool.remotecall_fetch(repr, pid, 1)
+        except Exception as error:
+            return type(error).__name__, str(error)
+
+    (one,) = addprocs(1)
+    before = distpool.cluster_cookie()
+    distpool.cluster_cookie("foobar")
+    try:
+        (two,) = addprocs(1)
+        for asker, asked in ((one, two), (two, one)):
+            kind, text = distpool.remotecall_fetch(ask, asker, asked)
+            assert kind == "AuthenticationError" and "the cluster cookies differ" in text
+    finally:
+        distpool.cluster_cookie(before)
+        rmprocs(distpool.workers())
+
+
 # -- removed while it is busy ---------------------------------------------------------------------------------------
 
 

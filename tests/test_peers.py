@@ -11,7 +11,13 @@ import pytest
 from fakes import ManualLoop
 
 from distpool import config
-from distpool.errors import ProcessExitedException, ProtocolError, TopologyError
+from distpool.errors import (
+    AuthenticationError,
+    ProcessExitedException,
+    ProtocolError,
+    TopologyError,
+    UnreachableError,
+)
 from distpool.node import peers as module
 from distpool.node.peers import Peers
 from distpool.wire import messages
@@ -266,7 +272,8 @@ def test_an_interrupt_of_one_wakes_no_other(worker: World) -> None:
     "problem, kind",
     [
         ("topology", TopologyError),
-        ("unreachable", ConnectionError),
+        ("unreachable", UnreachableError),
+        ("denied", AuthenticationError),
         ("unknown", ValueError),
     ],
 )
@@ -280,7 +287,7 @@ def test_ensure_raises_what_pid_1_knows(worker: World, problem: str, kind: type[
     assert ("no process with id 3" if problem == "unknown" else "as it is") in str(found[0])
 
 
-@pytest.mark.parametrize("problem, kind", [("topology", TopologyError), ("unreachable", ConnectionError)])
+@pytest.mark.parametrize("problem, kind", [("topology", TopologyError), ("unreachable", UnreachableError)])
 def test_later_requests_fail_as_the_first_did(worker: World, problem: str, kind: type[Exception]) -> None:
     """Those of channels and futures come without `ensure`; a frame that is dropped would never be answered."""
     failed: list[BaseException] = []
@@ -414,6 +421,21 @@ def test_who_is_told_to_dial_and_cannot_reports_back(worker: World, monkeypatch:
     worker.work()
     [told] = worker.asked()
     assert isinstance(told, messages.Undialled) and (told.pid, told.tried) == (3, "tried") and "refused" in told.detail
+
+
+def test_who_has_another_cookie_is_not_asked_to_try_as_well(worker: World) -> None:
+    """The asker has dialled, or was to be dialled: neither would fare better the other way round."""
+    worker.told(address())
+    worker.work()
+    FakeLink.made[-1].close(AuthenticationError("the cookies differ"))
+    with pytest.raises(AuthenticationError, match="connection of process 2 to process 3 ended: the cookies differ"):
+        worker.peers.check(3)
+    assert worker.asked() == []
+    worker.told(messages.Dial(4, ["inet", "host", 9], False))
+    worker.work()
+    FakeLink.made[-1].close(AuthenticationError("the cookies differ"))
+    [told] = worker.asked()
+    assert isinstance(told, messages.Undialled) and told.denied
 
 
 def test_a_handshake_that_never_ends_is_a_failure(worker: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import importlib
 from collections.abc import Callable
 
 from distpool import config, errors
-from distpool.errors import ProtocolError, TopologyError
+from distpool.errors import AuthenticationError, ProtocolError, TopologyError, UnreachableError
 from distpool.hints import TYPE_CHECKING, Any
 from distpool.node.ready import Ready
 from distpool.node.requests import Requests
@@ -42,6 +42,8 @@ _DOUBT = 2.0  # seconds that a link has to show that it lives, when the other si
 #: A REVOKE of nothing: it changes nothing there, and is answered.
 _QUESTION = structs.Revoke(0, 0, 0, 0).pack()
 _Parts = tuple[Kind, bytes, Any, list[Any]]
+#: `failed(text, denied)`: why the link was not made; `denied`: the two have different cookies.
+_Failed = Callable[[str, bool], object]
 
 
 #: What goes from and to pid 1 only; kinds below PEER are of that sort, too.
@@ -73,7 +75,7 @@ class Peers:
         self._links: dict[int, Link] = {}
         self._waiting: dict[int, list[_Parts]] = {}  # leader
         # pids that a link is being made to, and who wants to hear of a failure; leader
-        self._dialling: dict[int, list[Callable[[str], object]]] = {}
+        self._dialling: dict[int, list[_Failed]] = {}
         self._doubted: dict[int, Callable[[], None]] = {}  # pid -> makes a new link if the one we have is dead; leader
         self._problems: dict[int, Callable[[], BaseException]] = {}  # pid -> why no link can be made; leader
         self._ready: dict[int, Ready] = {}  # pid -> set when `ensure` may look again
@@ -126,7 +128,7 @@ class Peers:
             raise event.problem()
         self.check(pid)
         if pid not in self._links:
-            raise ConnectionError(f"no connection to process {pid}")
+            raise UnreachableError(f"no connection to process {pid}")
 
     def check(self, pid: int) -> None:
         """Raise what is known to be wrong with `pid`."""
@@ -187,7 +189,9 @@ class Peers:
 
     def _too_late(self, pid: int) -> None:
         seconds = config.worker_timeout()
-        self._give_up(pid, lambda: ConnectionError(f"no connection to process {pid} within {seconds:g} seconds"), False)
+        self._give_up(
+            pid, lambda: UnreachableError(f"no connection to process {pid} within {seconds:g} seconds"), False
+        )
 
     def _give_up(self, pid: int, make_error: Callable[[], BaseException], for_good: bool = True) -> None:
         """No link will come (for now): whoever waits hears why."""
@@ -206,21 +210,25 @@ class Peers:
         message = messages.Address.unpack(frame.control)
         pid = message.pid
         if message.problem == "":
-            self._dial(pid, message.address, message.shares_memory, lambda text: self._not_reached(pid, text, message))
+            self._dial(pid, message.address, message.shares_memory, lambda *why: self._not_reached(pid, message, *why))
         elif message.problem == "topology":
             self._give_up(pid, lambda: TopologyError(message.detail))
         elif message.problem == "unreachable":
-            self._give_up(pid, lambda: ConnectionError(message.detail), for_good=False)
+            self._give_up(pid, lambda: UnreachableError(message.detail), for_good=False)
+        elif message.problem == "denied":
+            self._give_up(pid, lambda: AuthenticationError(message.detail), for_good=False)
         elif message.problem == "unknown":
             self._give_up(pid, lambda: ValueError(f"no process with id {pid} exists"))
             self._node.loop.call_soon(lambda: self._problems.pop(pid, None))  # it may come to exist
 
-    def _not_reached(self, pid: int, text: str, told: messages.Address) -> None:
-        """We cannot dial it: perhaps it can dial us, if it has not tried already."""
-        if told.detail:
+    def _not_reached(self, pid: int, told: messages.Address, text: str, denied: bool) -> None:
+        """We cannot dial it: perhaps it can dial us, if it has not tried already, and has our cookie."""
+        if denied:
+            self._give_up(pid, lambda: AuthenticationError(text), for_good=False)
+        elif told.detail:
             head = f"process {self._node.pid} and process {pid} cannot be connected"
             both = f"{head}: {text}, and {told.detail}. Calls through process 1 go on."
-            self._give_up(pid, lambda: ConnectionError(both), for_good=False)
+            self._give_up(pid, lambda: UnreachableError(both), for_good=False)
         elif self._node.master_link is not None:
             self._node.master_link.send(Kind.WHERE, messages.Where(pid, text).pack())
 
@@ -228,8 +236,8 @@ class Peers:
         """Worker: another one needs a link to us, and we are to make it."""
         message = messages.Dial.unpack(frame.control)
 
-        def failed(text: str) -> None:
-            link.send(Kind.UNDIALLED, messages.Undialled(message.pid, text, message.detail).pack())
+        def failed(text: str, denied: bool) -> None:
+            link.send(Kind.UNDIALLED, messages.Undialled(message.pid, text, message.detail, denied).pack())
 
         def make() -> None:
             self._dial(message.pid, message.address, message.shares_memory, failed)
@@ -270,8 +278,8 @@ class Peers:
                 message.certificate, message.key
             )
 
-    def _dial(self, pid: int, address: list[Any], shares_memory: bool, failed: Callable[[str], object]) -> None:
-        """Connect, on a library thread because it may take long; `failed(text)` follows on the leader, or a link."""
+    def _dial(self, pid: int, address: list[Any], shares_memory: bool, failed: _Failed) -> None:
+        """Connect, on a library thread because it may take long; `failed` follows on the leader, or a link."""
         if pid in self._links or pid in self.dead:
             return
         # Both sides may need the link at the same moment; two of them would mean frames that overtake.
@@ -296,9 +304,9 @@ class Peers:
 
         self._node.deliver(work)
 
-    def _not_dialled(self, pid: int, text: str) -> None:
+    def _not_dialled(self, pid: int, text: str, denied: bool = False) -> None:
         for failed in self._dialling.pop(pid, ()):
-            failed(text)
+            failed(text, denied)
 
     def _greet(self, pid: int, stream: Stream, shares_memory: bool, adopted: Adopted | None) -> None:
         """There is a connection that we have made: authenticate, and say who we are."""
@@ -334,7 +342,8 @@ class Peers:
                 adopted.end()
                 self._unproved.pop(link, None)
             if link.segments is None:  # it had not come up
-                self._not_dialled(pid, f"the connection to process {pid} ended: {reason or 'it may be ending'}")
+                text = f"the connection of process {node.pid} to process {pid} ended: {reason or 'it may be ending'}"
+                self._not_dialled(pid, text, isinstance(reason, AuthenticationError))
             self._closed(pid, link, reason)
 
         link = Link(node.loop, stream, handshake, ready, self.on_frame, closed)

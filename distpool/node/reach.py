@@ -142,7 +142,9 @@ def on_undialled(node: Node, link: Link, frame: Frame) -> None:
     if asker is None or target is None or asker.link is None:
         return  # gone meanwhile, and everybody has heard of it
     why = message.tried or obstacle(asker, target)
-    if why:
+    if message.denied:
+        refuse(asker.link, target.pid, "denied", message.detail)
+    elif why:
         text = unreachable(asker, target, f"{message.detail}, and {why}")
         refuse(asker.link, target.pid, "unreachable", text)
     else:

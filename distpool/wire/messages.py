@@ -314,7 +314,7 @@ class Where(Message):
 
 
 class Address(Message):
-    """Pid 1 -> worker: where `pid` listens; `problem` is "unknown", "topology", "unreachable" or "".
+    """Pid 1 -> worker: where `pid` listens; `problem` is "unknown", "topology", "unreachable", "denied" or "".
 
     `detail`: the text of the problem; without one, why `pid` itself could not dial (there is no third way).
     `address`: family and place; `["manager", connect_at]` for a custom transport.
@@ -339,12 +339,14 @@ class Dial(Message):
 
 
 class Undialled(Message):
-    """Worker -> pid 1: I could not dial `pid`, and why; `tried`: why `pid` itself could not."""
+    """Worker -> pid 1: I could not dial `pid`, and why; `tried`: why `pid` itself could not; `denied`: it has another
+    cookie than I."""
 
     kind: ClassVar[Kind] = Kind.UNDIALLED
     pid: int
     detail: str
     tried: str
+    denied: bool = False
 
 
 class IdentityIs(Message):
