@@ -121,7 +121,7 @@ def rmprocs(*pids: int | Iterable[int], waitfor: float | None = None) -> concurr
         future.set_result(None)
         return future
     for member in members:
-        member.removed = True  # from now on it is not listed
+        member.strike_off()
         group.drop_default(member.pid)
     removal = _Removal(node, group, members, future)
     node.loop.call_soon(removal.begin)
@@ -208,7 +208,7 @@ def end_workers(node: Node, patience: float) -> None:
     # What runs there only they know: who called may have forgotten the call (`remote_do`), or its future.
     group.on_busy = warn
     for member in members:
-        member.removed = True
+        member.strike_off()
     future: concurrent.futures.Future[None] = concurrent.futures.Future()
     future.set_running_or_notify_cancel()
     removal = _Removal(node, group, members, future)

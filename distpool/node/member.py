@@ -316,6 +316,12 @@ class Member:
         elif self.state is not State.GONE and self.state is not State.LEAVING:
             self.kill()
 
+    def strike_off(self) -> None:
+        """`rmprocs`, or the program's end, wants it gone: it is not listed any more, and takes no calls. Any thread."""
+        self.removed = True
+        if self.state is not State.GONE:
+            self.group.node.peers.parting.add(self.pid)
+
     def remove(self, patience: float) -> None:
         """`rmprocs`: what runs there is interrupted; who has not gone `patience` seconds later is ended by force."""
         self.removed = True

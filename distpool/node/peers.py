@@ -68,6 +68,7 @@ class Peers:
     def __init__(self, node: Node) -> None:
         self.requests = Requests()
         self.dead: dict[int, Callable[[], BaseException]] = {}  # pid -> makes the error of whoever asks for it
+        self.parting: set[int] = set()  # pid 1: workers that are being removed: they take no new calls
         self.on_lost: list[Callable[[int], object]] = []  # leader: upper layers forget a pid
         self.on_unlinked: list[Callable[[int], object]] = []  # leader: the link to a worker is lost; it may live
         self.opened = 0  # links between workers that this process has made or taken
@@ -115,7 +116,7 @@ class Peers:
 
         ValueError: no such process. ProcessExitedException: it is gone. TopologyError: not connected by design.
         """
-        if pid in self._links:
+        if pid in self._links and pid not in self.parting:
             return
         self.check(pid)
         self._node.loop.check_wait()
@@ -135,6 +136,8 @@ class Peers:
         dead = self.dead.get(pid)
         if dead is not None:
             raise _unstarted(dead())
+        if pid in self.parting:
+            raise errors.ProcessExitedException(pid, None, False, "", "it is being removed")
         problem = self._problems.get(pid)
         if problem is not None:
             raise problem()
@@ -437,6 +440,7 @@ class Peers:
         if pid in self.dead:
             return
         self.dead[pid] = make_error
+        self.parting.discard(pid)
         link = self._links.get(pid)
         if link is not None and link is not self._node.master_link and not self._node.is_master:
             link.read_rest()  # pid 1 may be quicker than its last words, among them items that it has put ahead

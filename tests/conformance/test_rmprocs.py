@@ -66,7 +66,17 @@ def test_C244_removed_is_gone() -> None:
 
 def test_C245_without_waiting() -> None:
     pids = addprocs(4)
+    waiting = remotecall(time.sleep, pids[0], 60)
     future = rmprocs(pids[0], pids[1], waitfor=0)
+    for call in (remotecall, remotecall_fetch, remote_do, lambda f, pid: distpool.Future(pid)):
+        with pytest.raises(distpool.ProcessExitedException) as info:
+            call(distpool.myid, pids[0])
+        assert info.value.worker_id == pids[0] and not info.value.maybe_ran
+    pool = distpool.WorkerPool(pids[:1])
+    with pytest.raises(RuntimeError, match="No active worker"):
+        remotecall_fetch(distpool.myid, pool)
+    with pytest.raises(distpool.ProcessExitedException):
+        waiting.result(30)
     assert workers() == pids[2:]
     assert future.result(30) is None
     assert workers() == pids[2:]
