@@ -187,28 +187,41 @@ class _Removal:
         close_launcher(self._node)
 
 
+class _EndWarning:
+    """Says, once, that workers run something while the program ends. Leader.
+
+    What runs there only they know: who called may have forgotten the call (`remote_do`), or its future.
+    """
+
+    said = False
+
+    def __call__(self) -> None:
+        if not self.said:
+            self.said = True
+            log.warning("The program ends: what still runs on its workers is interrupted.")
+
+
 def end_workers(node: Node, patience: float) -> None:
-    """The end of the program: all workers of `addprocs` go, as with `rmprocs`. On the main thread, at exit."""
+    """The end of the program: all workers of `addprocs` go, as with `rmprocs`. On the main thread, at exit, until they
+    have gone; on the leader, before that, because threads wait for what runs there: at once, and that is said first."""
     group: Group | None = node.group
     if group is None:
         return
     members = [group.members[pid] for pid in list(group.default_members) if pid in group.members]
     others = [member for member in list(group.members.values()) if member not in members and member.borrower is None]
     members += [member for member in others if member.removed or not member.listed]  # going, or still coming
+    if not isinstance(group.on_busy, _EndWarning):
+        group.on_busy = _EndWarning()
+    for member in members:
+        member.strike_off()
+    if node.loop.leads:
+        group.on_busy()
+        for member in members:
+            member.remove(patience)
+        return
     if not members:
         node.notices.join(_PATIENCE)  # of one that has just gone, the last lines may be about to be printed
         return
-    said: list[None] = []
-
-    def warn() -> None:
-        if not said:
-            said.append(None)
-            log.warning("The program ends: what still runs on its workers is interrupted.")
-
-    # What runs there only they know: who called may have forgotten the call (`remote_do`), or its future.
-    group.on_busy = warn
-    for member in members:
-        member.strike_off()
     future: concurrent.futures.Future[None] = concurrent.futures.Future()
     future.set_running_or_notify_cancel()
     removal = _Removal(node, group, members, future)

@@ -86,7 +86,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("managers.archive", "managers.bootstrap", "managers.unpacking"),
         *("managers.ssh_client", "managers.ssh_config", "managers.ssh_paramiko", "managers.ssh_binary"),
     ),
-    9: ("joining", "adding", "cluster", "supply", "crew", "borrowing", "hosts", "exits", "shipping"),
+    9: ("joining", "adding", "cluster", "supply", "crew", "borrowing", "hosts", "exits", "lingering", "shipping"),
     10: (
         *("executor", "submitter", "submitting", "opening", "shown", "mapresults", "nested"),
         *("pool", "pooling", "pool_runs", "pool_results", "pool_callbacks", "pool_input"),
@@ -279,6 +279,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("adding", "joining"),
         ("cluster", "adding"),
         ("cluster", "exits"),
+        ("exits", "lingering"),
         ("cluster", "hosts"),
         ("adding", "supply"),
         ("supply", "joining"),

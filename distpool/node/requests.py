@@ -31,6 +31,7 @@ class Requests:
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
+        self.last = 0  # the number of the latest request, give or take those of other threads at the same moment
         self._waiting: dict[int, _Waiting] = {}
 
     def __len__(self) -> int:
@@ -38,7 +39,7 @@ class Requests:
 
     def new(self, pid: int, answer: OnAnswer, lost: OnLost) -> int:
         """A number for a request to `pid`."""
-        number = next(self._numbers)
+        number = self.last = next(self._numbers)
         self._waiting[number] = _Waiting(pid, answer, lost)
         return number
 
