@@ -97,7 +97,8 @@ def _plan(machines: Any, options: dict[str, Any]) -> Adding:
 
 
 def rmprocs(*pids: int | Iterable[int], waitfor: float | None = None) -> concurrent.futures.Future[None]:
-    """Remove these workers: what runs there is interrupted, they exit; who does not is ended by force.
+    """Remove these workers: what runs there is interrupted, they exit; who does not is ended by force. Calls to them
+    raise `ProcessExitedException` from now on, and so do those that wait for one, unless it still returns.
 
     Takes ints and iterables of ints. Unknown and removed pids are ignored; pid 1 brings a warning. Returns a Future,
     done when they are gone: waits for it without `waitfor`, not at all with `waitfor=0`, else that many seconds, then
