@@ -25,7 +25,7 @@ from distpool.hints import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distpool.node.node import Node
 
-_STANDSTILL = 4.0  # seconds
+_STANDSTILL = 3.0  # seconds: who does not go when asked is to be gone within 10, all in all
 _HASTE = 0.25  # ... of a program that ends by Ctrl-C
 _LOOKS = 8  # in that time
 _WAITS = ("distpool", "threading", "queue", "concurrent")  # packages in whose code a thread that waits is
