@@ -10,7 +10,6 @@ Everything runs on the leader unless it says otherwise; each wait has the time-o
 
 from __future__ import annotations
 
-import concurrent.futures
 import threading
 import time
 from typing import Any
@@ -21,6 +20,7 @@ from distpool.logs import Log
 from distpool.managers.base import ClusterManager
 from distpool.node.group import Group, Member
 from distpool.node.node import Node
+from distpool.refs.refs import Future
 from distpool.supply import launch_errors
 from distpool.wire import messages
 from distpool.wire.frames import Frame, Kind
@@ -35,7 +35,7 @@ class Adding:
 
     def __init__(self, node: Node, group: Group, manager: ClusterManager, params: dict[str, Any]) -> None:
         self.node = node
-        self.future: concurrent.futures.Future[list[int]] = concurrent.futures.Future()
+        self.future: Future[list[int]] = Future()  # ours travels: a worker may have pid 1 add some
         self.future.set_running_or_notify_cancel()  # it cannot be cancelled
         self.group = group
         self._launch = Launch(node, manager, params, self._prepare, self._launched)

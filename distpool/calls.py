@@ -98,7 +98,7 @@ def start(f: Callable[..., Any], where: Where, args: tuple[Any, ...], kwargs: di
         future = RemoteFuture.make(refs, rrid, where, 1, watched=True)
         entry = refs.owner.touch(rrid, where)
         refs.owner.watch(entry, future._arrived)
-        node.deliver(lambda: refs.owner.settle(entry, _run_here(f, args, kwargs)))
+        node.deliver(lambda: _run_here(f, args, kwargs, lambda outcome: refs.owner.settle(entry, outcome)))
         return future
     node.peers.ensure(where)
     future = RemoteFuture.make(refs, rrid, where, 0, watched=True)
@@ -217,22 +217,28 @@ def _wrapped(node: Node, error: BaseException) -> RemoteException:
     return RemoteException(node.pid, CapturedException(error, traceback_text(error)))
 
 
-def _run_here(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
-    """On a library thread."""
+def _run_here(
+    f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], settle: Callable[[Outcome], object]
+) -> None:
+    """On a library thread: `settle(outcome)`, unless there is none (`Node.drops`)."""
     node = _node()
     try:
-        return Outcome(LOCAL_VALUE, node.call(f, args, kwargs), (), node.pid)
+        outcome = Outcome(LOCAL_VALUE, node.call(f, args, kwargs), (), node.pid)
     except BaseException as error:
-        return Outcome(RAISED_HERE, _wrapped(node, error), (), node.pid)
+        if node.drops(error):
+            return
+        outcome = Outcome(RAISED_HERE, _wrapped(node, error), (), node.pid)
     finally:
         settle_puts()
+    settle(outcome)
 
 
 def _do(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
         f(*args, **kwargs)
     except BaseException as error:
-        print_error(error)
+        if not _node().drops(error):
+            print_error(error)
 
 
 def _do_there(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -243,7 +249,8 @@ def _do_there(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         f(*args, **kwargs)
     except BaseException as error:
         served.end(call, RAISED)
-        print_error(error)
+        if not _node().drops(error):
+            print_error(error)
     else:
         served.end(call, RETURNED)
 
@@ -419,7 +426,8 @@ class Callee:
             value = self._value(message, body, buffers, call, running)
         except BaseException as error:
             self._served.end(running, RAISED)
-            self._failed(pid, message, entry, error)
+            if not self._node.drops(error):
+                self._failed(pid, message, entry, error)
             return
         self._served.end(running, RETURNED)
         if entry is not None:

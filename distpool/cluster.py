@@ -29,6 +29,7 @@ from distpool.node import group as groups
 from distpool.node import node as nodes
 from distpool.node.group import Group, Member
 from distpool.node.node import Node
+from distpool.refs.refs import Future
 from distpool.wire import messages
 from distpool.wire.frames import Kind
 
@@ -101,7 +102,8 @@ def _plan(machines: Any, options: dict[str, Any]) -> Adding:
 
 
 def rmprocs(*pids: int | Iterable[int], waitfor: float | None = None) -> concurrent.futures.Future[None]:
-    """Remove these workers: what runs there is interrupted, they exit; who does not is ended by force.
+    """Remove these workers: what runs there is interrupted, they exit; who does not is ended by force. Calls to them
+    raise `ProcessExitedException` from now on, and so do those that wait for one, unless it still returns.
 
     Takes ints and iterables of ints. Unknown and removed pids are ignored; pid 1 brings a warning. Returns a Future,
     done when they are gone: waits for it without `waitfor`, not at all with `waitfor=0`, else that many seconds, then
@@ -115,7 +117,7 @@ def rmprocs(*pids: int | Iterable[int], waitfor: float | None = None) -> concurr
     waitfor = config.as_int(waitfor)
     if waitfor is not None and (isinstance(waitfor, bool) or not isinstance(waitfor, int | float) or not waitfor >= 0):
         raise ValueError(f"waitfor must be a number of seconds, not {waitfor!r}")
-    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    future: Future[None] = Future()  # ours travels: a worker may have pid 1 call this
     future.set_running_or_notify_cancel()
     if 1 in wanted:
         warnings.warn("rmprocs: process 1 not removed", stacklevel=2)
@@ -126,7 +128,7 @@ def rmprocs(*pids: int | Iterable[int], waitfor: float | None = None) -> concurr
         future.set_result(None)
         return future
     for member in members:
-        member.removed = True  # from now on it is not listed
+        member.strike_off()
         group.drop_default(member.pid)
     removal = _Removal(node, group, members, future)
     node.loop.call_soon(removal.begin)
@@ -192,22 +194,41 @@ class _Removal:
         close_launcher(self._node)
 
 
+class _EndWarning:
+    """Says, once, that workers run something while the program ends. Leader.
+
+    What runs there only they know: who called may have forgotten the call (`remote_do`), or its future.
+    """
+
+    said = False
+
+    def __call__(self) -> None:
+        if not self.said:
+            self.said = True
+            log.warning("The program ends: what still runs on its workers is interrupted.")
+
+
 def end_workers(node: Node, patience: float) -> None:
-    """The end of the program: all workers of `addprocs` go, as with `rmprocs`. On the main thread, at exit."""
+    """The end of the program: all workers of `addprocs` go, as with `rmprocs`. On the main thread, at exit, until they
+    have gone; on the leader, before that, because threads wait for what runs there: at once, and that is said first."""
     group: Group | None = node.group
     if group is None:
         return
     members = [group.members[pid] for pid in list(group.default_members) if pid in group.members]
     others = [member for member in list(group.members.values()) if member not in members and member.borrower is None]
     members += [member for member in others if member.removed or not member.listed]  # going, or still coming
+    if not isinstance(group.on_busy, _EndWarning):
+        group.on_busy = _EndWarning()
+    for member in members:
+        member.strike_off()
+    if node.loop.leads:
+        group.on_busy()
+        for member in members:
+            member.remove(patience)
+        return
     if not members:
         node.notices.join(_PATIENCE)  # of one that has just gone, the last lines may be about to be printed
         return
-    pids = {member.pid for member in members}
-    if pids.intersection(node.peers.requests.pending()):
-        log.warning("The program ends: what still runs on its workers is interrupted.")
-    for member in members:
-        member.removed = True
     future: concurrent.futures.Future[None] = concurrent.futures.Future()
     future.set_running_or_notify_cancel()
     removal = _Removal(node, group, members, future)

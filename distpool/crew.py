@@ -259,7 +259,8 @@ class Crew:
         return make_error()
 
     def _on_death(self, member: Member, slot: Slot) -> None:
-        log.warning("Worker %d terminated.", member.pid)
+        if not member.removed:
+            log.warning("Worker %d terminated.", member.pid)
         if slot.pid not in self.scheduler.slots and self._initializer is not None:
             self._break(lambda: self._died_in_initializer(member))
             return

@@ -119,6 +119,13 @@ class TopologyError(DistpoolError, RuntimeError):
     """
 
 
+class UnreachableError(TopologyError, ConnectionError):
+    """The topology would connect these two processes, but no link between them can be made; the text says why.
+
+    Not a public name: `TopologyError` is what to catch, and what to do about it is the same.
+    """
+
+
 class LaunchWorkerError(DistpoolError, RuntimeError):
     """Workers of one machine did not start: `host`, and the last `output` lines that came from there (`str`).
 

@@ -2,7 +2,8 @@
 
     normal end, uncaught exception   pending calls of executors complete, as with the standard library
     uncaught KeyboardInterrupt       they are dropped; the program is gone within a second
-    workers of addprocs              stay until user `atexit` hooks have run, then are interrupted and end
+    workers of addprocs              stay until user `atexit` hooks have run, then are interrupted and end; before that
+                                     if threads of the user's do nothing but wait for them (`lingering`)
 
 The hook is registered with `threading._register_atexit`, which runs before the interpreter waits for threads and
 before user `atexit` hooks (plain `atexit` would be too late: "cannot schedule new futures" has to be said already
@@ -12,12 +13,14 @@ inside them). Whatever still lives when the process is gone is ended by the zygo
 from __future__ import annotations
 
 import contextlib
+import importlib
 import shutil  # noqa: F401  (see below)
 import sys
 import threading
 import time
 from collections.abc import Callable
 
+from distpool import lingering
 from distpool.hints import TYPE_CHECKING, Any
 from distpool.node import node as nodes
 
@@ -40,8 +43,14 @@ def register(node: Node) -> None:
 
 
 def register_cluster(node: Node, end: Callable[[Node, float], object]) -> None:
-    """Have `end(node, patience in seconds)` called when user `atexit` hooks have run: they may use the workers."""
-    node.end_workers = end
+    """Have `end(node, patience in seconds)` called when user `atexit` hooks have run: they may use the workers. On the
+    leader it does not wait for their end."""
+    if node.end_workers is None:
+        node.end_workers = end
+        # That module's own hook waits for its threads, which may wait for us: the last one registered runs first.
+        importlib.import_module("concurrent.futures.thread")
+        register_atexit: Any = threading._register_atexit  # type: ignore[attr-defined]
+        register_atexit(_watch, node)
     register(node)
 
 
@@ -51,7 +60,7 @@ def end_cluster() -> None:
     if node is None or node.end_workers is None or not node.is_master:
         return
     with contextlib.suppress(RuntimeError):  # no new threads: the zygote ends the workers when we are gone
-        node.end_workers(node, 0.2 if _interrupted() else _PATIENCE)
+        node.end_workers(node, _patience(_interrupted()))
 
 
 def _interrupted() -> bool:
@@ -69,6 +78,17 @@ def check_alive() -> None:
     """RuntimeError if the interpreter is shutting down."""
     if ending():
         raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+
+def _watch(node: Node) -> None:
+    if nodes.existing() is not node:
+        return
+    interrupted = _interrupted()
+    lingering.watch(node, lambda: node.end_workers(node, _patience(interrupted)), interrupted)
+
+
+def _patience(interrupted: bool) -> float:
+    return 0.2 if interrupted else _PATIENCE
 
 
 def _at_exit(node: Node) -> None:

@@ -133,6 +133,8 @@ def run_times(source: str, filename: str, module: str, bindings: dict[str, Any],
             run(source, filename, module, bindings, code)
         except BaseException as error:
             node.served.end(call, RAISED)
+            if node.drops(error):
+                raise
             seen: list[Any] = []
             data = encode_exception(error, asker, seen=seen)
             node.references().lend(seen, asker)

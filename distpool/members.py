@@ -39,12 +39,13 @@ def procs(pid: int | None = None) -> list[int]:
 
     ValueError: no such process; ProcessExitedException: it is gone. Example: `procs()` is `[1]` alone.
     """
+    if pid is not None:
+        pid = _check_pid(pid)
     if myrole() == "worker":
         return list(_ask(procs) if pid is None else _ask(procs, pid))
     group = _group()
     if pid is None:
         return [1, *(group.listed() if group is not None else [])]
-    pid = _check_pid(pid)
     site = _site(group, pid)
     members = group.members if group is not None else {}
     near = [other for other in (group.listed() if group is not None else []) if members[other].site == site]
@@ -163,9 +164,14 @@ def _master_group(what: str) -> Group:
 
 
 def _ask(function: Callable[..., Any], *args: Any) -> Any:
+    """What pid 1 says; its error as it is: that pid 1 was asked is of no interest to the user."""
     from distpool.calls import remotecall_fetch
+    from distpool.errors import RemoteException
 
-    return remotecall_fetch(function, 1, *args)
+    try:
+        return remotecall_fetch(function, 1, *args)
+    except RemoteException as error:
+        raise error.captured.ex from None
 
 
 __all__ = [

@@ -359,6 +359,8 @@ def run_batch(function: Callable[..., Any], single: bool, arguments: list[Any], 
             value = function(argument) if single else function(*argument)
         except BaseException as error:
             served.end(call, RAISED)
+            if node.drops(error):
+                raise  # nor do the other elements begin
             if asker == node.pid:
                 note_traceback(error)
                 outcomes.append((RAISED_HERE, error, (), node.pid))

@@ -41,7 +41,7 @@ def request(
             node.deliver(future._run_callbacks)
 
     if pid == node.pid:
-        node.deliver(lambda: settle(_run_here(f, args, kwargs or {}) if remote else _run(f, args, kwargs or {}, pid)))
+        node.deliver(lambda: (_run_here if remote else _run)(f, args, kwargs or {}, settle))
         return future
     node.peers.ensure(pid)
     requests = node.peers.requests
@@ -60,15 +60,21 @@ def request(
     return future
 
 
-def _run(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], pid: int) -> Outcome:
-    """On a library thread."""
+def _run(
+    f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], settle: Callable[[Outcome], object]
+) -> None:
+    """On a library thread, as `_run_here`, with the error itself."""
+    node = _node()
     try:
-        return Outcome(LOCAL_VALUE, _node().call(f, args, kwargs), (), pid)
+        outcome = Outcome(LOCAL_VALUE, node.call(f, args, kwargs), (), node.pid)
     except BaseException as error:  # as on any other process: it is the call's outcome
+        if node.drops(error):
+            return
         note_traceback(error)
-        return Outcome(RAISED_HERE, error, (), pid)
+        outcome = Outcome(RAISED_HERE, error, (), node.pid)
     finally:
         settle_puts()
+    settle(outcome)
 
 
 def note_traceback(error: BaseException) -> None:

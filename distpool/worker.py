@@ -148,6 +148,8 @@ class Worker:
     def _on_shutdown(self, link: Link, frame: Frame) -> None:
         assert self.runner is not None
         if messages.Shutdown.unpack(frame.control).reason == "now":
+            if self.runner.offers.busy:
+                link.send(Kind.BUSY, messages.Busy().pack())
             self.runner.leave()
             self.loop.call_later(_PRESS, self._press)
             self.loop.call_later(_HASTE, self.runner.hurry)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import operator
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 import distpool
 import distpool.top
-from distpool import cluster
+from distpool import ProcessExitedException, RemoteChannel, cluster
 from distpool.cluster import addprocs, addprocs_async, end_workers, rmprocs
 from distpool.managers.resources import GPU_VARIABLE
 from distpool.node import group as groups
@@ -171,6 +172,185 @@ def test_a_time_that_is_no_number_starts_nothing() -> None:
     with pytest.raises(ValueError, match="^timeout must be a positive number of seconds, not nan$"):
         addprocs(1, timeout=float("nan"))
     assert groups.of(nodes.current()).last_pid == before
+
+
+def test_workers_with_different_cookies_deny_each_other() -> None:
+    def ask(pid: int) -> tuple[str, str]:
+        try:
+            return "", distpool.remotecall_fetch(repr, pid, 1)
+        except Exception as error:
+            return type(error).__name__, str(error)
+
+    (one,) = addprocs(1)
+    before = distpool.cluster_cookie()
+    distpool.cluster_cookie("foobar")
+    try:
+        (two,) = addprocs(1)
+        for asker, asked in ((one, two), (two, one)):
+            kind, text = distpool.remotecall_fetch(ask, asker, asked)
+            assert kind == "AuthenticationError" and "the cluster cookies differ" in text
+    finally:
+        distpool.cluster_cookie(before)
+        rmprocs(distpool.workers())
+
+
+# -- removed while it is busy ---------------------------------------------------------------------------------------
+
+
+def until_struck(begun: Any, caught: Any = None) -> Callable[..., Any]:
+    """A call that says it has begun and ends only by an interrupt: in that, or as `caught(error)` says. By value: a
+    worker that imported this module would load pytest."""
+
+    def wait(*_: object) -> Any:
+        import time
+
+        begun.put(True)
+        try:
+            while True:
+                time.sleep(0.02)  # on other threads than the main one the interrupt comes between two bytecodes
+        except KeyboardInterrupt as error:
+            if caught is None:
+                raise
+            return caught(error)
+
+    return wait
+
+
+@pytest.fixture
+def begun() -> Any:
+    return RemoteChannel(lambda: distpool.Channel(100), 1)
+
+
+@pytest.fixture
+def waiters() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        yield threads
+
+
+def test_who_waits_for_a_busy_worker_that_is_removed_sees_its_end(begun: Any, waiters: Any) -> None:
+    """The interrupt is only how it is made to go, and no outcome of any call: not here, and not elsewhere."""
+    pid, other = addprocs(2)
+    task = until_struck(begun)
+    held = [distpool.remotecall(task, pid) for _ in range(3)]  # on the main thread of the worker and on others
+
+    def ask(future: Any, begun: Any) -> Any:
+        begun.put(True)
+        try:
+            return distpool.fetch(future)
+        except BaseException as error:
+            return error
+
+    def ask_itself(task: Any) -> Any:
+        import distpool
+
+        return distpool.fetch(distpool.remotecall(task, distpool.myid()))
+
+    waiting = [
+        waiters.submit(distpool.remotecall_fetch, task, pid),
+        waiters.submit(distpool.remotecall_wait, task, pid),
+        waiters.submit(held[0].result),
+        waiters.submit(distpool.remotecall_fetch, ask_itself, pid, task),
+    ]
+    elsewhere = distpool.remotecall(ask, other, held[1], begun)
+    for _ in range(7):
+        begun.take(timeout=PATIENCE)
+    rmprocs(pid)
+    errors = [future.exception(PATIENCE) for future in waiting]
+    errors += [held[2].exception(PATIENCE), elsewhere.result(PATIENCE)]
+    assert [(type(error), error.worker_id) for error in errors] == [(ProcessExitedException, pid)] * 6, errors
+    rmprocs(other)
+
+
+def test_what_a_call_makes_of_the_interrupt_counts(begun: Any, waiters: Any) -> None:
+    """It has seconds for that."""
+
+    def wrong(error: BaseException) -> None:
+        raise ValueError("interrupted")
+
+    (pid,) = addprocs(1)
+    value = waiters.submit(distpool.remotecall_fetch, until_struck(begun, lambda error: "saved"), pid)
+    error = waiters.submit(distpool.remotecall_fetch, until_struck(begun, wrong), pid)
+    for _ in range(2):
+        begun.take(timeout=PATIENCE)
+    rmprocs(pid)
+    assert value.result(PATIENCE) == "saved"
+    failed = error.exception(PATIENCE)
+    assert isinstance(failed, distpool.RemoteException) and isinstance(failed.captured.ex, ValueError)
+
+
+def test_a_worker_that_is_interrupted_and_not_removed_says_so(begun: Any, pids: list[int]) -> None:
+    future = distpool.remotecall(until_struck(begun), pids[0])
+    begun.take(timeout=PATIENCE)
+    distpool.interrupt(pids[0])
+    with pytest.raises(distpool.RemoteException) as info:
+        future.result(PATIENCE)
+    assert isinstance(info.value.captured.ex, KeyboardInterrupt)
+
+
+def test_a_task_of_an_executor_whose_worker_is_removed(begun: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with distpool.ClusterExecutor(1) as executor:
+        running = executor.submit(until_struck(begun))
+        behind = [executor.submit(pow, 2, n) for n in range(3)]
+        begun.take(timeout=PATIENCE)
+        (pid,) = executor.workers
+        rmprocs(pid)
+        error = running.exception(PATIENCE)
+        assert isinstance(error, ProcessExitedException) and error.worker_id == pid and error.maybe_ran
+        assert [future.result(PATIENCE) for future in behind] == [1, 2, 4], "they have not begun: another one runs them"
+    assert all("replaces" in record.getMessage() for record in caplog.records), "its end was asked for"
+
+
+def test_it_is_retried_as_after_any_death(begun: Any) -> None:
+    with distpool.ClusterExecutor(1) as executor:
+        future = executor.options(retries=1).submit(until_struck(begun, lambda error: "saved"))
+        begun.take(timeout=PATIENCE)
+        rmprocs(executor.workers)
+        assert future.result(PATIENCE) == "saved", "a value of the grace period is a value"
+        future = executor.options(retries=1).submit(until_struck(begun))
+        begun.take(timeout=PATIENCE)
+        rmprocs(executor.workers)
+        begun.take(timeout=PATIENCE)  # once more
+        rmprocs(executor.workers)
+        assert isinstance(future.exception(PATIENCE), ProcessExitedException)
+
+
+@pytest.mark.parametrize("chunksize", [1, 3])
+def test_maps_whose_worker_is_removed(begun: Any, chunksize: int) -> None:
+    with distpool.ClusterExecutor(1) as executor:
+        values = executor.map(until_struck(begun), range(9), chunksize=chunksize)
+        begun.take(timeout=PATIENCE)
+        pids = executor.workers
+        rmprocs(pids)
+        with pytest.raises(ProcessExitedException) as info:
+            list(values)
+        assert [info.value.worker_id] == pids
+        executor.kill_workers()
+
+
+def test_pools_and_loops_whose_worker_is_removed(begun: Any, waiters: Any) -> None:
+    task = until_struck(begun)
+    with distpool.DistPool(1) as pool:
+        result = pool.apply_async(task)
+        begun.take(timeout=PATIENCE)
+        rmprocs(pool.executor.workers)
+        with pytest.raises(ProcessExitedException):
+            result.get(PATIENCE)
+    for run in (
+        lambda: distpool.pmap(task, range(2)),
+        lambda: distpool.pmap(task, range(6), batch_size=3),
+        lambda: distpool.distributed(task, range(2), operator.add),
+        lambda: distpool.remotecall_eval("__main__", distpool.workers(), "wait_here()"),
+    ):
+        pid, other = addprocs(2)
+        distpool.everywhere("pass", [pid, other], wait_here=task)
+        future = waiters.submit(run)
+        for _ in range(2):
+            begun.take(timeout=PATIENCE)
+        rmprocs(pid, other)
+        error = future.exception(PATIENCE)
+        if isinstance(error, distpool.CompositeException):
+            error = error.exceptions[0]
+        assert isinstance(error, ProcessExitedException) and error.worker_id in (pid, other)
 
 
 def test_managers_that_do_not_return_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:

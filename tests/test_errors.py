@@ -24,6 +24,7 @@ from distpool.errors import (
     RemoteException,
     SerializationError,
     TopologyError,
+    UnreachableError,
     VersionMismatchError,
 )
 
@@ -38,6 +39,8 @@ BASES: list[tuple[type[BaseException], type[BaseException]]] = [
     (AuthenticationError, ConnectionError),
     (VersionMismatchError, ConnectionError),
     (ProtocolError, ConnectionError),
+    (UnreachableError, TopologyError),
+    (UnreachableError, ConnectionError),
     (CompositeException, ExceptionGroup),
 ]
 
@@ -56,6 +59,7 @@ def test_every_error_is_listed_and_says_what_it_is() -> None:
 
 
 EXAMPLES: list[BaseException] = [
+    UnreachableError("process 2 and process 3 cannot be connected"),
     RemoteException(3, CapturedException(ValueError("x"), "Traceback: x")),
     ProcessExitedException(4, -9, False, "last\nwords", "because"),
     ProcessExitedException(4),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 
-from distpool.node.givingback import last_calls, listed_calls
+from distpool.node.givingback import give_up, last_calls, listed_calls
 from distpool.node.spans import Item
 from distpool.wire.messages import CHUNK, ONE, SPAN
 
@@ -110,3 +110,14 @@ def test_a_running_chunk_or_call_gives_nothing() -> None:
 def test_nothing_is_taken_when_nothing_is_asked_for() -> None:
     inbox, running = collections.deque([one(1)]), [record(20, 6)]
     assert last_calls(inbox, running, 0) == [] and len(inbox) == 1 and running[0].stop == 6
+
+
+# -- all of them ---------------------------------------------------------------------------------------------------
+
+
+def test_who_has_to_go_lets_nothing_begin() -> None:
+    inbox = collections.deque([one(9), record(10, 5)])
+    running = [record(1, 5, index=2), record(20, 5, flags=CHUNK), one(30)]
+    give_up(inbox, running)
+    assert not inbox
+    assert [item.stop for item in running] == [3, 5, 1], "what runs, and only that"

@@ -35,6 +35,52 @@ def test_a_worker_that_dies_is_reported_with_its_last_words() -> None:
         assert "last words" in str(error)
 
 
+def test_other_workers_hear_its_last_words_as_well() -> None:
+    """Those that wait when it dies, those that ask later, and one that was not there then."""
+
+    def die(begun: Any, go: Any) -> None:
+        begun.put(True)
+        go.take()
+        print("last words", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def fetch(begun: Any, future: Any) -> Any:
+        begun.put(True)
+        return distpool.fetch(future)
+
+    def ask(question: Any, *args: Any) -> Any:
+        import time
+
+        begin = time.monotonic()
+        try:
+            question(*args)
+        except distpool.ProcessExitedException as error:
+            known = (error.worker_id, error.exitcode, error.maybe_ran, error.output.splitlines()[-1:])
+            return known, time.monotonic() - begin
+
+    pid, other = distpool.addprocs(2)
+    try:
+        begun, go = (distpool.RemoteChannel(lambda: distpool.Channel(10), 1) for _ in range(2))
+        dying = distpool.remotecall(die, pid, begun, go)
+        waiting = [
+            distpool.remotecall(ask, other, distpool.remotecall_fetch, die, pid, begun, go),
+            distpool.remotecall(ask, other, fetch, begun, dying),
+        ]
+        for _ in range(3):
+            begun.take(timeout=PATIENCE)
+        go.put(True)
+        died = [future.result(PATIENCE)[0] for future in waiting]
+        assert died == [(pid, -signal.SIGKILL, True, ["last words"])] * 2
+        (late,) = distpool.addprocs(1)
+        for asker in (other, late):
+            known, seconds = distpool.remotecall_fetch(ask, asker, distpool.remotecall, abs, pid, 1)
+            assert known == (pid, -signal.SIGKILL, False, ["last words"]) and seconds < 5
+        known, seconds = distpool.remotecall_fetch(ask, late, distpool.fetch, dying)
+        assert known == (pid, -signal.SIGKILL, True, ["last words"]) and seconds < 5
+    finally:
+        distpool.rmprocs(distpool.workers())
+
+
 def test_the_group_is_one_for_the_node() -> None:
     node = nodes.current()
     assert groups.of(node) is groups.of(node)

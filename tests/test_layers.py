@@ -36,6 +36,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     3: (
         *(
             "node.requests",
+            "node.ready",
             "node.interrupts",
             "node.striking",
             "node.tasks",
@@ -88,7 +89,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("managers.ssh_client", "managers.ssh_config", "managers.ssh_paramiko", "managers.ssh_binary"),
     ),
     9: (
-        *("joining", "adding", "cluster", "supply", "crew", "borrowing", "hosts", "exits", "shipping"),
+        *("joining", "adding", "cluster", "supply", "crew", "borrowing", "hosts", "exits", "lingering", "shipping"),
         *("monitor", "top"),
     ),
     10: (
@@ -151,6 +152,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("node.observe", "node.striking"),
         ("node.observe", "node.tasks"),
         ("node.output", "node.threads"),
+        ("node.peers", "node.ready"),
         ("node.peers", "node.requests"),
         ("node.node", "node.peers"),
         ("node.node", "node.bulk"),
@@ -288,6 +290,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("adding", "joining"),
         ("cluster", "adding"),
         ("cluster", "exits"),
+        ("exits", "lingering"),
         ("cluster", "hosts"),
         ("cluster", "top"),
         ("adding", "supply"),

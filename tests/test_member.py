@@ -117,6 +117,7 @@ class World:
             oom_kills=SimpleNamespace(more=lambda: False),
             introduce=lambda member: self.events.append("introduced"),
             forget=lambda member: self.events.append("forgotten"),
+            on_busy=lambda: self.events.append("busy"),
         )
         self.config = WorkerConfig()
         self.member = Member(self.group, 5, process, self.config, self)
@@ -424,7 +425,11 @@ def test_removal_goes_from_words_to_force(world: World, process: FakeProcess) ->
     del link.sent[:]
     world.member.remove(3.0)
     assert link.sent == [messages.Shutdown(NOW)] and not world.member.listed
+    link.frame(link, Frame(Kind.BUSY, messages.Busy().pack(), b"", []))
+    assert world.events[-1] == "busy"
+    world.events.pop()
     world.loop.ring(3.0)
+    assert world.events[-1] == "busy", "who is stuck cannot say so"
     assert process.signals == [signal.SIGTERM] and ended == ["manager"]
     world.loop.ring(module._TERM_GRACE)
     assert process.signals == [signal.SIGTERM, None]
@@ -455,6 +460,24 @@ def test_removal_of_one_that_goes_by_itself_uses_no_force(world: World, process:
     world.loop.ring(3.0)
     world.loop.ring(module._TERM_GRACE)
     assert process.signals == [] and world.member.why() == "it was removed"
+
+
+def test_who_was_killed_while_it_was_to_be_removed_was_killed(world: World, process: FakeProcess) -> None:
+    """By somebody else, before or after it was asked to go: as at the end of a program."""
+    world.up()
+    world.member.remove(3.0)
+    process.exit(-9)
+    assert world.member.why() == "killed by signal 9"
+
+
+def test_a_removed_one_whose_link_ends_first_was_removed(world: World, process: FakeProcess) -> None:
+    link = world.up()
+    world.member.remove(3.0)
+    link.close(None)
+    world.loop.ring(module._EXIT_GRACE)
+    assert process.signals == [None]
+    process.exit(-9)
+    assert world.member.why() == "it was removed"
 
 
 def test_memory_that_ran_out_is_named_as_the_cause(world: World, process: FakeProcess) -> None:

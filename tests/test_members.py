@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import distpool
 from distpool import members
 from distpool.errors import ProcessExitedException
 from distpool.node import node as nodes
@@ -87,6 +88,33 @@ def test_workers_ask_pid_1(on_worker: list[Any]) -> None:
     assert members.check_same_host(iter([2, 3])) is True
     assert on_worker[:2] == [(members.procs,), (members.procs, 2)]
     assert on_worker[-1] == (members.check_same_host, [2, 3]), "an iterator cannot be sent"
+
+
+def test_pids_that_are_none_on_a_worker() -> None:
+    """Asked of pid 1, and told as if it were known here."""
+
+    def ask(pid: object) -> list[object]:
+        import distpool
+
+        told: list[object] = []
+        for question in (distpool.procs, lambda pid: distpool.check_same_host([1, pid])):
+            try:
+                told.append(question(pid))
+            except BaseException as error:
+                told.append((type(error).__name__, str(error)))
+        return told
+
+    pid, gone = distpool.addprocs(2)
+    distpool.rmprocs(gone)
+    try:
+        for wrong, told in (
+            (9999, ("ValueError", "no process with id 9999 exists")),
+            (gone, ("ProcessExitedException", f"worker {gone} exited: it was removed")),
+            (True, ("TypeError", "a pid is an int, not bool")),
+        ):
+            assert distpool.remotecall_fetch(ask, pid, wrong) == [told, told]
+    finally:
+        distpool.rmprocs(pid)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,13 @@ import pytest
 from fakes import ManualLoop
 
 from distpool import config
-from distpool.errors import ProcessExitedException, ProtocolError, TopologyError
+from distpool.errors import (
+    AuthenticationError,
+    ProcessExitedException,
+    ProtocolError,
+    TopologyError,
+    UnreachableError,
+)
 from distpool.node import peers as module
 from distpool.node.peers import Peers
 from distpool.wire import messages
@@ -266,9 +272,9 @@ def test_an_interrupt_of_one_wakes_no_other(worker: World) -> None:
     "problem, kind",
     [
         ("topology", TopologyError),
-        ("unreachable", ConnectionError),
+        ("unreachable", UnreachableError),
+        ("denied", AuthenticationError),
         ("unknown", ValueError),
-        ("gone", ProcessExitedException),
     ],
 )
 def test_ensure_raises_what_pid_1_knows(worker: World, problem: str, kind: type[Exception]) -> None:
@@ -281,7 +287,7 @@ def test_ensure_raises_what_pid_1_knows(worker: World, problem: str, kind: type[
     assert ("no process with id 3" if problem == "unknown" else "as it is") in str(found[0])
 
 
-@pytest.mark.parametrize("problem, kind", [("topology", TopologyError), ("unreachable", ConnectionError)])
+@pytest.mark.parametrize("problem, kind", [("topology", TopologyError), ("unreachable", UnreachableError)])
 def test_later_requests_fail_as_the_first_did(worker: World, problem: str, kind: type[Exception]) -> None:
     """Those of channels and futures come without `ensure`; a frame that is dropped would never be answered."""
     failed: list[BaseException] = []
@@ -415,6 +421,21 @@ def test_who_is_told_to_dial_and_cannot_reports_back(worker: World, monkeypatch:
     worker.work()
     [told] = worker.asked()
     assert isinstance(told, messages.Undialled) and (told.pid, told.tried) == (3, "tried") and "refused" in told.detail
+
+
+def test_who_has_another_cookie_is_not_asked_to_try_as_well(worker: World) -> None:
+    """The asker has dialled, or was to be dialled: neither would fare better the other way round."""
+    worker.told(address())
+    worker.work()
+    FakeLink.made[-1].close(AuthenticationError("the cookies differ"))
+    with pytest.raises(AuthenticationError, match="connection of process 2 to process 3 ended: the cookies differ"):
+        worker.peers.check(3)
+    assert worker.asked() == []
+    worker.told(messages.Dial(4, ["inet", "host", 9], False))
+    worker.work()
+    FakeLink.made[-1].close(AuthenticationError("the cookies differ"))
+    [told] = worker.asked()
+    assert isinstance(told, messages.Undialled) and told.denied
 
 
 def test_a_handshake_that_never_ends_is_a_failure(worker: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,12 +584,30 @@ def test_a_lost_link_fails_what_waits_and_may_be_made_anew(worker: World) -> Non
     failed: list[Any] = []
     worker.peers.requests.new(3, lambda *answer: None, failed.append)
     assert worker.peers.on_closed(link, OSError("reset"))  # type: ignore[arg-type]
+    answered: list[Any] = []
+    later = worker.peers.requests.new(3, lambda *answer: answered.append(answer), failed.append)
+    assert not failed, "pid 1 may know more in a moment"
+    worker.loop.ring(module._NEWS)
     assert isinstance(failed[0], ProcessExitedException) and failed[0].maybe_ran
     assert "connection to process 2 was lost: reset" in str(failed[0])
+    assert worker.peers.requests.settle(later, 0, b"", []) and len(failed) == 1, "it was asked on a new link"
     assert link.segments.closes == 1 and link not in worker.node.links and worker.peers.link(3) is None
     worker.peers.check(3)  # pid 1 has not said that it is gone
     assert not worker.peers.on_closed(link, None), "once"  # type: ignore[arg-type]
     assert not worker.peers.on_closed(FakeLink(), None)  # type: ignore[arg-type]
+
+
+def test_who_waits_when_the_link_ends_hears_what_pid_1_knows(worker: World) -> None:
+    failed: list[Any] = []
+    worker.peers.requests.new(3, lambda *answer: None, failed.append)
+    worker.link(3).close(OSError("reset"))
+    worker.told(messages.Dead(3, -11, "", "last words"))
+    worker.peers.requests.new(3, lambda *answer: None, failed.append)
+    worker.loop.ring(module._NEWS)
+    assert [(error.exitcode, error.output, error.maybe_ran) for error in failed] == [(-11, "last words", True)]
+    with pytest.raises(ProcessExitedException) as info:
+        worker.peers.ensure(3)
+    assert (info.value.exitcode, info.value.output, info.value.maybe_ran) == (-11, "last words", False)
 
 
 def test_a_death_is_noted_once_and_everybody_hears(worker: World) -> None:
@@ -596,10 +635,14 @@ def test_a_death_is_noted_once_and_everybody_hears(worker: World) -> None:
 
 def test_pid_1_tells_everybody_else(master: World) -> None:
     links = {pid: master.link(pid) for pid in (2, 3, 4)}
-    master.peers.broadcast_dead(3, None, "lost")
+    output = 2 * module._LAST_WORDS * "x" + "\nlast words"
+    master.peers.mark_dead(3, lambda: ProcessExitedException(3, None, True, output, "lost"))
+    master.peers.broadcast_dead(3)
     assert links[3].sent == []
     for pid in (2, 4):
-        assert messages.Dead.unpack(links[pid].sent[0][1]) == messages.Dead(3, None, "lost")
+        told = messages.Dead.unpack(links[pid].sent[0][1])
+        assert (told.pid, told.exitcode, told.reason) == (3, None, "lost")
+        assert told.output.endswith("x\nlast words") and len(told.output) == module._LAST_WORDS
 
 
 # -- doubt ---------------------------------------------------------------------------------------------------------

@@ -284,7 +284,7 @@ def test_who_has_given_up_keeps_nothing(cluster: Cluster) -> None:
     assert list(cluster.table(1).values()) == [{1}]
     future.put(Big(1))
     cluster.run()
-    assert cluster.processes[2].requests.pending() == []
+    assert cluster.processes[2].requests.pending(1) == []
 
 
 # -- the owner is lost ---------------------------------------------------------------------------------------------

@@ -19,11 +19,11 @@ class Asker:
 def test_an_answer_ends_it_once() -> None:
     table = Requests()
     asker, other = Asker(table, 2), Asker(table, 2)
-    assert asker.number != other.number and len(table) == 2 and table.pending() == [2, 2]
+    assert asker.number != other.number and table.pending(2) == [asker.number, other.number]
     assert table.settle(asker.number, 0, b"data", ["part"])
     assert asker.told == [(0, b"data", ["part"])] and other.told == []
     assert not table.settle(asker.number, 0, b"again", []) and len(asker.told) == 1
-    assert table.pending() == [2]
+    assert table.pending(2) == [other.number] and len(table) == 1
 
 
 def test_who_has_given_up_hears_nothing() -> None:
@@ -32,7 +32,7 @@ def test_who_has_given_up_hears_nothing() -> None:
     assert table.forget(asker.number) and not table.forget(asker.number)
     assert not table.settle(asker.number, 0, b"", [])
     table.fail(2, OSError)
-    assert asker.told == [] and not table.pending()
+    assert asker.told == [] and not len(table)
 
 
 def test_a_lost_peer_fails_what_waits_for_it_and_nothing_else() -> None:
@@ -41,14 +41,24 @@ def test_a_lost_peer_fails_what_waits_for_it_and_nothing_else() -> None:
     table.fail(2, lambda: OSError("gone"))
     assert isinstance(lost.told[0], OSError) and isinstance(also.told[0], OSError)
     assert lost.told[0] is not also.told[0], "each has an error of its own: raising one gives it a traceback"
-    assert other.told == [] and table.pending() == [3]
+    assert other.told == [] and table.pending(3) == [other.number]
+
+
+def test_only_those_that_were_asked_by_then_fail() -> None:
+    table = Requests()
+    answered, lost = Asker(table, 2), Asker(table, 2)
+    asked = table.pending(2)
+    later = Asker(table, 2)
+    table.settle(answered.number, 0, b"", [])
+    table.fail(2, OSError, asked)
+    assert len(answered.told) == 1 and isinstance(lost.told[0], OSError) and later.told == []
 
 
 def test_everything_fails() -> None:
     table = Requests()
     askers = [Asker(table, pid) for pid in (2, 3, 2, 4)]
     table.fail_all(lambda: OSError("over"))
-    assert [str(asker.told[0]) for asker in askers] == ["over"] * 4 and not table.pending()
+    assert [str(asker.told[0]) for asker in askers] == ["over"] * 4 and not len(table)
 
 
 def test_whoever_is_told_may_ask_anew() -> None:
@@ -57,7 +67,7 @@ def test_whoever_is_told_may_ask_anew() -> None:
     again: list[Asker] = []
     table.new(2, lambda *answer: None, lambda error: again.append(Asker(table, 2)))
     table.fail(2, OSError)
-    assert again[0].told == [] and table.pending() == [2]
+    assert again[0].told == [] and table.pending(2) == [again[0].number]
 
 
 def test_answer_loss_and_giving_up_race() -> None:
@@ -84,4 +94,4 @@ def test_answer_loss_and_giving_up_race() -> None:
         table.fail(2, OSError)
         for thread in threads:
             thread.join(30)
-        assert len(asker.told) + first.count("forgotten") == 1 and not table.pending()
+        assert len(asker.told) + first.count("forgotten") == 1 and not len(table)

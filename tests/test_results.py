@@ -225,6 +225,15 @@ def test_a_value_that_cannot_be_sent_is_an_error_of_its_own_kind(desk: Desk, err
     assert desk.link.frames[-1][3][0][0] == 2, "the next one is not hurt"
 
 
+def test_the_interrupt_of_a_process_that_is_removed_is_no_outcome(desk: Desk) -> None:
+    desk.writer.fail(1, KeyboardInterrupt())
+    desk.writer.ousted = True
+    desk.writer.fail(2, KeyboardInterrupt())
+    desk.writer.fail(3, ValueError())
+    desk.writer.succeed(4, "saved")
+    assert desk.journaled() == [1, 3, 4], "that of the user is one, and so is what a call makes of the interrupt"
+
+
 def test_a_memory_error_says_which_limit_it_met(desk: Desk) -> None:
     desk.writer.memory_limit, desk.writer.pid = 1 << 20, 7
     desk.writer.fail(1, MemoryError("array"))

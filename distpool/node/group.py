@@ -79,6 +79,7 @@ class Group:
         self.default_members: dict[int, None] = {}  # an ordered set
         self.on_member_added: list[Callable[[int], object]] = []  # of the default pool; called on the leader
         self.on_member_removed: list[Callable[[int], object]] = []
+        self.on_busy: Callable[[], object] = lambda: None  # leader: a worker that was to go at once runs calls
         self.prologues: list[Any] = []  # what everywhere(later=True) keeps for workers to come; leader
         self.run_prologue: Callable[[Any, int], object] = lambda action, pid: None  # set with the first of them
         self.last_pid = 1  # the highest pid given so far
@@ -167,7 +168,7 @@ class Group:
         pid, code, output, reason = member.pid, member.exitcode, member.last_output, member.reason
         peers = self.node.peers
         peers.mark_dead(pid, lambda: errors.ProcessExitedException(pid, code, True, output, reason))
-        peers.broadcast_dead(pid, code, reason)
+        peers.broadcast_dead(pid)
 
     def _call_hooks(self, hooks: list[Callable[[WorkerInfo], object]], info: WorkerInfo) -> None:
         for hook in list(hooks):

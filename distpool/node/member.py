@@ -117,6 +117,7 @@ class Member:
         self._exited = process is None
         self._link_ended = False
         self._ended_by_us = False  # killed because it could not come up
+        self._forced = False  # we have sent it a signal
         self._output_waited = False
         self._deadline: Any = None
 
@@ -241,6 +242,8 @@ class Member:
     def _on_link_frame(self, link: Link, frame: Frame) -> None:
         if frame.kind == Kind.RESULTS and self.state is State.READY:
             self.on_frame(self, frame)
+        elif frame.kind == Kind.BUSY:
+            self.group.on_busy()
         elif frame.kind == Kind.SEGMENTS_FREE:
             if self.segments is not None:
                 self.segments.on_free(messages.SegmentsFree.unpack(frame.control).segments)
@@ -289,6 +292,7 @@ class Member:
         """End the process with SIGKILL, or cut the connection, which ends it as well. Any thread."""
         if reason and not self.reason:
             self.reason = reason
+        self._forced = True
         if self.process is not None:
             if signum is None:
                 self.process.kill()
@@ -315,6 +319,12 @@ class Member:
         elif self.state is not State.GONE and self.state is not State.LEAVING:
             self.kill()
 
+    def strike_off(self) -> None:
+        """`rmprocs`, or the program's end, wants it gone: it is not listed any more, and takes no calls. Any thread."""
+        self.removed = True
+        if self.state is not State.GONE:
+            self.group.node.peers.parting.add(self.pid)
+
     def remove(self, patience: float, by_manager: bool = True) -> None:
         """`rmprocs`: what runs there is interrupted; who has not gone `patience` seconds later is ended by force, also
         by its manager's `kill`, unless nobody but us wants it gone: then the loss of its connection is the last means.
@@ -322,7 +332,6 @@ class Member:
         self.removed = True
         if not by_manager:
             self.kills = None
-        self.reason = self.reason or "it was removed"
         if self.state in (State.READY, State.LEAVING) and self.link is not None:
             if self.state is State.READY:
                 self.move(State.LEAVING)
@@ -337,6 +346,7 @@ class Member:
         """It did not go when asked."""
         if self.state is State.GONE:
             return
+        self.group.on_busy()  # it may not even have been able to say so
         if self.is_worker:
             self.kill(signum=signal.SIGTERM)
         self._deadline = self.group.node.loop.call_later(_TERM_GRACE, self._force)
@@ -395,7 +405,7 @@ class Member:
             return
         self._ended_by_us = not self._registered
         if self.is_worker or not self._registered:
-            self.kill("its connection was lost" if self._registered else "")
+            self.kill("its connection was lost" if self._registered and not self.removed else "")
         if self.is_worker:
             self.group.node.loop.call_later(_STATUS_GRACE, self._no_news)
         else:
@@ -421,6 +431,8 @@ class Member:
                 self.group.node.loop.call_later(_OUTPUT_GRACE, self._stop_output)
             return
         joined = self._registered
+        if self.removed and (self._forced or (self.exitcode or 0) >= 0):  # else something else was quicker than we
+            self.reason = self.reason or "it was removed"
         if not self.reason and self.is_worker_here and self.exitcode == -signal.SIGKILL and self.group.oom_kills.more():
             self.reason = "killed by signal 9, it seems by the kernel, which ran out of memory"
         elif not self.reason and self.exitcode is None:

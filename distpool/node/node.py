@@ -162,6 +162,11 @@ class Node:
         served.end(call, RETURNED)
         return value
 
+    def drops(self, error: BaseException) -> bool:
+        """Whether a call that ends in `error` here has no outcome, because this process was removed: those who wait for
+        it are to see the end of this process (`ResultWriter.drops`)."""
+        return self.runner is not None and self.runner.results.drops(error)
+
     def given_away(self) -> contextlib.AbstractContextManager[object]:
         """The context in which the calling thread, if it runs a task of an executor, has given its slot away."""
         runner = self.runner

@@ -62,6 +62,13 @@ class Offers:
         """Whether calls run, or are about to, on other threads than the main one."""
         return self._beside > 0
 
+    @property
+    def busy(self) -> bool:
+        """Whether a call of any kind, also an executor's, runs in this process, or a remote one is about to."""
+        runner = self._runner
+        with runner.lock:
+            return bool(self._promised or self._beside or runner.engaged or runner.running)
+
     def offer(self, work: Work) -> None:
         """Leader: run `work(call)` on the main thread if nothing runs there, else on a thread of its own, at once."""
         runner = self._runner

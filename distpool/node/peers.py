@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import threading
 from collections.abc import Callable
 
 from distpool import config, errors
-from distpool.errors import ProtocolError, TopologyError
+from distpool.errors import AuthenticationError, ProtocolError, TopologyError, UnreachableError
 from distpool.hints import TYPE_CHECKING, Any
+from distpool.node.ready import Ready
 from distpool.node.requests import Requests
 from distpool.transport.link import Link
 from distpool.transport.segments import Segments
@@ -33,13 +33,17 @@ from distpool.wire.protocol import Handshake, Role
 
 if TYPE_CHECKING:
     from distpool.node.node import Node
-    from distpool.transport.ioloop import IoLoop, Timer
+    from distpool.transport.ioloop import Timer
 
 _TRY_AGAIN = 1.0  # seconds after a failure during which calls fail at once, with the same error
+_NEWS = 0.5  # seconds in which pid 1 mostly says of a process whose link is lost that it is gone, and how
+_LAST_WORDS = 10_000  # characters of what it printed last that go with that news
 _DOUBT = 2.0  # seconds that a link has to show that it lives, when the other side wants a new one
 #: A REVOKE of nothing: it changes nothing there, and is answered.
 _QUESTION = structs.Revoke(0, 0, 0, 0).pack()
 _Parts = tuple[Kind, bytes, Any, list[Any]]
+#: `failed(text, denied)`: why the link was not made; `denied`: the two have different cookies.
+_Failed = Callable[[str, bool], object]
 
 
 #: What goes from and to pid 1 only; kinds below PEER are of that sort, too.
@@ -58,47 +62,13 @@ _OF_PID_1 = frozenset(
 )
 
 
-class _Ready:
-    """Whether there is a link, or it is known why there is none (`problem`), and who waits for that."""
-
-    def __init__(self) -> None:
-        self.problem: Callable[[], BaseException] | None = None
-        self._over = False
-        self._sleepers: list[threading.Lock] = []  # one for each thread that waits; list operations are atomic
-
-    def is_set(self) -> bool:
-        return self._over
-
-    def set(self) -> None:
-        """Leader, once."""
-        self._over = True
-        for sleeper in list(self._sleepers):
-            _release(sleeper)
-
-    def wait(self, loop: IoLoop) -> None:
-        """Wait without leading. A lock of its own for each thread: an interrupt of one wakes no other."""
-        sleeper = threading.Lock()
-        sleeper.acquire()
-        self._sleepers.append(sleeper)
-        try:
-            with loop.following(lambda: _release(sleeper)):
-                if not self._over:
-                    sleeper.acquire()
-        finally:
-            self._sleepers.remove(sleeper)
-
-
-def _release(sleeper: threading.Lock) -> None:
-    with contextlib.suppress(RuntimeError):  # somebody else was first
-        sleeper.release()
-
-
 class Peers:
     """The other members as this process reaches them."""
 
     def __init__(self, node: Node) -> None:
         self.requests = Requests()
         self.dead: dict[int, Callable[[], BaseException]] = {}  # pid -> makes the error of whoever asks for it
+        self.parting: set[int] = set()  # pid 1: workers that are being removed: they take no new calls
         self.on_lost: list[Callable[[int], object]] = []  # leader: upper layers forget a pid
         self.on_unlinked: list[Callable[[int], object]] = []  # leader: the link to a worker is lost; it may live
         self.opened = 0  # links between workers that this process has made or taken
@@ -106,10 +76,10 @@ class Peers:
         self._links: dict[int, Link] = {}
         self._waiting: dict[int, list[_Parts]] = {}  # leader
         # pids that a link is being made to, and who wants to hear of a failure; leader
-        self._dialling: dict[int, list[Callable[[str], object]]] = {}
+        self._dialling: dict[int, list[_Failed]] = {}
         self._doubted: dict[int, Callable[[], None]] = {}  # pid -> makes a new link if the one we have is dead; leader
         self._problems: dict[int, Callable[[], BaseException]] = {}  # pid -> why no link can be made; leader
-        self._ready: dict[int, _Ready] = {}  # pid -> set when `ensure` may look again
+        self._ready: dict[int, Ready] = {}  # pid -> set when `ensure` may look again
         self._late: dict[int, Timer] = {}  # pid -> ends the attempt to reach it that is under way; leader
         #: Links that a manager has made, and whom to tell which pid the other side has. Leader.
         self._unproved: dict[Link, Callable[[int], object]] = {}
@@ -146,11 +116,11 @@ class Peers:
 
         ValueError: no such process. ProcessExitedException: it is gone. TopologyError: not connected by design.
         """
-        if pid in self._links:
+        if pid in self._links and pid not in self.parting:
             return
         self.check(pid)
         self._node.loop.check_wait()
-        event = self._ready.setdefault(pid, _Ready())
+        event = self._ready.setdefault(pid, Ready())
         self._node.loop.call_soon(lambda: self._open(pid))
         loop = self._node.loop
         if not loop.lead(event.is_set):
@@ -159,13 +129,15 @@ class Peers:
             raise event.problem()
         self.check(pid)
         if pid not in self._links:
-            raise ConnectionError(f"no connection to process {pid}")
+            raise UnreachableError(f"no connection to process {pid}")
 
     def check(self, pid: int) -> None:
         """Raise what is known to be wrong with `pid`."""
         dead = self.dead.get(pid)
         if dead is not None:
             raise _unstarted(dead())
+        if pid in self.parting:
+            raise errors.ProcessExitedException(pid, None, False, "", "it is being removed")
         problem = self._problems.get(pid)
         if problem is not None:
             raise problem()
@@ -220,7 +192,9 @@ class Peers:
 
     def _too_late(self, pid: int) -> None:
         seconds = config.worker_timeout()
-        self._give_up(pid, lambda: ConnectionError(f"no connection to process {pid} within {seconds:g} seconds"), False)
+        self._give_up(
+            pid, lambda: UnreachableError(f"no connection to process {pid} within {seconds:g} seconds"), False
+        )
 
     def _give_up(self, pid: int, make_error: Callable[[], BaseException], for_good: bool = True) -> None:
         """No link will come (for now): whoever waits hears why."""
@@ -239,23 +213,25 @@ class Peers:
         message = messages.Address.unpack(frame.control)
         pid = message.pid
         if message.problem == "":
-            self._dial(pid, message.address, message.shares_memory, lambda text: self._not_reached(pid, text, message))
-        elif message.problem == "gone":
-            self.mark_dead(pid, lambda: errors.ProcessExitedException(pid, None, False, "", message.detail))
+            self._dial(pid, message.address, message.shares_memory, lambda *why: self._not_reached(pid, message, *why))
         elif message.problem == "topology":
             self._give_up(pid, lambda: TopologyError(message.detail))
         elif message.problem == "unreachable":
-            self._give_up(pid, lambda: ConnectionError(message.detail), for_good=False)
+            self._give_up(pid, lambda: UnreachableError(message.detail), for_good=False)
+        elif message.problem == "denied":
+            self._give_up(pid, lambda: AuthenticationError(message.detail), for_good=False)
         elif message.problem == "unknown":
             self._give_up(pid, lambda: ValueError(f"no process with id {pid} exists"))
             self._node.loop.call_soon(lambda: self._problems.pop(pid, None))  # it may come to exist
 
-    def _not_reached(self, pid: int, text: str, told: messages.Address) -> None:
-        """We cannot dial it: perhaps it can dial us, if it has not tried already."""
-        if told.detail:
+    def _not_reached(self, pid: int, told: messages.Address, text: str, denied: bool) -> None:
+        """We cannot dial it: perhaps it can dial us, if it has not tried already, and has our cookie."""
+        if denied:
+            self._give_up(pid, lambda: AuthenticationError(text), for_good=False)
+        elif told.detail:
             head = f"process {self._node.pid} and process {pid} cannot be connected"
             both = f"{head}: {text}, and {told.detail}. Calls through process 1 go on."
-            self._give_up(pid, lambda: ConnectionError(both), for_good=False)
+            self._give_up(pid, lambda: UnreachableError(both), for_good=False)
         elif self._node.master_link is not None:
             self._node.master_link.send(Kind.WHERE, messages.Where(pid, text).pack())
 
@@ -263,8 +239,8 @@ class Peers:
         """Worker: another one needs a link to us, and we are to make it."""
         message = messages.Dial.unpack(frame.control)
 
-        def failed(text: str) -> None:
-            link.send(Kind.UNDIALLED, messages.Undialled(message.pid, text, message.detail).pack())
+        def failed(text: str, denied: bool) -> None:
+            link.send(Kind.UNDIALLED, messages.Undialled(message.pid, text, message.detail, denied).pack())
 
         def make() -> None:
             self._dial(message.pid, message.address, message.shares_memory, failed)
@@ -305,8 +281,8 @@ class Peers:
                 message.certificate, message.key
             )
 
-    def _dial(self, pid: int, address: list[Any], shares_memory: bool, failed: Callable[[str], object]) -> None:
-        """Connect, on a library thread because it may take long; `failed(text)` follows on the leader, or a link."""
+    def _dial(self, pid: int, address: list[Any], shares_memory: bool, failed: _Failed) -> None:
+        """Connect, on a library thread because it may take long; `failed` follows on the leader, or a link."""
         if pid in self._links or pid in self.dead:
             return
         # Both sides may need the link at the same moment; two of them would mean frames that overtake.
@@ -331,9 +307,9 @@ class Peers:
 
         self._node.deliver(work)
 
-    def _not_dialled(self, pid: int, text: str) -> None:
+    def _not_dialled(self, pid: int, text: str, denied: bool = False) -> None:
         for failed in self._dialling.pop(pid, ()):
-            failed(text)
+            failed(text, denied)
 
     def _greet(self, pid: int, stream: Stream, shares_memory: bool, adopted: Adopted | None) -> None:
         """There is a connection that we have made: authenticate, and say who we are."""
@@ -369,7 +345,8 @@ class Peers:
                 adopted.end()
                 self._unproved.pop(link, None)
             if link.segments is None:  # it had not come up
-                self._not_dialled(pid, f"the connection to process {pid} ended: {reason or 'it may be ending'}")
+                text = f"the connection of process {node.pid} to process {pid} ended: {reason or 'it may be ending'}"
+                self._not_dialled(pid, text, isinstance(reason, AuthenticationError))
             self._closed(pid, link, reason)
 
         link = Link(node.loop, stream, handshake, ready, self.on_frame, closed)
@@ -416,15 +393,24 @@ class Peers:
         return True
 
     def _closed(self, pid: int, link: Link, reason: BaseException | None = None) -> None:
-        """The peer is dying, or the connection is broken: pid 1 will say which; until then a new link may be tried."""
+        """The peer is dying, or the connection is broken: pid 1 will say which; until then a new link may be tried.
+
+        What waits for an answer fails with pid 1's news, which tells exit code and last words, or a moment later
+        without: there is no answer on a new link to what was asked on this one.
+        """
         self._node.links.discard(link)
         if link.segments is not None:
             link.segments.close()
         if self._links.get(pid) is link:
             del self._links[pid]
             text = f"its connection to process {self._node.pid} was lost" + (f": {reason}" if reason else "")
-            lost = self.dead.get(pid) or (lambda: errors.ProcessExitedException(pid, None, True, "", text))
-            self.requests.fail(pid, lost)
+            asked = self.requests.pending(pid)
+
+            def fail() -> None:
+                self.requests.fail(pid, lambda: errors.ProcessExitedException(pid, None, True, "", text), asked)
+
+            if asked:
+                self._node.loop.call_later(_NEWS, fail)
             for callback in self.on_unlinked:
                 callback(pid)
             make = self._doubted.pop(pid, None)
@@ -446,14 +432,15 @@ class Peers:
     def on_dead(self, link: Link, frame: Frame) -> None:
         """Worker: pid 1 says that a process is gone."""
         message = messages.Dead.unpack(frame.control)
-        code, reason = message.exitcode, message.reason
-        self.mark_dead(message.pid, lambda: errors.ProcessExitedException(message.pid, code, True, "", reason))
+        pid, code, output, reason = message.pid, message.exitcode, message.output, message.reason
+        self.mark_dead(pid, lambda: errors.ProcessExitedException(pid, code, True, output, reason))
 
     def mark_dead(self, pid: int, make_error: Callable[[], BaseException]) -> None:
         """The process is gone for good: idempotent."""
         if pid in self.dead:
             return
         self.dead[pid] = make_error
+        self.parting.discard(pid)
         link = self._links.get(pid)
         if link is not None and link is not self._node.master_link and not self._node.is_master:
             link.read_rest()  # pid 1 may be quicker than its last words, among them items that it has put ahead
@@ -467,9 +454,14 @@ class Peers:
             callback(pid)
         self._announce(pid)
 
-    def broadcast_dead(self, pid: int, exitcode: int | None, reason: str) -> None:
+    def obituary(self, pid: int) -> bytes:
+        """Pid 1: what it tells of a dead process."""
+        error: Any = self.dead[pid]()
+        return messages.Dead(pid, error.exitcode, error.reason, error.output[-_LAST_WORDS:]).pack()
+
+    def broadcast_dead(self, pid: int) -> None:
         """Pid 1: tell every worker."""
-        packed = messages.Dead(pid, exitcode, reason).pack()
+        packed = self.obituary(pid)
         for other, link in list(self._links.items()):
             if other != pid:
                 link.send(Kind.DEAD, packed)

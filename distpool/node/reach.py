@@ -110,8 +110,10 @@ def on_where(node: Node, link: Link, frame: Frame) -> None:
     asker, target = members.get(link.peer), members.get(pid)
     if asker is None:
         return
-    if target is None or pid in node.peers.dead:
-        refuse(link, pid, "gone" if pid in node.peers.dead else "unknown", "")
+    if pid in node.peers.dead:  # the asker was not there yet when everybody was told
+        link.send(Kind.DEAD, node.peers.obituary(pid))
+    elif target is None:
+        refuse(link, pid, "unknown", "")
     elif not node.group.may_connect(asker.pid, pid):
         refuse(link, pid, "topology", f"peer {pid} is not connected to {asker.pid}. Topology : {node.group.topology}")
     elif target.link is None:
@@ -140,7 +142,9 @@ def on_undialled(node: Node, link: Link, frame: Frame) -> None:
     if asker is None or target is None or asker.link is None:
         return  # gone meanwhile, and everybody has heard of it
     why = message.tried or obstacle(asker, target)
-    if why:
+    if message.denied:
+        refuse(asker.link, target.pid, "denied", message.detail)
+    elif why:
         text = unreachable(asker, target, f"{message.detail}, and {why}")
         refuse(asker.link, target.pid, "unreachable", text)
     else:

@@ -31,6 +31,7 @@ class Requests:
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
+        self.last = 0  # the number of the latest request, give or take those of other threads at the same moment
         self._waiting: dict[int, _Waiting] = {}
 
     def __len__(self) -> int:
@@ -38,7 +39,7 @@ class Requests:
 
     def new(self, pid: int, answer: OnAnswer, lost: OnLost) -> int:
         """A number for a request to `pid`."""
-        number = next(self._numbers)
+        number = self.last = next(self._numbers)
         self._waiting[number] = _Waiting(pid, answer, lost)
         return number
 
@@ -50,9 +51,9 @@ class Requests:
         waiting.answer(status, data, buffers)
         return True
 
-    def pending(self) -> list[int]:
-        """For each request that waits: whom for."""
-        return [waiting.pid for waiting in list(self._waiting.values())]
+    def pending(self, pid: int) -> list[int]:
+        """The numbers of those that wait for `pid`, in their order."""
+        return [number for number, waiting in list(self._waiting.items()) if waiting.pid == pid]
 
     def forget(self, number: int) -> bool:
         """The caller has given up; False if the answer was first."""
@@ -63,8 +64,9 @@ class Requests:
         for pid in {waiting.pid for waiting in list(self._waiting.values())}:
             self.fail(pid, make_error)
 
-    def fail(self, pid: int, make_error: Callable[[], BaseException]) -> None:
-        """Everything that waits for `pid` fails."""
-        for number, waiting in list(self._waiting.items()):
-            if waiting.pid == pid and self._waiting.pop(number, None) is not None:
+    def fail(self, pid: int, make_error: Callable[[], BaseException], numbers: list[int] | None = None) -> None:
+        """Everything that waits for `pid` fails; or these, if they still wait."""
+        for number in self.pending(pid) if numbers is None else numbers:
+            waiting = self._waiting.pop(number, None)
+            if waiting is not None:
                 waiting.lost(make_error())

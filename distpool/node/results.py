@@ -48,6 +48,7 @@ class ResultWriter:
         self.entrust: Callable[[list[Any]], records.Rows] = lambda seen: []
         self.memory_limit = 0  # bytes, 0: none; only for the text of a MemoryError
         self.pid = 0
+        self.ousted = False  # this process was removed (`drops`); set by the leader, once
         self.busy = 0.0  # seconds of running time since the last flush, and how many calls
         self.ran = 0
         self.flushed = 0.0  # when (perf_counter)
@@ -112,9 +113,21 @@ class ResultWriter:
                 lock.release()
             self._make_room()
 
+    def drops(self, error: BaseException) -> bool:
+        """Whether a call that ends in this has no outcome. Any thread.
+
+        A process that was removed interrupts what it runs, so as to go soon. That says nothing of the call but that its
+        process is gone; so it is the end of the process that everybody shall see: the master by its exit status, others
+        by their links. (The master could not judge this instead: other workers that wait do not ask it, and it does not
+        know which interrupt was the user's.) What the call makes of the interrupt, a value or another error, counts.
+        """
+        return self.ousted and isinstance(error, KeyboardInterrupt)
+
     def fail(self, sequence: int, error: BaseException, status: int = ERROR) -> None:
         """The call raised, or (`status`) could not even be loaded."""
         let_go(error)  # before anything that takes memory
+        if self.drops(error):
+            return
         if self.memory_limit and isinstance(error, MemoryError):
             error.args = (
                 f"a task needed more memory than memory_limit={self.memory_limit} bytes allow worker {self.pid}"

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from distpool import config
 from distpool.flag import Flag
 from distpool.hints import Any
-from distpool.node.givingback import last_calls, listed_calls
+from distpool.node.givingback import give_up, last_calls, listed_calls
 from distpool.node.interrupts import CALLERS, Interrupts
 from distpool.node.offers import Offers
 from distpool.node.results import SCALARS, ResultWriter
@@ -93,6 +93,8 @@ class TaskRunner:
     # -- frames (leader) ---------------------------------------------------------------------------------------
 
     def on_calls(self, frame: Frame) -> None:
+        if self.results.ousted:
+            return  # the master, when we are gone, knows that they have not begun
         first, count = messages.CALLS.unpack(frame.control)
         buffers = [self.segments.open(buffer) for buffer in frame.buffers]
         items = []
@@ -322,8 +324,7 @@ class TaskRunner:
 
     def _strike_again(self, seconds: float) -> None:
         """Any thread, also in a signal handler. Nobody says when an import is through: one has to look."""
-        loop = self.link.loop
-        loop.call_soon(lambda: loop.call_later(seconds, self.interrupts.strike_missed))
+        self.link.loop.call_soon(lambda: self.link.loop.call_later(seconds, self.interrupts.strike_missed))
 
     def give_back(self, item: Item, index: int) -> None:
         """Elements of a running span, from `index` on, have been given to others, or are about to be.
@@ -401,7 +402,8 @@ class TaskRunner:
             function(*arguments)
             ran()
         except BaseException as error:
-            self.link.send(Kind.INITIALIZED, messages.Initialized(False).pack(), encode_exception(error))
+            if not self.results.drops(error):
+                self.link.send(Kind.INITIALIZED, messages.Initialized(False).pack(), encode_exception(error))
         else:
             self.link.send(Kind.INITIALIZED, messages.Initialized(True).pack())
         finally:
@@ -461,12 +463,10 @@ class TaskRunner:
             self.results.succeed(item.sequence, value)
 
     def leave(self) -> None:
-        """Leader: this process is to end. Executors' calls that have not begun will not run; remote calls that have
-        come do, also those on other threads, until `hurry`."""
+        """Leader: this process is removed. What has not begun does not, but remote calls do; all have until `hurry`."""
         with self.lock:
-            self._inbox.clear()
-        self.patient = True
-        self.leaving = True
+            give_up(self._inbox, list(self.running.values()))
+        self.results.ousted = self.patient = self.leaving = True
         self.brought()
 
     def hurry(self) -> None:

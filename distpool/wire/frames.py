@@ -65,6 +65,7 @@ class Kind(enum.IntEnum):
     LAUNCH = 35
     LAUNCHED = 36
     NAMED = 37
+    BUSY = 38
     # 40 and above: between any two processes (`node.dispatch`): links, remote calls, references, channels.
     PEER = 40
     WHERE = 41

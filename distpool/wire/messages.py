@@ -147,6 +147,12 @@ class Shutdown(Message):
     reason: str
 
 
+class Busy(Message):
+    """Worker -> master that wants it gone now: calls run here, which are interrupted in a moment."""
+
+    kind: ClassVar[Kind] = Kind.BUSY
+
+
 class SegmentsFree(Message):
     """Receiver -> sender of segments: the last views of these are gone."""
 
@@ -317,7 +323,7 @@ class Where(Message):
 
 
 class Address(Message):
-    """Pid 1 -> worker: where `pid` listens; `problem` is "unknown", "gone", "topology", "unreachable" or "".
+    """Pid 1 -> worker: where `pid` listens; `problem` is "unknown", "topology", "unreachable", "denied" or "".
 
     `detail`: the text of the problem; without one, why `pid` itself could not dial (there is no third way).
     `address`: family and place; `["manager", connect_at]` for a custom transport.
@@ -342,12 +348,14 @@ class Dial(Message):
 
 
 class Undialled(Message):
-    """Worker -> pid 1: I could not dial `pid`, and why; `tried`: why `pid` itself could not."""
+    """Worker -> pid 1: I could not dial `pid`, and why; `tried`: why `pid` itself could not; `denied`: it has another
+    cookie than I."""
 
     kind: ClassVar[Kind] = Kind.UNDIALLED
     pid: int
     detail: str
     tried: str
+    denied: bool = False
 
 
 class IdentityIs(Message):
@@ -359,12 +367,13 @@ class IdentityIs(Message):
 
 
 class Dead(Message):
-    """Pid 1 -> every worker: this process is gone."""
+    """Pid 1 -> every worker, and whoever asks later: this process is gone; `output`: the last lines it printed."""
 
     kind: ClassVar[Kind] = Kind.DEAD
     pid: int
     exitcode: int | None
     reason: str
+    output: str = ""
 
 
 class Relay(Message):
@@ -379,7 +388,7 @@ MESSAGES: dict[int, type[Message]] = {
     int(cls.kind): cls
     for cls in (
         Join, Joined, Function, Forget, Recall, Recalled, Initialize, Initialized, Shutdown,
-        SegmentsFree, Blocked, Submit, Outcome, Cancel, Cancelled, Interrupt,
+        Busy, SegmentsFree, Blocked, Submit, Outcome, Cancel, Cancelled, Interrupt,
         Connect, Connected, Launch, Launched, Named,
         Peer, Where, Address, Dial, Undialled, IdentityIs, Dead, Relay,
         Stacks, StacksAre, Usage, UsageIs, Trace, Traced,

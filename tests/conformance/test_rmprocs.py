@@ -66,10 +66,51 @@ def test_C244_removed_is_gone() -> None:
 
 def test_C245_without_waiting() -> None:
     pids = addprocs(4)
+    waiting = remotecall(time.sleep, pids[0], 60)
     future = rmprocs(pids[0], pids[1], waitfor=0)
+    for call in (remotecall, remotecall_fetch, remote_do, lambda f, pid: distpool.Future(pid)):
+        with pytest.raises(distpool.ProcessExitedException) as info:
+            call(distpool.myid, pids[0])
+        assert info.value.worker_id == pids[0] and not info.value.maybe_ran
+    pool = distpool.WorkerPool(pids[:1])
+    with pytest.raises(RuntimeError, match="No active worker"):
+        remotecall_fetch(distpool.myid, pool)
+    with pytest.raises(distpool.ProcessExitedException):
+        waiting.result(30)
     assert workers() == pids[2:]
     assert future.result(30) is None
     assert workers() == pids[2:]
+
+
+@pytest.mark.parametrize("waitfor", [None, 0])
+def test_C232_removed_from_a_worker(waitfor: float | None) -> None:
+    """Only pid 1 removes, but anybody may have it do so; the Future travels."""
+    one, two = addprocs(2)
+
+    def remove(pid: int, waitfor: float | None) -> list[object]:
+        import concurrent.futures
+
+        import distpool
+
+        future = distpool.remotecall_fetch(distpool.rmprocs, 1, pid, waitfor=waitfor)
+        done = concurrent.futures.wait([future], 30).done
+        return [isinstance(future, concurrent.futures.Future), done == {future}, future.result(), distpool.workers()]
+
+    assert remotecall_fetch(remove, one, two, waitfor) == [True, True, None, [one]]
+    assert others() == [one]
+
+
+def test_workers_have_some_added() -> None:
+    (pid,) = addprocs(1)
+
+    def add() -> list[int]:
+        import distpool
+
+        pids: list[int] = distpool.remotecall_fetch(distpool.addprocs_async, 1, 1).result(30)
+        return pids
+
+    assert remotecall_fetch(add, pid) == [pid + 1]
+    assert others() == [pid, pid + 1]
 
 
 def test_C247_not_in_time() -> None:
@@ -147,8 +188,9 @@ def test_a_busy_worker_is_interrupted() -> None:
     begin = time.monotonic()
     rmprocs(pid)
     assert time.monotonic() - begin < 4
-    with pytest.raises((distpool.ProcessExitedException, distpool.RemoteException)):
+    with pytest.raises(distpool.ProcessExitedException) as info:
         waiting.result(10)
+    assert info.value.worker_id == pid
 
 
 def test_C254_unexpected_deaths_are_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -196,6 +238,47 @@ time.sleep(0.3)
     done, seconds = run(code)
     assert done.returncode == 0 and seconds < 20
     assert all(gone(int(ospid)) for ospid in done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "call",
+    {
+        "nothing": "",
+        "one that has ended": "distpool.remotecall_fetch(abs, 2, -3)",
+        "remotecall": "future = distpool.remotecall(held, 2)",
+        "remotecall, forgotten": "distpool.remotecall(held, 2)",
+        "spawnat": "future = distpool.spawnat(2, held)",
+        "callback": "distpool.remotecall(held, 2).add_done_callback(print)",
+        "remote_do": "distpool.remote_do(held, 2)",
+        "thread": "threading.Thread(target=ask, daemon=True).start()  # held",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_exit_warns_of_what_still_runs(call: tuple[str, str]) -> None:
+    """Once, before it is interrupted; its error is printed nowhere: nobody can get it any more, and it is the end."""
+    code = f"""
+import distpool, logging, threading, time
+logging.basicConfig(format="%(levelname)s %(message)s")
+distpool.addprocs(2)
+begun = distpool.RemoteChannel(lambda: distpool.Channel(1), 1)
+def held():
+    begun.put(1)
+    time.sleep(100)
+def ask():
+    try:
+        distpool.remotecall_fetch(held, 2)
+    except distpool.ProcessExitedException:
+        pass
+{call[1]}
+if "held" in {call[1]!r}:
+    begun.take()
+"""
+    done, seconds = run(code)
+    said = ["WARNING The program ends: what still runs on its workers is interrupted."] if "held" in call[1] else []
+    # Some Pythons start no threads any more then, which is said as well.
+    assert [line for line in done.stderr.splitlines() if "no further thread" not in line] == said
+    assert done.returncode == 0 and seconds < 15
+    assert "Traceback" not in done.stdout
 
 
 def test_exit_hooks_may_use_the_cluster() -> None:
