@@ -6,7 +6,6 @@ map:     caller's thread: MapRun.feed -> spans cut by measured time -> worker;  
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sized
 
@@ -54,16 +53,18 @@ def submit(owner: Submitter, fn: Callable[..., Any], args: tuple[Any, ...], kwar
     crew = owner._crew
     owner._check_usable()
     scheduler = crew.scheduler
+    policy = owner._policy
     future: Future[Any]
-    if owner._policy is not None and owner._policy.keep:
-        from distpool.kept import KeptFuture, run_kept  # loads the references, which few executors need
-
-        future, fn = KeptFuture(), functools.partial(run_kept, fn)
-    else:
-        future = _new_future(owner._future_class)
     try:
-        function = crew.node.encoder.encode(fn)
-        if not kwargs and owner._policy is None and function.reusable and is_plain(args):
+        if policy is not None and policy.keep:
+            from distpool.kept import KeptFuture, encode_kept  # loads the references, which few executors need
+
+            future = KeptFuture()
+            function = encode_kept(crew.node.encoder, fn)
+        else:
+            future = _new_future(owner._future_class)
+            function = crew.node.encoder.encode(fn)
+        if not kwargs and policy is None and function.reusable and is_plain(args):
             future._call = call = Call(scheduler, function, b"", [], future, None, args)
             scheduler.enqueue(call)
             return future
@@ -77,7 +78,7 @@ def submit(owner: Submitter, fn: Callable[..., Any], args: tuple[Any, ...], kwar
     record = CALL.pack(function.number, 1, len(data), len(staged), flags) + data
     if seen:
         staged = with_references(staged, seen)
-    call = Call(scheduler, function, record, staged, future, owner._policy)
+    call = Call(scheduler, function, record, staged, future, policy)
     future._call = call
     scheduler.enqueue(call)
     return future
