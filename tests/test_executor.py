@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import inspect
 import itertools
 import math
 import multiprocessing
@@ -937,6 +938,27 @@ def test_options_stack(make: Callable[..., ClusterExecutor]) -> None:
     for kind, bad in [*cases[:-1], (TypeError, {"progress": 5})]:
         with pytest.raises(kind):
             ClusterExecutor(1, **bad)
+
+
+def test_options_of_none_change_nothing(make: Callable[..., ClusterExecutor]) -> None:
+    """Their defaults were an `object()`, as `help` showed, and `retries=None` was refused."""
+    names = ("timeout", "retries", "retry_delays", "retry_check", "pids", "keep", "label")
+    executor = make(1, timeout=50, retries=3)
+    view = executor.options(retry_check=OSError, pids=executor.workers or [2], keep=True, label="x")
+    for owner in (executor, view):
+        parameters = inspect.signature(owner.options).parameters
+        assert tuple(parameters) == names
+        assert all(
+            parameter.default is None and parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters.values()
+        )
+        assert owner.options(**dict.fromkeys(names))._policy == owner._policy
+    assert executor.options(timeout=math.inf, retries=0)._policy is None, "the way back"
+
+
+def test_leaving_a_with_block_says_false(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(1)
+    for owner in (executor.options(label="x"), executor):
+        assert owner.__exit__(None, None, None) is False
 
 
 def test_delays_may_be_endless(make: Callable[..., ClusterExecutor]) -> None:
