@@ -296,7 +296,7 @@ class MapRun:
         if len(chunk) < _SMALL and _all_scalars(chunk, self.single):
             return self._record(lambda: (dumps(chunk, 5), ()), flags)
         seen: list[Any] = []
-        return self._record(lambda: codec.encode(chunk, None, seen), flags, seen)
+        return self._record(lambda: codec.encode_chunk(chunk, self.single, seen), flags, seen)
 
     def _record(self, encode: Callable[[], tuple[bytes, Any]], flags: int, seen: list[Any] | None = None) -> Any:
         """`(record, buffers)`, or the exception: it is that element's outcome."""

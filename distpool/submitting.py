@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sized
 
 from distpool.crew import Crew
-from distpool.errors import SerializationError
+from distpool.errors import SerializationError, as_both
 from distpool.hints import Any
 from distpool.lazymap import LazyMap
 from distpool.mapresults import check_map, fed_results, flattened, map_by_futures, unordered_futures
@@ -71,7 +71,7 @@ def submit(owner: Submitter, fn: Callable[..., Any], args: tuple[Any, ...], kwar
         seen: list[Any] = []
         data, buffers = codec.encode_args(args, kwargs, None, seen)
     except SerializationError as error:
-        future._settle(Outcome(RAISED_HERE, error, (), 1))
+        future._settle(Outcome(RAISED_HERE, as_both(error), (), 1))
         return future
     staged = scheduler.stage(buffers) if buffers else []
     flags = ONE if function.reusable else ONE_FRESH

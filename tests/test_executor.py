@@ -940,6 +940,42 @@ def test_options_stack(make: Callable[..., ClusterExecutor]) -> None:
             ClusterExecutor(1, **bad)
 
 
+def test_errors_say_which_object_and_which_side(shared: ClusterExecutor) -> None:
+    lock, maps = threading.Lock(), shared.options(timeout=PATIENCE)
+    result = (
+        r"^the result of (_thread\.|.*<lambda>|functools).* on worker \d+, an object of type _thread.lock, cannot be"
+    )
+    for call in (
+        lambda: shared.submit(threading.Lock).result(PATIENCE),
+        lambda: list(shared.map(lambda _: threading.Lock(), [1])),
+        lambda: list(shared.map(lambda x: threading.Lock() if x else 0, [0, 1], chunksize=2)),
+    ):
+        with pytest.raises(SerializationError, match=result):
+            call()
+    for view in (shared, maps):
+        with pytest.raises(SerializationError, match="^argument 1.* an object of type _thread.lock, cannot be"):
+            list(view.map(id, [1, lock]))
+    with pytest.raises(SerializationError, match="^argument 1 of element 2 of a chunk of 2, an object of type _thread"):
+        list(shared.map(id, [1, lock], chunksize=2))
+
+
+def test_errors_of_serialisation_are_the_standard_librarys_too(shared: ClusterExecutor) -> None:
+    lock = threading.Lock()
+    with distpool.DistPool(1) as pool:
+        for error in (shared.submit(id, pool).exception(), shared.submit(lambda: pool).exception()):
+            assert isinstance(error, SerializationError) and isinstance(error, NotImplementedError)
+        with pytest.raises(NotImplementedError):
+            list(shared.map(id, [pool]))
+    for call in (
+        lambda: shared.submit(id, lock).result(),
+        lambda: shared.submit(lambda: lock).result(),
+        lambda: list(shared.map(id, [lock])),
+        lambda: list(shared.map(id, [lock], chunksize=2)),
+    ):
+        with pytest.raises(TypeError, match="cannot be serialised"):
+            call()
+
+
 def test_options_of_none_change_nothing(make: Callable[..., ClusterExecutor]) -> None:
     """Their defaults were an `object()`, as `help` showed, and `retries=None` was refused."""
     names = ("timeout", "retries", "retry_delays", "retry_check", "pids", "keep", "label")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import threading
 import time
@@ -223,6 +224,15 @@ def test_a_value_that_cannot_be_sent_is_an_error_of_its_own_kind(desk: Desk, err
     desk.writer.scalar(2, 2)
     desk.writer.flush()
     assert desk.link.frames[-1][3][0][0] == 2, "the next one is not hurt"
+
+
+def test_a_value_that_cannot_be_sent_is_named(desk: Desk) -> None:
+    desk.writer.pid = 7
+    text = "the result of math.sqrt on worker 7, an object of type _thread.lock, cannot be serialised: TypeError"
+    desk.writer.succeed(1, threading.Lock(), math.sqrt)
+    assert str(failure(desk)[1]).startswith(text)
+    desk.writer.succeed(2, [1, threading.Lock()], math.sqrt, many=True)
+    assert str(failure(desk)[1]).startswith(text), "it is one of several results"
 
 
 def test_a_memory_error_says_which_limit_it_met(desk: Desk) -> None:

@@ -179,7 +179,7 @@ def run_span(runner: TaskRunner, item: Item, function: Any, begin: float) -> Non
             if type(value) in SCALARS:
                 scalar(sequence, value)
             else:
-                results.succeed(sequence, value)
+                results.succeed(sequence, value, function)
             del value
         index += 1
         ran += 1

@@ -139,6 +139,7 @@ class Serving:
         try:
             data, buffers = codec.encode(value, pid, seen)
         except BaseException as error:
+            error = codec.about(error, value, f"a value on worker {self._refs.node.pid}")
             self.reply_error(pid, request, error, UNSENDABLE)
             return
         settle_puts(pid)
