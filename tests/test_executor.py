@@ -1368,18 +1368,32 @@ def test_import_is_cheap() -> None:
 
 def test_a_forked_child_gets_an_error_at_once() -> None:
     done = run_program("""
-        import os, warnings, distpool
+        import asyncio, concurrent.futures, os, time, warnings, distpool
         warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads
         ex = distpool.ClusterExecutor(1)
         pending = ex.submit(pow, 2, 3)
         assert pending.result() == 8
+        held = ex.submit(time.sleep, 2)
         child = os.fork()
         if child == 0:
             code = 1
+            async def awaited():
+                await held
+
             try:
-                ex.submit(pow, 2, 3)
-            except RuntimeError:
-                code = 0
+                uses = [
+                    lambda: ex.submit(pow, 2, 3), lambda: asyncio.run(awaited()), lambda: held.result(),
+                    lambda: concurrent.futures.wait([held]), lambda: list(concurrent.futures.as_completed([held])),
+                ]
+                for use in uses:
+                    try:
+                        use()
+                        break
+                    except RuntimeError as error:
+                        assert "forked" in str(error)
+                else:
+                    code = 0
+                    assert pending.result() == 8 and concurrent.futures.wait([pending]).done
             finally:
                 os._exit(code)
         assert os.waitpid(child, 0)[1] == 0

@@ -53,6 +53,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     ),
     4: (
         *("refs.refs", "refs.waiters", "refs.finalized", "refs.owner", "refs.gc", "refs.remote", "refs.serving"),
+        "refs.outcomes",
         *("refs.lent", "refs.ahead", "refs.room", "refs.channelcore", "refs.channel", "refs.channels"),
         "refs.channelserver",
     ),
@@ -164,6 +165,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("refs.owner", "refs.refs"),
         ("refs.refs", "refs.waiters"),
         ("refs.refs", "refs.finalized"),
+        ("refs.refs", "refs.outcomes"),
         ("refs.gc", "refs.finalized"),
         ("refs.remote", "refs.finalized"),
         ("refs.channels", "refs.finalized"),
