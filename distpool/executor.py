@@ -88,7 +88,8 @@ class ClusterExecutor(Submitter):
                 limits["retries"] = retries
             self._policy = make_policy(None, **limits)
             replace = on_worker_exit == "replace"
-            start = initializer, tuple(initargs)
+            # Without an initializer nobody looks at its arguments: None is as good, as with the standard library.
+            start = initializer, tuple(initargs) if initializer is not None else ()
             self._crew = opening.make_crew(hosts, max_workers, addprocs_options, start, max_tasks_per_child, replace)
             self._future_class = submitting.future_class(self._crew, replace)
             opening.register(self._crew.node, type(self), ExecutorView)
@@ -140,7 +141,7 @@ class ClusterExecutor(Submitter):
         crew = self._crew
         if n > crew.size and not crew.supply.can_grow:
             raise ValueError(f"there are {crew.size} workers, and their manager cannot start a given number of others")
-        crew.node.loop.call_soon(lambda: crew.scale(n))
+        crew.ask(n)
 
     @property
     def workers(self) -> list[int]:
@@ -209,6 +210,10 @@ class ClusterExecutor(Submitter):
             crew.scheduler.cancel_waiting(lambda: crew.node.loop.call_soon(lambda: crew.kill(signum)))
 
     # -- private names that other libraries read ---------------------------------------------------------------
+
+    #: As the standard library's before the first call and after the end: there is neither such a thread nor a queue.
+    _executor_manager_thread = None
+    _call_queue = None
 
     @property
     def _max_workers(self) -> int:

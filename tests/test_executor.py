@@ -33,6 +33,7 @@ import distpool
 from distpool import ClusterExecutor, ProcessExitedException, SerializationError
 
 PATIENCE = 30.0
+UNUSABLE = "A child process terminated abruptly, the process pool is not usable anymore"
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,13 @@ def test_other_arguments_are_checked() -> None:
         ClusterExecutor(1, retries=1.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="retry_check"):
         ClusterExecutor(1, retry_check=5)
+
+
+def test_arguments_of_no_initializer(make: Callable[..., ClusterExecutor]) -> None:
+    """Nobody looks at them, in the standard library either."""
+    assert make(1, initargs=None).submit(square, 3).result(PATIENCE) == 9
+    with pytest.raises(TypeError, match="not iterable"):
+        ClusterExecutor(1, initializer=print, initargs=None)  # type: ignore[arg-type]
 
 
 def test_unpicklable_initargs_are_an_error_at_once() -> None:
@@ -338,11 +346,13 @@ def test_break_is_the_rule_of_the_standard_library(make: Callable[..., ClusterEx
     assert isinstance(held.exception(PATIENCE), BrokenProcessPool)
     errors = [future.exception(PATIENCE) for future in waiting]
     assert all(error is None or isinstance(error, BrokenProcessPool) for error in errors)
-    with pytest.raises(BrokenProcessPool):
+    with pytest.raises(BrokenProcessPool, match=f"^{UNUSABLE}$") as caught:
         executor.submit(square, 1)
+    assert type(caught.value) is BrokenProcessPool
+    assert isinstance(caught.value.__cause__.__cause__, ProcessExitedException), "what it died of"  # type: ignore[union-attr]
     with pytest.raises(BrokenProcessPool):
         executor.map(square, [1])
-    assert executor._broken
+    assert executor._broken == UNUSABLE
     executor.shutdown()
 
 
@@ -412,7 +422,7 @@ def test_break_also_by_a_death_before_the_worker_has_come_up(make: Callable[...,
         next(iter(processes.values())).terminate()
         with pytest.raises(BrokenProcessPool):
             future.result(PATIENCE)
-        with pytest.raises(BrokenProcessPool):
+        with pytest.raises(BrokenProcessPool, match=f"^{UNUSABLE}$"):
             executor.submit(pow, 2, 8)
 
 
@@ -1013,6 +1023,26 @@ def test_delays_without_a_count_are_the_count(make: Callable[..., ClusterExecuto
 
 
 # ----------------------------------------------------------------------------------------------------- size and the end
+
+
+def test_scale_is_seen_at_once(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(1)
+    view, numbers = executor.options(label="x"), [3, 2, 5, 1, 2] * 20
+    for number in numbers:
+        executor.scale(number)
+        assert executor._max_workers == view._max_workers == number
+    ospids = executor.submit(os.getpid).result(PATIENCE), executor._processes
+    assert ospids and executor._max_workers == 2
+    with distpool.DistPool(1) as pool:
+        pool.executor.scale(3)
+        assert pool._processes == pool.size == len(pool._pool) == 3
+        assert len({process.pid for process in pool._pool}) == 3
+
+
+def test_private_names_of_the_standard_librarys_executor(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(1)
+    assert executor._executor_manager_thread is executor._call_queue is None
+    assert executor._processes and all(process.name for process in executor._processes.values())
 
 
 def test_scale(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
