@@ -23,7 +23,7 @@ from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import CALL, CHUNK, CHUNK_OF_SCALARS, ONE, SPAN, SPAN_OF_SCALARS
-from distpool.work import SCALARS, release_all, with_references
+from distpool.work import SCALARS, all_scalars, release_all, with_references
 
 if TYPE_CHECKING:
     from distpool.scheduling import Scheduler
@@ -222,7 +222,7 @@ class MapRun:
         """Add elements: bare arguments for one iterable (`single`), else tuples. Serialises them here and now."""
         if not arguments:
             return
-        if _all_scalars(arguments, self.single):
+        if all_scalars(arguments, self.single):
             size = -(-_BLOCK // self.batch) * self.batch
             for start in range(0, len(arguments), size):  # taking spans off a block copies the rest of it
                 part = arguments[start : start + size]
@@ -239,7 +239,7 @@ class MapRun:
         """Run element `index` once more (it has ended, and its entry in `results` was taken out)."""
         self._again += 1
         block: Any
-        if _all_scalars([argument], self.single):
+        if all_scalars([argument], self.single):
             block = _Scalars(index, [argument])
         else:
             args = (argument,) if self.single else argument
@@ -293,7 +293,7 @@ class MapRun:
     def _chunk_record(self, chunk: list[Any]) -> Any:
         flags = CHUNK_OF_SCALARS if self.single else CHUNK
         # To look at each of many elements takes longer than to give them to the pickler that needs not ask.
-        if len(chunk) < _SMALL and _all_scalars(chunk, self.single):
+        if len(chunk) < _SMALL and all_scalars(chunk, self.single):
             return self._record(lambda: (dumps(chunk, 5), ()), flags)
         seen: list[Any] = []
         return self._record(lambda: codec.encode_chunk(chunk, self.single, seen), flags, seen)
@@ -489,12 +489,6 @@ def look_ahead(mean: float, least: int) -> int:
     `mean`: measured seconds per element, negative if unknown.
     """
     return max(least, min(_MOST_AHEAD, int(config.WINDOW_SECONDS / mean))) if mean > 0 else least
-
-
-def _all_scalars(arguments: list[Any], single: bool) -> bool:
-    if single:
-        return SCALARS.issuperset(map(type, arguments))
-    return all(SCALARS.issuperset(map(type, argument)) for argument in arguments)
 
 
 __all__ = ["LOOK_AHEAD", "SCALARS", "Element", "MapRun", "Span", "Timing", "look_ahead"]

@@ -10,6 +10,7 @@ import inspect
 import itertools
 import math
 import multiprocessing
+import multiprocessing.pool
 import operator
 import os
 import pickle
@@ -984,6 +985,58 @@ def test_errors_of_serialisation_are_the_standard_librarys_too(shared: ClusterEx
     ):
         with pytest.raises(TypeError, match="cannot be serialised"):
             call()
+
+
+class _Unhashed(type):
+    """Types that are no keys; the standard library's pickler has no way for their instances."""
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other
+
+
+class Unhashed(metaclass=_Unhashed):
+    pass
+
+
+def _unhashed_if(number: int) -> Any:
+    return Unhashed() if number == 3 else number
+
+
+def test_objects_of_types_without_a_hash_cost_only_themselves(shared: ClusterExecutor) -> None:
+    bad: Any = Unhashed()
+    for future in (
+        shared.submit(id, bad),
+        shared.submit(id, [bad]),
+        shared.submit(functools.partial(id, bad)),
+        shared.submit(_unhashed_if, 3),
+        shared.submit(lambda: _unhashed_if(3)),
+        shared.options(keep=True).submit(_unhashed_if, 3),
+        shared.options(label="x").submit(id, bad),
+    ):
+        assert isinstance(future.exception(PATIENCE), TypeError | SerializationError)
+    assert shared.submit(id, Unhashed).exception(PATIENCE) is None, "the class itself has a name"
+    values: list[Any] = [1, bad, 3, 5]
+    for chunksize, buffersize in ((1, None), (2, None), (1, 3)):
+        results = shared.map(abs, values, chunksize=chunksize, **_buffered(buffersize))
+        with pytest.raises(SerializationError, match="unhashable"):
+            list(results)
+    futures = [shared.submit(_unhashed_if, number) for number in range(6)]
+    assert [future.result(PATIENCE) for future in futures if future.exception(PATIENCE) is None] == [0, 1, 2, 4, 5]
+    with distpool.DistPool(1) as pool:
+        for endless in (iter(values), values):
+            found = pool.imap(abs, endless)
+            assert found.next(PATIENCE) == 1  # type: ignore[attr-defined]
+            with pytest.raises(SerializationError, match="unhashable"):
+                found.next(PATIENCE)  # type: ignore[attr-defined]
+            assert list(found) == [3, 5]
+        spans = pool.imap(_unhashed_if, range(6))
+        with pytest.raises(multiprocessing.pool.MaybeEncodingError):  # type: ignore[attr-defined]
+            list(spans)
+        assert list(spans) == [4, 5], "it travelled with others"
+
+
+def _buffered(buffersize: int | None) -> dict[str, Any]:
+    return {} if buffersize is None else {"buffersize": buffersize}
 
 
 def test_options_of_none_change_nothing(make: Callable[..., ClusterExecutor]) -> None:

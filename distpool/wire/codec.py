@@ -406,7 +406,7 @@ def describe(obj: Any) -> str:
         return f"a {name} of {len(obj)}" if kind.__len__ in _BUILTIN_LENGTHS else f"a {name}"
     if kind is int:
         return f"an {name}"  # its digits may be millions
-    if kind in SCALARS:
+    if any(kind is scalar for scalar in SCALARS):  # and not `in`: a type may have no hash
         shown = repr(obj[:60]) if isinstance(obj, (str, bytes)) else f"{obj!r:.60}"
         return f"{name} {shown}"
     qualname = getattr(obj, "__qualname__", None) if callable(obj) and kind.__module__ == "builtins" else None
