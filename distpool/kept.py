@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from distpool.config import deadline_after
 from distpool.errors import RemoteException, SerializationError
 from distpool.node import node as nodes
 from distpool.refs.owner import RRID
@@ -89,7 +90,7 @@ class KeptFuture(Future[Any]):
         return super().exception(timeout)
 
     def _bring(self, timeout: float | None) -> None:
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_after(timeout)
         if not self.done() and not self._await(timeout):
             raise TimeoutError
         if self._kept is not None:

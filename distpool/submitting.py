@@ -94,7 +94,14 @@ def map_in_order(
 ) -> Iterator[Any]:
     """`Submitter.map`."""
     deadline = check_map(timeout, chunksize, buffersize)
-    owner._check_usable()
+    owner._crew.scheduler.check_process()
+    try:
+        owner._check_usable()
+    except RuntimeError:  # BrokenProcessPool too
+        # As in the standard library, where only the first element of a map finds that it cannot be submitted.
+        if next(zip(*iterables, strict=False), None) is None:
+            return iter(())
+        raise
     if not iterables:
         return iter(())
     replaced = "submit" in owner.__dict__ or type(owner).submit is not Submitter.submit

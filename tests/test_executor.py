@@ -987,6 +987,61 @@ def test_errors_of_serialisation_are_the_standard_librarys_too(shared: ClusterEx
             call()
 
 
+def test_a_map_of_nothing_needs_no_executor(make: Callable[..., ClusterExecutor]) -> None:
+    """As in the standard library, where it is the first element that cannot be submitted."""
+    executor = make(1)
+    view = executor.options(label="x")
+    executor.shutdown()
+    numbers = itertools.count()
+    for owner in (executor, view):
+        for iterables in ((), ([],), (iter(()),), ([], [1])):
+            for options in ({}, {"chunksize": 3}, {"buffersize": 2}):
+                assert list(owner.map(square, *iterables, **options)) == []
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            owner.map(square, numbers)
+        with pytest.raises(ValueError, match="chunksize"):
+            owner.map(square, [], chunksize=0)
+    assert next(numbers) == 2, "no more than one element was taken each time"
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 1e10])
+def test_endless_patience(shared: ClusterExecutor, seconds: float) -> None:
+    numbers = [0, 1, 2]
+    assert sorted(shared.imap_unordered(square, numbers, timeout=seconds)) == [0, 1, 4]
+    for options in ({}, {"buffersize": 2}, {"chunksize": 2}):
+        assert list(shared.map(square, numbers, timeout=seconds, **options)) == [0, 1, 4]
+    for owner in (shared.options(timeout=PATIENCE), shared.options(keep=True)):
+        assert list(owner.map(square, numbers, timeout=seconds)) == [0, 1, 4]
+        assert owner.submit(square, 3).result(seconds) == 9
+    with distpool.DistPool(1) as pool:
+        results: Any = pool.imap(square, numbers)
+        assert [results.next(seconds) for _ in numbers] == [0, 1, 4]
+        assert pool.map_async(square, numbers).get(seconds) == [0, 1, 4]
+        assert pool.map_async(square, range(5000), 2500).get(seconds)[-1] == 4999**2
+        assert pool.apply_async(square, (3,), callback=abs).get(seconds) == 9
+
+
+def test_a_timeout_that_no_clock_reaches_is_refused(shared: ClusterExecutor, gate: Gate) -> None:
+    held = shared.submit(hold, gate.address)
+    with distpool.DistPool(1) as pool:
+        task = pool.apply_async(hold, (gate.address,))
+        lazy: Any = pool.imap(square, [1])
+        for call in (
+            lambda: held.result(math.nan),
+            lambda: held.exception(math.nan),
+            lambda: shared.options(keep=True).submit(hold, gate.address).result(math.nan),
+            lambda: shared.map(square, [1], timeout=math.nan),
+            lambda: shared.imap_unordered(square, [1], timeout=math.nan),
+            lambda: shared.options(timeout=math.nan),
+            lambda: task.get(math.nan),
+            lambda: task.wait(math.nan),
+            lambda: lazy.next(math.nan),
+        ):
+            with pytest.raises(ValueError):
+                call()
+        gate.close()
+
+
 class _Unhashed(type):
     """Types that are no keys; the standard library's pickler has no way for their instances."""
 

@@ -26,6 +26,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import _base
 from contextlib import AbstractContextManager
 
+from distpool.config import deadline_after
 from distpool.hints import TYPE_CHECKING, Any, Protocol, T
 from distpool.logs import Log
 from distpool.node import node as nodes
@@ -404,7 +405,7 @@ class Future(concurrent.futures.Future[T]):
 
     def _await(self, timeout: float | None) -> bool:
         """Wait until done; False after `timeout` seconds."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else deadline_after(timeout)
         call = self._call
         if call is None or call.loop is None:
             node = nodes.existing()
