@@ -30,7 +30,7 @@ class BorrowedCrew(Crew):
 
     def __init__(self, node: Node, pids: list[int], *, initializer: bytes | None, replace: bool) -> None:
         super().__init__(node, [], {}, initializer=initializer, replace=replace)
-        self.size = len(pids)
+        self._size = len(pids)
         self._pids = pids
         self._begun = False
         self._owners: dict[int, Callable[[Member, BaseException | None], None]] = {}  # who else hears of their end

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
+import time
 
 TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
@@ -83,6 +84,19 @@ def check_cookie(cookie: Any) -> None:
         raise ValueError(f"the cookie must be 1 to {MAX_COOKIE} ASCII characters")
     if any(letter in cookie for letter in "\n\r\0"):
         raise ValueError("the cookie must not contain a newline, carriage return or NUL: workers read it as a line")
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    """The moment (monotonic seconds) in `timeout` seconds; None: there is none, which infinity means as well, and what
+    is longer than anybody waits. ValueError for NaN, which no clock ever reaches.
+
+    Example: `deadline_after(math.inf) is None`
+    """
+    if timeout is None:
+        return None
+    if timeout != timeout:
+        raise ValueError("a timeout must be a number of seconds, not NaN")
+    return time.monotonic() + timeout if timeout < LONGEST else None
 
 
 def worker_timeout() -> float:

@@ -57,7 +57,8 @@ class Crew:
         self.supply = Supply(node, places, params, self._prepare, self._on_settled)
         self.supply.refill = self._refill
         self._cap = cap
-        self.size = 1  # workers that it has when all are there
+        self._size = 1  # workers that it has when all are there; leader
+        self._asked: int | None = None  # what the user has said last, which the leader will hear of; any thread
         self._resize()
         self.scheduler = Scheduler(node)
         self.scheduler.on_idle = self.dismiss
@@ -116,7 +117,7 @@ class Crew:
         """Places whose number was not known have brought somebody, or have not brought all."""
         if not self.supply.scaled:
             share = max(1, self.supply.share)
-            self.size = share if self._cap is None else min(share, self._cap)
+            self._size = share if self._cap is None else min(share, self._cap)
 
     # -- coming up ---------------------------------------------------------------------------------------------
 
@@ -139,12 +140,20 @@ class Crew:
         """Workers that have been asked for and do not take calls yet."""
         return max(0, self._launching + len(self.members) - len(self.scheduler.slots)) if not self._dismissed else 0
 
-    def wait_for_members(self) -> None:
-        """Wait until some worker process exists, or none will come. Not on the leader."""
+    def wait_for_members(self, count: int = 1) -> None:
+        """Wait until so many worker processes exist, or no more will come. Not on the leader."""
         loop = self.node.loop
         deadline = time.monotonic() + config.worker_timeout()
-        while not self.members and self._launching and time.monotonic() < deadline:
-            if not loop.lead(lambda: bool(self.members or not self._launching), deadline):
+
+        def enough() -> bool:
+            coming = self._launching or self._size < self.size
+            return len(self.members) >= count or not coming or self._dismissed
+
+        while True:
+            self._changed.clear()
+            if enough() or time.monotonic() >= deadline:
+                return
+            if not loop.lead(enough, deadline):
                 with loop.following():
                     self._changed.wait(0.05)  # the I/O thread leads: it sets this when a worker is launched
 
@@ -167,7 +176,7 @@ class Crew:
 
     def _on_joined(self, member: Member) -> None:
         slot = self._slots[member.pid] = Slot(member, self._max_tasks)
-        surplus = len(self._staying()) > self.size  # more than were asked for, or late, when others were asked already
+        surplus = len(self._staying()) > self._size  # more than were asked for, or late, when others were asked already
         self.supply.joined(member, not self._dismissed and not surplus)
         if self._dismissed:
             member.say_goodbye(_PATIENCE)
@@ -226,6 +235,7 @@ class Crew:
         if slot is None:
             # It never came up: its order deals with that. But where one death breaks all, a kill is a kill.
             if not self._replace and not self._dismissed and (member.exitcode or 0) < 0:
+                self.broken = self.broken or self._unusable(member)
                 self._break(lambda: self._exit_error(member, False))
         elif self._dismissed or slot.retiring or (slot.exhausted and not slot.inflight):
             self.scheduler.lost(slot, lambda ran: self._exit_error(member, ran))
@@ -265,8 +275,7 @@ class Crew:
             self._break(lambda: self._died_in_initializer(member))
             return
         if not self._replace:
-            text = "A process in the process pool was terminated abruptly while the future was running or pending."
-            self.broken = errors.BrokenProcessPool(text)
+            self.broken = self._unusable(member)
             unsent = self.scheduler.failure = lambda: self._exit_error(member, False)  # nothing goes elsewhere
             self.scheduler.lost(slot, lambda ran: self._exit_error(member, ran))
             self._break(lambda: self._exit_error(member, True), unsent)
@@ -274,6 +283,12 @@ class Crew:
         self._lost.append(member.pid)
         self._refill()
         self.scheduler.lost(slot, lambda ran: self._exit_error(member, ran))
+
+    def _unusable(self, member: Member) -> BaseException:
+        """What `submit` raises when the death of one has broken all: the standard library's text."""
+        error = errors.BrokenProcessPool("A child process terminated abruptly, the process pool is not usable anymore")
+        error.__cause__ = self._exit_error(member, True)
+        return error
 
     def _exit_error(self, member: Member, ran: bool) -> BaseException:
         return errors.ProcessExitedException(member.pid, member.exitcode, ran, member.last_output, member.reason)
@@ -286,7 +301,7 @@ class Crew:
     def _refill(self) -> None:
         """Replace what is missing."""
         if not self._dismissed and self.broken is None:
-            missing = self.size - self._launching - sum(not self._leaving(pid) for pid in self.members)
+            missing = self._size - self._launching - sum(not self._leaving(pid) for pid in self.members)
             if missing > 0:
                 self.supply.order(missing)
             self._check_hopeless()
@@ -309,10 +324,21 @@ class Crew:
     def _staying(self) -> list[Slot]:
         return [slot for slot in self._slots.values() if not slot.retiring and not slot.exhausted]
 
+    @property
+    def size(self) -> int:
+        """Workers that it has when all are there, as the user has said it last."""
+        asked = self._asked
+        return self._size if asked is None else asked
+
+    def ask(self, size: int) -> None:
+        """`scale`, from any thread. If several ask, the last number counts, whose turn at the leader comes when."""
+        self._asked = size
+        self.node.loop.call_soon(lambda: self.scale(self.size))
+
     def scale(self, size: int) -> None:
         """Have `size` workers from now on; surplus ones leave when their calls are done."""
         self.supply.scale(size)
-        self.size = size
+        self._size = size
         staying = self._staying()
         surplus = len(staying) + self._launching - size
         for slot in sorted(staying, key=lambda slot: slot.load)[: max(0, surplus)]:

@@ -105,6 +105,31 @@ class SerializationError(DistpoolError, pickle.PicklingError):
     """
 
 
+def as_both(error: BaseException) -> BaseException:
+    """A `SerializationError` as an exception of its cause's type as well, in this process; others as they are.
+
+    The standard library raises what the pickler or the user's own `__reduce__` raised, this library says which object
+    it was: callers may catch either. Not StopIteration: it would end the iterator or generator that it comes out of.
+    """
+    cause = error.__cause__
+    if type(error) is not SerializationError or not isinstance(cause, Exception) or isinstance(error, type(cause)):
+        return error
+    if isinstance(cause, StopIteration | StopAsyncIteration):
+        return error
+    members = {"__module__": type(error).__module__, "__str__": BaseException.__str__, "__reduce__": _as_plain}
+    try:
+        kind = type("SerializationError", (SerializationError, type(cause)), members)
+        both: BaseException = kind.__new__(kind, *error.args)
+    except TypeError:  # their memory layouts do not go together, or its __new__ wants other arguments
+        return error
+    both.__cause__ = cause
+    return both
+
+
+def _as_plain(error: BaseException) -> tuple[Any, ...]:
+    return SerializationError, error.args
+
+
 class ChannelClosedError(DistpoolError, RuntimeError):
     """The channel is closed (and, for `take` and `fetch`, drained).
 

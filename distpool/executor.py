@@ -20,12 +20,10 @@ from distpool.submitter import Submitter
 
 TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Literal
 
     from distpool.crew import Crew
     from distpool.work import Policy
-
-_UNSET: Any = object()
 
 
 class ClusterExecutor(Submitter):
@@ -80,6 +78,7 @@ class ClusterExecutor(Submitter):
         started = zygotes.begin(hosts, addprocs_options)
         try:
             from distpool import opening, submitting  # and with them all the rest, while the zygote comes up
+            from distpool.policy import make_policy
             from distpool.progress import check_progress
 
             self._ways = submitting
@@ -87,9 +86,10 @@ class ClusterExecutor(Submitter):
             limits = {"timeout": timeout, "retry_delays": retry_delays, "retry_check": retry_check}
             if retries != 0:  # else the delays say how many
                 limits["retries"] = retries
-            self._policy = _make_policy(None, limits)
+            self._policy = make_policy(None, **limits)
             replace = on_worker_exit == "replace"
-            start = initializer, tuple(initargs)
+            # Without an initializer nobody looks at its arguments: None is as good, as with the standard library.
+            start = initializer, tuple(initargs) if initializer is not None else ()
             self._crew = opening.make_crew(hosts, max_workers, addprocs_options, start, max_tasks_per_child, replace)
             self._future_class = submitting.future_class(self._crew, replace)
             opening.register(self._crew.node, type(self), ExecutorView)
@@ -119,34 +119,6 @@ class ClusterExecutor(Submitter):
 
     # -- policy and size ---------------------------------------------------------------------------------------
 
-    def options(
-        self,
-        *,
-        timeout: float | None = _UNSET,
-        retries: int = _UNSET,
-        retry_delays: Iterable[float] | None = _UNSET,
-        retry_check: Any = _UNSET,
-        pids: Iterable[int] | int | None = _UNSET,
-        keep: bool = _UNSET,
-        label: str | None = _UNSET,
-    ) -> ExecutorView:
-        """A view on the same workers with another policy; what is not given stays as it is here.
-
-        `timeout`: seconds of running time per attempt; past it the worker is killed and replaced, the future gets
-        `TimeoutError`. `retries`: attempts after the first, for exceptions that `retry_check` (exception type, tuple
-        or `callable(exc) -> bool`) accepts, and for worker death. `retry_delays`: seconds before each retry. `pids`:
-        only on those workers. `keep`: the value stays on its worker until the future is asked for it, or sent on.
-        `label`: name in statistics.
-
-        Example: `ex.options(timeout=5, retries=2).submit(f, x)`
-        """
-        given = {
-            "timeout": timeout, "retries": retries, "retry_delays": retry_delays, "retry_check": retry_check,
-            "pids": pids, "keep": keep, "label": label,
-        }  # fmt: skip
-        changes = {name: value for name, value in given.items() if value is not _UNSET}
-        return ExecutorView(self, _make_policy(self._policy, changes))
-
     def _view(self, policy: Policy | None) -> ExecutorView:
         return ExecutorView(self, policy)
 
@@ -169,7 +141,7 @@ class ClusterExecutor(Submitter):
         crew = self._crew
         if n > crew.size and not crew.supply.can_grow:
             raise ValueError(f"there are {crew.size} workers, and their manager cannot start a given number of others")
-        crew.node.loop.call_soon(lambda: crew.scale(n))
+        crew.ask(n)
 
     @property
     def workers(self) -> list[int]:
@@ -209,7 +181,7 @@ class ClusterExecutor(Submitter):
             crew.wait()
             crew.scheduler.deliveries.wait()
 
-    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> Literal[False]:
         """As `shutdown()`; but an interrupted program does not wait for its calls: what waits is dropped, what runs is
         ended. (The standard library's workers get Ctrl-C from the terminal; ours are in sessions of their own.)"""
         if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
@@ -217,6 +189,7 @@ class ClusterExecutor(Submitter):
             self._crew.wait(1.0)
         else:
             self.shutdown(wait=True)
+        return False
 
     def terminate_workers(self) -> None:
         """Cancel what has not started and send SIGTERM to the workers at once (Python 3.14)."""
@@ -237,6 +210,10 @@ class ClusterExecutor(Submitter):
             crew.scheduler.cancel_waiting(lambda: crew.node.loop.call_soon(lambda: crew.kill(signum)))
 
     # -- private names that other libraries read ---------------------------------------------------------------
+
+    #: As the standard library's before the first call and after the end: there is neither such a thread nor a queue.
+    _executor_manager_thread = None
+    _call_queue = None
 
     @property
     def _max_workers(self) -> int:
@@ -271,9 +248,8 @@ class ExecutorView(Submitter):
     def _check_usable(self) -> None:
         self._executor._check_usable()
 
-    def options(self, **options: Any) -> ExecutorView:
-        """A view with a further changed policy; see `ClusterExecutor.options`."""
-        return ExecutorView(self._executor, _make_policy(self._policy, options))
+    def _view(self, policy: Policy | None) -> ExecutorView:
+        return ExecutorView(self._executor, policy)
 
     @property
     def workers(self) -> list[int]:
@@ -299,12 +275,6 @@ class _SpawnContext:
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------
-
-
-def _make_policy(base: Policy | None, changes: dict[str, Any]) -> Policy | None:
-    from distpool.policy import make_policy
-
-    return make_policy(base, **changes)
 
 
 def _check_max_tasks(count: int | None, mp_context: Any) -> None:

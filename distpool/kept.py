@@ -9,17 +9,21 @@ Errors are not kept: the call's exception arrives as that of any other executor 
 
 from __future__ import annotations
 
+import functools
 import pickle
 import time
 from collections.abc import Callable
 from typing import Any
 
+from distpool.config import deadline_after
+from distpool.errors import RemoteException, SerializationError
 from distpool.node import node as nodes
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, Future, Outcome
 from distpool.refs.remote import RemoteFuture
 from distpool.refs.travel import reduce_future
 from distpool.wire import codec
+from distpool.wire.functions import EncodedFunction, FunctionEncoder, function_name
 from distpool.wire.messages import VALUE
 
 
@@ -31,6 +35,22 @@ def run_kept(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[int,
     rrid = refs.new_id()
     refs.owner.settle(refs.owner.touch(rrid, 1), Outcome(LOCAL_VALUE, value, (), node.pid))
     return tuple(rrid)
+
+
+def encode_kept(encoder: FunctionEncoder, fn: Callable[..., Any]) -> EncodedFunction:
+    """`fn`, to be run by `run_kept`: under its own name, which errors, statistics and traces show.
+
+    Raises TypeError and SerializationError as `FunctionEncoder.encode` does.
+    """
+    if not callable(fn):
+        raise TypeError(f"the function must be callable, not {type(fn).__name__}")
+    try:
+        function = encoder.encode(functools.partial(run_kept, fn))
+    except SerializationError as error:  # its text is about the partial
+        cause = error.__cause__ or error
+        raise codec.serialization_error(fn, cause, "the function") from cause
+    function.name = function_name(fn)
+    return function
 
 
 class KeptFuture(Future[Any]):
@@ -71,7 +91,7 @@ class KeptFuture(Future[Any]):
         return super().exception(timeout)
 
     def _bring(self, timeout: float | None) -> None:
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_after(timeout)
         if not self.done() and not self._await(timeout):
             raise TimeoutError
         if self._kept is not None:
@@ -82,6 +102,9 @@ class KeptFuture(Future[Any]):
         if kept is None:
             return super()._open(raw)
         error = kept.exception()
+        if isinstance(error, RemoteException) and isinstance(error.captured.ex, SerializationError):
+            # Fetched as Julia's calls fetch; but this is an executor's call, whose value cannot be sent.
+            error = error.captured.ex.with_traceback(None)
         value = kept.result() if error is None else None
         self._follow(kept)
         return value, error
@@ -129,4 +152,4 @@ def _reduce(future: KeptFuture, peer: Any) -> tuple[Any, ...]:
 
 codec.register_reducer(KeptFuture, _reduce)
 
-__all__ = ["KeptFuture", "run_kept"]
+__all__ = ["KeptFuture", "encode_kept", "run_kept"]

@@ -69,6 +69,7 @@ class LazyMap(Iterator[Any]):
         self._opener = opener or open_entry
         self._owner = owner
         self._delivered = 0
+        self._taken: list[Any] = []  # from the input, when an interrupt came before they were fed
         self._input_error: BaseException | None = None
         self._ended = False
         self._turn = threading.RLock()  # several threads may share it: one at a time takes, waits and counts
@@ -160,7 +161,7 @@ class LazyMap(Iterator[Any]):
     def _take(self, more: int = 0) -> None:
         """Take elements from the input while that is quick, and feed them."""
         assert self._source is not None
-        taken: list[Any] = []
+        taken, self._taken = self._taken, []
         room = (self._room() + more) * (self._chunk or 1)
         until = time.monotonic() + _QUICK
         try:
@@ -174,7 +175,8 @@ class LazyMap(Iterator[Any]):
         except StopIteration:
             self._source = None
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
+            if isinstance(error, KeyboardInterrupt):  # of the input itself, or Ctrl-C: they look alike
+                self._taken = taken  # whoever goes on misses nothing
                 raise
             self._source = None
             self._input_error = error
@@ -192,6 +194,7 @@ class LazyMap(Iterator[Any]):
         try:
             self._ended = True
             self._source = None
+            self._taken = []
             self.run.close()
             self._dropped.cancel()
         finally:

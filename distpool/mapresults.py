@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
+from distpool.config import deadline_after
 from distpool.dropped import WhenDropped
 from distpool.hints import Any
 from distpool.lazymap import open_entry
@@ -140,7 +141,7 @@ def check_map(timeout: float | None, chunksize: int, buffersize: int | None) -> 
         raise TypeError("buffersize must be an integer or None")
     if buffersize is not None and buffersize < 1:
         raise ValueError("buffersize must be None or > 0")
-    return None if timeout is None else time.monotonic() + timeout
+    return deadline_after(timeout)
 
 
 def map_by_futures(

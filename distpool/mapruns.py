@@ -22,7 +22,7 @@ from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import CALL, CHUNK, CHUNK_OF_SCALARS, ONE, SPAN, SPAN_OF_SCALARS
-from distpool.work import SCALARS, parts_of, release_all
+from distpool.work import SCALARS, all_scalars, parts_of, release_all
 
 if TYPE_CHECKING:
     from distpool.scheduling import Scheduler
@@ -221,7 +221,7 @@ class MapRun:
         """Add elements: bare arguments for one iterable (`single`), else tuples. Serialises them here and now."""
         if not arguments:
             return
-        if _all_scalars(arguments, self.single):
+        if all_scalars(arguments, self.single):
             size = -(-_BLOCK // self.batch) * self.batch
             for start in range(0, len(arguments), size):  # taking spans off a block copies the rest of it
                 part = arguments[start : start + size]
@@ -233,7 +233,7 @@ class MapRun:
         """Run element `index` once more (it has ended, and its entry in `results` was taken out)."""
         self._again += 1
         block: Any
-        if _all_scalars([argument], self.single):
+        if all_scalars([argument], self.single):
             block = _Scalars(index, [argument])
         else:
             record = self._element_record(argument)
@@ -290,15 +290,15 @@ class MapRun:
     def _chunk_record(self, chunk: list[Any]) -> Any:
         flags = CHUNK_OF_SCALARS if self.single else CHUNK
         # To look at each of many elements takes longer than to give them to the pickler that needs not ask.
-        if len(chunk) < _SMALL and _all_scalars(chunk, self.single):
+        if len(chunk) < _SMALL and all_scalars(chunk, self.single):
             return self._record(lambda: (dumps(chunk, 5), ()), flags)
         seen: list[Any] = []
-        return self._record(lambda: codec.encode(chunk, None, seen), flags, seen, chunk)
+        return self._record(lambda: codec.encode_chunk(chunk, self.single, seen), flags, seen, chunk)
 
     def _record(
         self, encode: Callable[[], tuple[bytes, Any]], flags: int, seen: list[Any] | None = None, source: Any = None
     ) -> Any:
-        """`(record, buffers)`, or the exception: it is that element's outcome. `source`: see `keep_alive`."""
+        """`(record, buffers)`, or the exception: it is that element's outcome. `source`: see `parts_of`."""
         try:
             data, buffers = encode()
             staged = self.scheduler.stage(buffers) if buffers else []
@@ -488,12 +488,6 @@ def look_ahead(mean: float, least: int) -> int:
     `mean`: measured seconds per element, negative if unknown.
     """
     return max(least, min(_MOST_AHEAD, int(config.WINDOW_SECONDS / mean))) if mean > 0 else least
-
-
-def _all_scalars(arguments: list[Any], single: bool) -> bool:
-    if single:
-        return SCALARS.issuperset(map(type, arguments))
-    return all(SCALARS.issuperset(map(type, argument)) for argument in arguments)
 
 
 __all__ = ["LOOK_AHEAD", "SCALARS", "Element", "MapRun", "Span", "Timing", "look_ahead"]

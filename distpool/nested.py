@@ -391,10 +391,24 @@ class ExecutorHandle(concurrent.futures.Executor):
         """As `ClusterExecutor.pmap`; each element travels alone."""
         return pmap(f, *iterables, pool=self, **options)
 
-    def options(self, **options: Any) -> ExecutorHandle:
-        """A handle with another policy; see `ClusterExecutor.options`."""
+    def options(
+        self,
+        *,
+        timeout: float | None = None,
+        retries: int | None = None,
+        retry_delays: Iterable[float] | None = None,
+        retry_check: Any = None,
+        pids: Iterable[int] | int | None = None,
+        keep: bool | None = None,
+        label: str | None = None,
+    ) -> ExecutorHandle:
+        """A handle with another policy; see `ClusterExecutor.options`. ValueError for `retry_check`, which is code."""
+        options = {
+            "timeout": timeout, "retries": retries, "retry_delays": retry_delays, "retry_check": retry_check,
+            "pids": pids, "keep": keep, "label": label,
+        }  # fmt: skip
         given = {name: value for name, value in (self._options or {}).items() if (name, value) != ("retries", None)}
-        given.update(options)
+        given.update({name: value for name, value in options.items() if value is not None})
         policy = make_policy(None, **given) or Policy()  # checks them
         fields = _fields(policy, given)
         if policy.retry_delays is not None:

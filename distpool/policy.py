@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 from distpool.config import as_int
 from distpool.hints import Any
@@ -13,11 +14,12 @@ _MOST_DELAYS = 100_000
 
 
 def make_policy(base: Policy | None, **changes: Any) -> Policy | None:
-    """`base` with `changes`, checked; `None` if that needs no treatment at all."""
+    """`base` with `changes`, checked; `None` if that needs no treatment at all. A change to None is none."""
     values = {name: getattr(base or Policy(), name) for name in Policy._fields}
     unknown = set(changes) - set(values)
     if unknown:
         raise TypeError(f"unknown option {sorted(unknown)[0]!r}")
+    changes = {name: value for name, value in changes.items() if value is not None}
     values.update(changes)
     values["retries"], values["timeout"] = as_int(values["retries"]), as_int(values["timeout"])
     timeout, retries, delays, pids = (values[name] for name in ("timeout", "retries", "retry_delays", "pids"))
@@ -25,6 +27,8 @@ def make_policy(base: Policy | None, **changes: Any) -> Policy | None:
         raise TypeError(f"timeout must be a number of seconds or None, not {type(timeout).__name__}")
     if timeout is not None and not timeout > 0:
         raise ValueError("timeout must be greater than 0")
+    if timeout == math.inf:
+        values["timeout"] = None
     if isinstance(retries, bool) or not isinstance(retries, int):
         raise TypeError(f"retries must be an int, not {type(retries).__name__}")
     if retries < 0:

@@ -39,7 +39,7 @@ class DistPool(stdlib.Pool):
 
     `processes`: how many (default: usable CPUs), or what `ClusterExecutor`'s `hosts` may be. `initializer(*initargs)`
     runs first in each worker. `maxtasksperchild`: tasks (chunks of a map) after which a worker is replaced. `context`
-    is accepted and kept, workers are always fresh interpreters. Other options are `ClusterExecutor`'s: `hosts`,
+    (`mp_context`) is kept, but workers are always fresh interpreters. Other options are `ClusterExecutor`'s: `hosts`,
     `timeout` (seconds of running time per task), `retries`, `on_worker_exit`, `progress`, those of `addprocs`.
 
     A task that kills its worker costs itself: its `get()` raises `ProcessExitedException`, the others go on. Leaving
@@ -81,10 +81,12 @@ class DistPool(stdlib.Pool):
         if maxtasksperchild is not None and (not isinstance(maxtasksperchild, int) or maxtasksperchild <= 0):
             raise ValueError("maxtasksperchild must be a positive int or None")
         self._progress = as_ClusterExecutor.get("progress")
+        other = as_ClusterExecutor.pop("mp_context", None)  # what the executor calls it
+        context = other if context is None else context
         self._ctx = context if context is not None else multiprocessing.get_context()
         self._maxtasksperchild = maxtasksperchild
         self._initializer = initializer
-        self._initargs = tuple(initargs)
+        self._initargs = tuple(initargs) if initializer is not None else ()  # not looked at: None is as good
         self._executor = ClusterExecutor(
             hosts,
             None,
@@ -302,7 +304,7 @@ class DistPool(stdlib.Pool):
 
     @property
     def _pool(self) -> list[Any]:
-        """One object per worker, with `pid`, `is_alive`, `terminate`, ...; workers that are not up yet have no pid."""
+        """One object per worker, with `pid`, `is_alive`, `terminate`, ... (see `shown`)."""
         return self._ways.shown(self) if self._state != INIT else []
 
 

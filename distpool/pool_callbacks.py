@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
 
-from distpool.errors import DistpoolError, SerializationError
+from distpool.errors import DistpoolError, as_both
 from distpool.flag import Flag
 from distpool.logs import Log
 from distpool.refs.refs import RAISED_HERE, open_outcome
@@ -63,33 +63,11 @@ def open_entry(raw: Any) -> Any:
         del error
 
 
-def as_both(error: BaseException) -> BaseException:
-    """A `SerializationError` for what the user's own `__reduce__` raised, as an exception of that type as well.
-
-    multiprocessing.Pool raises the original, this library says which argument it was: callers may catch either.
-    """
-    cause = error.__cause__
-    if type(error) is not SerializationError or not isinstance(cause, Exception) or isinstance(error, type(cause)):
-        return error
-    members = {"__module__": type(error).__module__, "__str__": BaseException.__str__, "__reduce__": _as_plain}
-    try:
-        kind = type("SerializationError", (SerializationError, type(cause)), members)
-        both: BaseException = kind.__new__(kind, *error.args)
-    except TypeError:  # their memory layouts do not go together, or its __new__ wants other arguments
-        return error
-    both.__cause__ = cause
-    return both
-
-
-def _as_plain(error: BaseException) -> tuple[Any, ...]:
-    return SerializationError, error.args
-
-
 class _Described:
     """Stands for a value that never came here: its repr is the worker's description of it."""
 
     def __init__(self, text: str) -> None:
-        self._text = text.split(" cannot be serialised", 1)[0]
+        self._text = text.split(" cannot be serialised", 1)[0].rstrip(",")
 
     def __repr__(self) -> str:
         return f"<{self._text}>"

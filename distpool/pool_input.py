@@ -18,7 +18,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from distpool.mapruns import SCALARS, MapRun
+from distpool.mapruns import MapRun
+from distpool.work import all_scalars
 
 if TYPE_CHECKING:
     from distpool.executor import ClusterExecutor
@@ -151,12 +152,12 @@ class Feed:
             return
         if self._chunk is not None:
             chunks = [items[start : start + self._chunk] for start in range(0, len(items), self._chunk)]
-            if type(items[0]) in SCALARS:
+            if all_scalars(items[:1], True):
                 run.feed_chunks(chunks)
             else:
                 for chunk in chunks:
                     run.feed_chunk(chunk)
-        elif type(items[0]) in SCALARS:
+        elif all_scalars(items[:1], True):
             run.feed(items)
         else:
             for item in items:  # singly: workers begin before the last one is serialised

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
+from distpool.config import deadline_after
 from distpool.dropped import WhenDropped
 from distpool.flag import Flag
 from distpool.logs import Log
@@ -91,7 +92,7 @@ class AsyncResult(stdlib.ApplyResult):  # type: ignore[type-arg]
         callbacks = self._callbacks
         callbacks.scheduler.check_process()
         callbacks.give_way()
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_after(timeout)
         if self._event is None:
             self._await(deadline)
         else:
@@ -261,7 +262,7 @@ class MapResult(AsyncResult, stdlib.MapResult):  # type: ignore[type-arg]
         """The list of values, or the exception of the first chunk that failed, when all have ended;
         `multiprocessing.TimeoutError` after `timeout` seconds."""
         if self._run is not None and self._event is None and self._chunksize >= _LARGE:
-            deadline = None if timeout is None else time.monotonic() + timeout
+            deadline = deadline_after(timeout)
             self._callbacks.give_way()
             self._open_meanwhile(self._run, deadline)
             timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -340,9 +341,9 @@ class IMapIterator(stdlib.IMapIterator):  # type: ignore[type-arg]
 
     def next(self, timeout: float | None = None) -> Any:
         """The next result; `multiprocessing.TimeoutError` after `timeout` seconds, `StopIteration` at the end."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_after(timeout)
         self._callbacks.give_way()
-        if not self._lock.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+        if not self._lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
             raise multiprocessing.TimeoutError
         try:
             raw = self._next_raw(deadline)

@@ -113,22 +113,4 @@ def chained(results: Iterator[Any], bar: Progress | None) -> Iterator[Any]:
             bar.close()
 
 
-class Starting:
-    """A worker that is being started, as `DistPool._pool` shows it."""
-
-    pid = exitcode = None
-
-    def is_alive(self) -> bool:
-        """Whether it has not ended."""
-        return True
-
-    def terminate(self) -> None:
-        """Nothing that could be ended yet."""
-
-    kill = terminate
-
-    def join(self, timeout: float | None = None) -> None:
-        """Nothing that could be waited for yet."""
-
-
-__all__ = ["PolicyRun", "Starting", "chained", "star_arguments"]
+__all__ = ["PolicyRun", "chained", "star_arguments"]

@@ -24,10 +24,10 @@ from distpool.node import node as nodes
 from distpool.pool_callbacks import Callbacks, PoolTerminated
 from distpool.pool_input import PLAIN, Feed, Inputs
 from distpool.pool_results import ApplyResult, AsyncResult, IMapIterator, IMapUnorderedIterator, MapResult
-from distpool.pool_runs import PolicyRun, Starting, chained, star_arguments
+from distpool.pool_runs import PolicyRun, chained, star_arguments
 from distpool.progress import Progress, make_progress
 from distpool.refs.refs import RAISED_HERE, Outcome
-from distpool.shown import ShownProcess
+from distpool.shown import ShownProcess, StartingProcess
 from distpool.wire import codec
 from distpool.wire.messages import CALL, ONE, ONE_FRESH
 from distpool.work import Call, is_plain, parts_of
@@ -122,6 +122,8 @@ def map_async(
     bar = None
     if pool._progress and run is not None:
         bar = make_progress(pool._progress, len(items)), len(items)
+    if not items and error is None:
+        callback = error_callback = None  # as in the standard library: a map of nothing has ended before it began
     entries = -(-len(items) // chunksize)
     result = MapResult(
         pool._callbacks, callback, error_callback, run, entries, chunksize=chunksize, error=error, bar=bar
@@ -209,7 +211,7 @@ def shown(pool: DistPool) -> list[Any]:
     crew = pool._crew
     found: list[Any] = [ShownProcess(member) for member in list(crew.members.values())][: crew.size]
     if not crew.finished.is_set():
-        found.extend(Starting() for _ in range(crew.size - len(found)))
+        found.extend(StartingProcess(crew, index) for index in range(len(found), crew.size))
     return found
 
 

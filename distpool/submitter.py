@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from distpool.crew import Crew
+    from distpool.executor import ExecutorView
     from distpool.refs.refs import Future
     from distpool.work import Policy
 
@@ -35,6 +36,38 @@ class Submitter(concurrent.futures.Executor):
 
     def _check_usable(self) -> None:
         raise NotImplementedError
+
+    def _view(self, policy: Policy | None) -> ExecutorView:
+        raise NotImplementedError
+
+    def options(
+        self,
+        *,
+        timeout: float | None = None,
+        retries: int | None = None,
+        retry_delays: Iterable[float] | None = None,
+        retry_check: Any = None,
+        pids: Iterable[int] | int | None = None,
+        keep: bool | None = None,
+        label: str | None = None,
+    ) -> ExecutorView:
+        """A view on the same workers with another policy; what is not given, or None, stays as it is here.
+
+        `timeout`: seconds of running time per attempt; past it the worker is killed and replaced, the future gets
+        `TimeoutError`; `math.inf`: no limit. `retries`: attempts after the first, for exceptions that `retry_check`
+        (exception type, tuple or `callable(exc) -> bool`) accepts, and for worker death; 0: none. `retry_delays`:
+        seconds before each retry. `pids`: only on those workers. `keep`: the value stays on its worker until the future
+        is asked for it, or sent on. `label`: name in statistics. TypeError or ValueError for what cannot be meant.
+
+        Example: `ex.options(timeout=5, retries=2).submit(f, x)`
+        """
+        from distpool.policy import make_policy
+
+        changes = {
+            "timeout": timeout, "retries": retries, "retry_delays": retry_delays, "retry_check": retry_check,
+            "pids": pids, "keep": keep, "label": label,
+        }  # fmt: skip
+        return self._view(make_policy(self._policy, **changes))
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Run `fn(*args, **kwargs)` on a worker; returns a `distpool.Future`.

@@ -6,12 +6,11 @@ map:     caller's thread: MapRun.feed -> spans cut by measured time -> worker;  
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sized
 
 from distpool.crew import Crew
-from distpool.errors import SerializationError
+from distpool.errors import SerializationError, as_both
 from distpool.hints import Any
 from distpool.lazymap import LazyMap
 from distpool.mapresults import check_map, fed_results, flattened, map_by_futures, unordered_futures
@@ -54,29 +53,31 @@ def submit(owner: Submitter, fn: Callable[..., Any], args: tuple[Any, ...], kwar
     crew = owner._crew
     owner._check_usable()
     scheduler = crew.scheduler
+    policy = owner._policy
     future: Future[Any]
-    if owner._policy is not None and owner._policy.keep:
-        from distpool.kept import KeptFuture, run_kept  # loads the references, which few executors need
-
-        future, fn = KeptFuture(), functools.partial(run_kept, fn)
-    else:
-        future = _new_future(owner._future_class)
     try:
-        function = crew.node.encoder.encode(fn)
-        if not kwargs and owner._policy is None and function.reusable and is_plain(args):
+        if policy is not None and policy.keep:
+            from distpool.kept import KeptFuture, encode_kept  # loads the references, which few executors need
+
+            future = KeptFuture()
+            function = encode_kept(crew.node.encoder, fn)
+        else:
+            future = _new_future(owner._future_class)
+            function = crew.node.encoder.encode(fn)
+        if not kwargs and policy is None and function.reusable and is_plain(args):
             future._call = call = Call(scheduler, function, b"", [], future, None, args)
             scheduler.enqueue(call)
             return future
         seen: list[Any] = []
         data, buffers = codec.encode_args(args, kwargs, None, seen)
     except SerializationError as error:
-        future._settle(Outcome(RAISED_HERE, error, (), 1))
+        future._settle(Outcome(RAISED_HERE, as_both(error), (), 1))
         return future
     staged = scheduler.stage(buffers) if buffers else []
     flags = ONE if function.reusable else ONE_FRESH
     record = CALL.pack(function.number, 1, len(data), len(staged), flags) + data
     staged = parts_of(crew.node, staged, seen, data, args, kwargs)
-    call = Call(scheduler, function, record, staged, future, owner._policy)
+    call = Call(scheduler, function, record, staged, future, policy)
     future._call = call
     scheduler.enqueue(call)
     return future
@@ -92,7 +93,14 @@ def map_in_order(
 ) -> Iterator[Any]:
     """`Submitter.map`."""
     deadline = check_map(timeout, chunksize, buffersize)
-    owner._check_usable()
+    owner._crew.scheduler.check_process()
+    try:
+        owner._check_usable()
+    except RuntimeError:  # BrokenProcessPool too
+        # As in the standard library, where only the first element of a map finds that it cannot be submitted.
+        if next(zip(*iterables, strict=False), None) is None:
+            return iter(())
+        raise
     if not iterables:
         return iter(())
     replaced = "submit" in owner.__dict__ or type(owner).submit is not Submitter.submit

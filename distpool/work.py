@@ -194,11 +194,24 @@ class Call:
 
 def is_plain(arguments: tuple[Any, ...]) -> bool:
     """Whether pickling these runs no user code and takes no time: exact scalars, and none of them long."""
-    for value in arguments:  # as a loop: `map` and `issuperset` take twice as long
-        kind = type(value)
-        if kind not in SCALARS or (kind in _SIZED and len(value) > _LONG):
-            return False
+    try:
+        for value in arguments:  # as a loop: `map` and `issuperset` take twice as long
+            kind = type(value)
+            if kind not in SCALARS or (kind in _SIZED and len(value) > _LONG):
+                return False
+    except TypeError:  # a type without a hash (its metaclass has an __eq__): what is wrong with it, the pickler says
+        return False
     return True
+
+
+def all_scalars(arguments: list[Any], single: bool) -> bool:
+    """Whether these elements, arguments alone (`single`) or tuples of them, are exact scalars."""
+    try:
+        if single:
+            return SCALARS.issuperset(map(type, arguments))
+        return all(SCALARS.issuperset(map(type, argument)) for argument in arguments)
+    except TypeError:  # as above
+        return False
 
 
 def plain_record(calls: list[Call]) -> bytes:
@@ -219,4 +232,6 @@ def release_all(buffers: Iterable[Any]) -> None:
             release()
 
 
-__all__ = ["SCALARS", "Call", "Parts", "Policy", "is_plain", "parts_of", "plain_record", "release_all"]
+__all__ = [
+    "SCALARS", "Call", "Parts", "Policy", "all_scalars", "is_plain", "parts_of", "plain_record", "release_all",
+]  # fmt: skip

@@ -233,6 +233,36 @@ def test_the_failing_argument_is_named():
         codec.encode_args((1,), {"other": 2, "key": [threading.Lock()]})
 
 
+def test_the_failing_element_of_a_chunk_is_named():
+    lock = threading.Lock()
+    text = r"^argument 1 of element 2 of a chunk of 2, an object of type _thread.lock, cannot be serialised: TypeError"
+    with pytest.raises(SerializationError, match=text) as caught:
+        codec.encode_chunk([1, lock], single=True)
+    assert isinstance(caught.value, TypeError), "as the standard library's"
+    with pytest.raises(SerializationError, match="^argument 2 of element 3 of a chunk of 3, .*lock"):
+        codec.encode_chunk([(1, 2), (3, 4), (5, lock)], single=False)
+    with pytest.raises(SerializationError, match="^a list of 1 cannot be serialised: MemoryError"):
+        codec.encode_chunk([Unpicklable(MemoryError())], single=True)
+    assert codec.decode(*codec.encode_chunk([(1, [2]), (3, [4])], single=False)) == [(1, [2]), (3, [4])]
+
+
+def test_errors_of_arguments_are_the_original_ones_too():
+    with pytest.raises(NotImplementedError, match="^argument 1, .*cannot be serialised") as caught:
+        codec.encode_args((Unpicklable(NotImplementedError("no")),), {})
+    assert isinstance(caught.value, SerializationError)
+    assert type(pickle.loads(pickle.dumps(caught.value))) is SerializationError
+
+
+def test_what_an_object_is_can_be_said_later():
+    with pytest.raises(SerializationError) as caught:
+        codec.encode(threading.Lock())
+    named = codec.about(caught.value, threading.Lock(), "the result of f")
+    assert str(named).startswith("the result of f, an object of type _thread.lock, cannot be")
+    assert named.__cause__ is caught.value.__cause__
+    other = ValueError()
+    assert codec.about(other, 1, "x") is other
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("mine"), KeyError(1), SystemExit(3), MemoryError(), RecursionError("deep"), GeneratorExit()]
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,19 @@ def test_worker_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, value in (("5", 5.0), ("0.25", 0.25), ("", 60.0), (" 7 ", 7.0)):
         monkeypatch.setenv("DISTPOOL_WORKER_TIMEOUT", text)
         assert config.worker_timeout() == value
+
+
+def test_deadlines() -> None:
+    for endless in (None, math.inf, 1e300, 10**400):
+        assert config.deadline_after(endless) is None
+    begin = time.monotonic()
+    for seconds in (5, 0.5, -1, config.LONGEST / 2):
+        found = config.deadline_after(seconds)
+        assert found is not None and 0 <= found - begin - seconds < 5
+    with pytest.raises(ValueError, match="NaN"):
+        config.deadline_after(math.nan)
+    with pytest.raises(TypeError):
+        config.deadline_after("1")  # type: ignore[arg-type]
 
 
 def test_infinity_is_a_time_that_every_wait_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,11 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import inspect
 import itertools
 import math
 import multiprocessing
+import multiprocessing.pool
 import operator
 import os
 import pickle
@@ -32,6 +34,7 @@ import distpool
 from distpool import ClusterExecutor, ProcessExitedException, SerializationError
 
 PATIENCE = 30.0
+UNUSABLE = "A child process terminated abruptly, the process pool is not usable anymore"
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,13 @@ def test_other_arguments_are_checked() -> None:
         ClusterExecutor(1, retries=1.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="retry_check"):
         ClusterExecutor(1, retry_check=5)
+
+
+def test_arguments_of_no_initializer(make: Callable[..., ClusterExecutor]) -> None:
+    """Nobody looks at them, in the standard library either."""
+    assert make(1, initargs=None).submit(square, 3).result(PATIENCE) == 9
+    with pytest.raises(TypeError, match="not iterable"):
+        ClusterExecutor(1, initializer=print, initargs=None)  # type: ignore[arg-type]
 
 
 def test_unpicklable_initargs_are_an_error_at_once() -> None:
@@ -337,11 +347,13 @@ def test_break_is_the_rule_of_the_standard_library(make: Callable[..., ClusterEx
     assert isinstance(held.exception(PATIENCE), BrokenProcessPool)
     errors = [future.exception(PATIENCE) for future in waiting]
     assert all(error is None or isinstance(error, BrokenProcessPool) for error in errors)
-    with pytest.raises(BrokenProcessPool):
+    with pytest.raises(BrokenProcessPool, match=f"^{UNUSABLE}$") as caught:
         executor.submit(square, 1)
+    assert type(caught.value) is BrokenProcessPool
+    assert isinstance(caught.value.__cause__.__cause__, ProcessExitedException), "what it died of"  # type: ignore[union-attr]
     with pytest.raises(BrokenProcessPool):
         executor.map(square, [1])
-    assert executor._broken
+    assert executor._broken == UNUSABLE
     executor.shutdown()
 
 
@@ -411,7 +423,7 @@ def test_break_also_by_a_death_before_the_worker_has_come_up(make: Callable[...,
         next(iter(processes.values())).terminate()
         with pytest.raises(BrokenProcessPool):
             future.result(PATIENCE)
-        with pytest.raises(BrokenProcessPool):
+        with pytest.raises(BrokenProcessPool, match=f"^{UNUSABLE}$"):
             executor.submit(pow, 2, 8)
 
 
@@ -939,6 +951,170 @@ def test_options_stack(make: Callable[..., ClusterExecutor]) -> None:
             ClusterExecutor(1, **bad)
 
 
+def test_errors_say_which_object_and_which_side(shared: ClusterExecutor) -> None:
+    lock, maps = threading.Lock(), shared.options(timeout=PATIENCE)
+    result = (
+        r"^the result of (_thread\.|.*<lambda>|functools).* on worker \d+, an object of type _thread.lock, cannot be"
+    )
+    for call in (
+        lambda: shared.submit(threading.Lock).result(PATIENCE),
+        lambda: list(shared.map(lambda _: threading.Lock(), [1])),
+        lambda: list(shared.map(lambda x: threading.Lock() if x else 0, [0, 1], chunksize=2)),
+    ):
+        with pytest.raises(SerializationError, match=result):
+            call()
+    for view in (shared, maps):
+        with pytest.raises(SerializationError, match="^argument 1.* an object of type _thread.lock, cannot be"):
+            list(view.map(id, [1, lock]))
+    with pytest.raises(SerializationError, match="^argument 1 of element 2 of a chunk of 2, an object of type _thread"):
+        list(shared.map(id, [1, lock], chunksize=2))
+
+
+def test_errors_of_serialisation_are_the_standard_librarys_too(shared: ClusterExecutor) -> None:
+    lock = threading.Lock()
+    with distpool.DistPool(1) as pool:
+        for error in (shared.submit(id, pool).exception(), shared.submit(lambda: pool).exception()):
+            assert isinstance(error, SerializationError) and isinstance(error, NotImplementedError)
+        with pytest.raises(NotImplementedError):
+            list(shared.map(id, [pool]))
+    for call in (
+        lambda: shared.submit(id, lock).result(),
+        lambda: shared.submit(lambda: lock).result(),
+        lambda: list(shared.map(id, [lock])),
+        lambda: list(shared.map(id, [lock], chunksize=2)),
+    ):
+        with pytest.raises(TypeError, match="cannot be serialised"):
+            call()
+
+
+def test_a_map_of_nothing_needs_no_executor(make: Callable[..., ClusterExecutor]) -> None:
+    """As in the standard library, where it is the first element that cannot be submitted."""
+    executor = make(1)
+    view = executor.options(label="x")
+    executor.shutdown()
+    numbers = itertools.count()
+    for owner in (executor, view):
+        for iterables in ((), ([],), (iter(()),), ([], [1])):
+            for options in ({}, {"chunksize": 3}, {"buffersize": 2}):
+                assert list(owner.map(square, *iterables, **options)) == []
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            owner.map(square, numbers)
+        with pytest.raises(ValueError, match="chunksize"):
+            owner.map(square, [], chunksize=0)
+    assert next(numbers) == 2, "no more than one element was taken each time"
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 1e10])
+def test_endless_patience(shared: ClusterExecutor, seconds: float) -> None:
+    numbers = [0, 1, 2]
+    assert sorted(shared.imap_unordered(square, numbers, timeout=seconds)) == [0, 1, 4]
+    for options in ({}, {"buffersize": 2}, {"chunksize": 2}):
+        assert list(shared.map(square, numbers, timeout=seconds, **options)) == [0, 1, 4]
+    for owner in (shared.options(timeout=PATIENCE), shared.options(keep=True)):
+        assert list(owner.map(square, numbers, timeout=seconds)) == [0, 1, 4]
+        assert owner.submit(square, 3).result(seconds) == 9
+    with distpool.DistPool(1) as pool:
+        results: Any = pool.imap(square, numbers)
+        assert [results.next(seconds) for _ in numbers] == [0, 1, 4]
+        assert pool.map_async(square, numbers).get(seconds) == [0, 1, 4]
+        assert pool.map_async(square, range(5000), 2500).get(seconds)[-1] == 4999**2
+        assert pool.apply_async(square, (3,), callback=abs).get(seconds) == 9
+
+
+def test_a_timeout_that_no_clock_reaches_is_refused(shared: ClusterExecutor, gate: Gate) -> None:
+    held = shared.submit(hold, gate.address)
+    with distpool.DistPool(1) as pool:
+        task = pool.apply_async(hold, (gate.address,))
+        lazy: Any = pool.imap(square, [1])
+        for call in (
+            lambda: held.result(math.nan),
+            lambda: held.exception(math.nan),
+            lambda: shared.options(keep=True).submit(hold, gate.address).result(math.nan),
+            lambda: shared.map(square, [1], timeout=math.nan),
+            lambda: shared.imap_unordered(square, [1], timeout=math.nan),
+            lambda: shared.options(timeout=math.nan),
+            lambda: task.get(math.nan),
+            lambda: task.wait(math.nan),
+            lambda: lazy.next(math.nan),
+        ):
+            with pytest.raises(ValueError):
+                call()
+        gate.close()
+
+
+class _Unhashed(type):
+    """Types that are no keys; the standard library's pickler has no way for their instances."""
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other
+
+
+class Unhashed(metaclass=_Unhashed):
+    pass
+
+
+def _unhashed_if(number: int) -> Any:
+    return Unhashed() if number == 3 else number
+
+
+def test_objects_of_types_without_a_hash_cost_only_themselves(shared: ClusterExecutor) -> None:
+    bad: Any = Unhashed()
+    for future in (
+        shared.submit(id, bad),
+        shared.submit(id, [bad]),
+        shared.submit(functools.partial(id, bad)),
+        shared.submit(_unhashed_if, 3),
+        shared.submit(lambda: _unhashed_if(3)),
+        shared.options(keep=True).submit(_unhashed_if, 3),
+        shared.options(label="x").submit(id, bad),
+    ):
+        assert isinstance(future.exception(PATIENCE), TypeError | SerializationError)
+    assert shared.submit(id, Unhashed).exception(PATIENCE) is None, "the class itself has a name"
+    values: list[Any] = [1, bad, 3, 5]
+    for chunksize, buffersize in ((1, None), (2, None), (1, 3)):
+        results = shared.map(abs, values, chunksize=chunksize, **_buffered(buffersize))
+        with pytest.raises(SerializationError, match="unhashable"):
+            list(results)
+    futures = [shared.submit(_unhashed_if, number) for number in range(6)]
+    assert [future.result(PATIENCE) for future in futures if future.exception(PATIENCE) is None] == [0, 1, 2, 4, 5]
+    with distpool.DistPool(1) as pool:
+        for endless in (iter(values), values):
+            found = pool.imap(abs, endless)
+            assert found.next(PATIENCE) == 1  # type: ignore[attr-defined]
+            with pytest.raises(SerializationError, match="unhashable"):
+                found.next(PATIENCE)  # type: ignore[attr-defined]
+            assert list(found) == [3, 5]
+        spans = pool.imap(_unhashed_if, range(6))
+        with pytest.raises(multiprocessing.pool.MaybeEncodingError):  # type: ignore[attr-defined]
+            list(spans)
+        assert list(spans) == [4, 5], "it travelled with others"
+
+
+def _buffered(buffersize: int | None) -> dict[str, Any]:
+    return {} if buffersize is None else {"buffersize": buffersize}
+
+
+def test_options_of_none_change_nothing(make: Callable[..., ClusterExecutor]) -> None:
+    """Their defaults were an `object()`, as `help` showed, and `retries=None` was refused."""
+    names = ("timeout", "retries", "retry_delays", "retry_check", "pids", "keep", "label")
+    executor = make(1, timeout=50, retries=3)
+    view = executor.options(retry_check=OSError, pids=executor.workers or [2], keep=True, label="x")
+    for owner in (executor, view):
+        parameters = inspect.signature(owner.options).parameters
+        assert tuple(parameters) == names
+        assert all(
+            parameter.default is None and parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters.values()
+        )
+        assert owner.options(**dict.fromkeys(names))._policy == owner._policy
+    assert executor.options(timeout=math.inf, retries=0)._policy is None, "the way back"
+
+
+def test_leaving_a_with_block_says_false(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(1)
+    for owner in (executor.options(label="x"), executor):
+        assert owner.__exit__(None, None, None) is False
+
+
 def test_delays_may_be_endless(make: Callable[..., ClusterExecutor]) -> None:
     view = make(1).options(retries=2, retry_delays=itertools.repeat(0))
     with pytest.raises(ZeroDivisionError):
@@ -955,6 +1131,26 @@ def test_delays_without_a_count_are_the_count(make: Callable[..., ClusterExecuto
 
 
 # ----------------------------------------------------------------------------------------------------- size and the end
+
+
+def test_scale_is_seen_at_once(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(1)
+    view, numbers = executor.options(label="x"), [3, 2, 5, 1, 2] * 20
+    for number in numbers:
+        executor.scale(number)
+        assert executor._max_workers == view._max_workers == number
+    ospids = executor.submit(os.getpid).result(PATIENCE), executor._processes
+    assert ospids and executor._max_workers == 2
+    with distpool.DistPool(1) as pool:
+        pool.executor.scale(3)
+        assert pool._processes == pool.size == len(pool._pool) == 3
+        assert len({process.pid for process in pool._pool}) == 3
+
+
+def test_private_names_of_the_standard_librarys_executor(make: Callable[..., ClusterExecutor]) -> None:
+    executor = make(1)
+    assert executor._executor_manager_thread is executor._call_queue is None
+    assert executor._processes and all(process.name for process in executor._processes.values())
 
 
 def test_scale(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
@@ -1310,18 +1506,32 @@ def test_import_is_cheap() -> None:
 
 def test_a_forked_child_gets_an_error_at_once() -> None:
     done = run_program("""
-        import os, warnings, distpool
+        import asyncio, concurrent.futures, os, time, warnings, distpool
         warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads
         ex = distpool.ClusterExecutor(1)
         pending = ex.submit(pow, 2, 3)
         assert pending.result() == 8
+        held = ex.submit(time.sleep, 2)
         child = os.fork()
         if child == 0:
             code = 1
+            async def awaited():
+                await held
+
             try:
-                ex.submit(pow, 2, 3)
-            except RuntimeError:
-                code = 0
+                uses = [
+                    lambda: ex.submit(pow, 2, 3), lambda: asyncio.run(awaited()), lambda: held.result(),
+                    lambda: concurrent.futures.wait([held]), lambda: list(concurrent.futures.as_completed([held])),
+                ]
+                for use in uses:
+                    try:
+                        use()
+                        break
+                    except RuntimeError as error:
+                        assert "forked" in str(error)
+                else:
+                    code = 0
+                    assert pending.result() == 8 and concurrent.futures.wait([pending]).done
             finally:
                 os._exit(code)
         assert os.waitpid(child, 0)[1] == 0

@@ -6,13 +6,15 @@ import concurrent.futures
 import gc
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import distpool
-from distpool import ClusterExecutor, ProcessExitedException, remotecall_fetch
+from distpool import ClusterExecutor, ProcessExitedException, SerializationError, remotecall_fetch
 
 PATIENCE = 30
 
@@ -150,3 +152,23 @@ def test_time_is_up_while_it_is_fetched(executor: ClusterExecutor) -> None:
     finally:
         os.kill(ospid, signal.SIGCONT)
     assert future.result(PATIENCE) == [0, 1, 2]
+
+
+def test_a_value_that_cannot_be_sent_is_an_error_as_of_any_other_call(executor: ClusterExecutor) -> None:
+    future = executor.options(keep=True).submit(threading.Lock)
+    assert concurrent.futures.wait([future], PATIENCE).done == {future}  # it is there, and can be passed on
+    error = future.exception(PATIENCE)
+    assert type(error) is SerializationError and "_thread.lock" in str(error)
+    with pytest.raises(SerializationError):
+        future.result()
+
+
+def test_errors_name_the_function_of_the_user(executor: ClusterExecutor) -> None:
+    view = executor.options(keep=True)
+    with pytest.raises(TimeoutError, match=r"^time\.sleep ran for more than 0\.2 seconds"):
+        view.options(timeout=0.2).submit(time.sleep, 60).result(PATIENCE)
+    lock = threading.Lock()
+    with pytest.raises(SerializationError, match=r"^the function, function .*<lambda>, cannot be serialised"):
+        view.submit(lambda: lock).result(PATIENCE)
+    with pytest.raises(TypeError, match="must be callable, not int"):
+        view.submit(3)  # type: ignore[arg-type]

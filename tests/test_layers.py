@@ -54,7 +54,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("node.member", "node.group"),
     ),
     4: (
-        *("refs.refs", "refs.waiters", "refs.finalized", "refs.owner", "refs.gc"),
+        *("refs.refs", "refs.outcomes", "refs.waiters", "refs.finalized", "refs.owner", "refs.gc"),
         *("refs.remote", "refs.travel", "refs.serving"),
         *("refs.lent", "refs.ahead", "refs.room", "refs.channelcore", "refs.channel", "refs.channels"),
         "refs.channelserver",
@@ -175,6 +175,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("refs.owner", "refs.refs"),
         ("refs.refs", "refs.waiters"),
         ("refs.refs", "refs.finalized"),
+        ("refs.refs", "refs.outcomes"),
         ("refs.gc", "refs.finalized"),
         ("refs.remote", "refs.finalized"),
         ("refs.channels", "refs.finalized"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fakes import PATIENCE, FakeWorker, Office, Struck, StruckQueue, fresh
 
+from distpool import config
 from distpool.lazymap import LazyMap
 
 
@@ -235,3 +236,23 @@ def test_nothing_is_taken_after_the_shutdown(office: Office, robot: Robot, order
     assert found == set(range(len(found))) and 4 <= len(found) <= 6
     with pytest.raises(StopIteration):
         next(results)
+
+
+def test_what_was_taken_before_an_interrupt_is_not_lost(office: Office, robot: Robot) -> None:
+    """Whether it was Ctrl-C or came out of the input cannot be told; who goes on afterwards misses nothing."""
+
+    def numbers() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise KeyboardInterrupt
+
+    for options in ({}, {"ordered": False}, {"in_halves": True}):
+        results = lazy(office, numbers(), **options)
+        with pytest.raises(KeyboardInterrupt):
+            next(results)
+        assert sorted(results) == [1, 2]
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), 1e10, 10**400])
+def test_endless_patience(office: Office, robot: Robot, seconds: float) -> None:
+    assert list(lazy(office, range(9), deadline=config.deadline_after(seconds))) == list(range(9))

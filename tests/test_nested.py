@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -287,11 +288,12 @@ def test_what_a_handle_does_not_change_is_the_executors(task: Task, handle: Exec
     cases: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
         ([{"label": "x"}], {"label": "x"}),
         ([{"retries": 0}], {"retries": 0}),
-        ([{"timeout": None}, {"pids": [3, 2]}], {"timeout": None, "pids": frozenset((2, 3))}),
+        ([{"timeout": math.inf}, {"pids": [3, 2]}, {"pids": None}], {"timeout": None, "pids": frozenset((2, 3))}),
         ([{"retry_delays": [1, 2, 3]}], {"retry_delays": (1.0, 2.0, 3.0)}),
         ([{"retry_delays": [1, 2, 3]}, {"label": "x"}], {"retry_delays": (1.0, 2.0, 3.0), "label": "x"}),
         ([{"retry_delays": iter([1, 2]), "retries": 1}], {"retry_delays": (1.0,), "retries": 1}),
-        ([{"retry_delays": [1]}, {"retry_delays": None}], {}),
+        ([{"retry_delays": [1]}, {"retry_delays": None}], {"retry_delays": (1.0,)}),
+        ([dict.fromkeys(Policy._fields)], {}),
     ]
     for steps, changes in cases:
         other = handle

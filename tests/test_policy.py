@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from distpool.work import Policy
 
 def test_nothing_needs_no_treatment() -> None:
     assert make_policy(None) is None
-    assert make_policy(Policy(timeout=3, retries=1), timeout=None, retries=0) is None
+    assert make_policy(Policy(timeout=3, retries=1), timeout=math.inf, retries=0) is None
     assert make_policy(Policy(), retries=0, pids=None, keep=False, label=None) is None
+    full = Policy(3.0, 2, (0.1,), OSError, frozenset((2,)), True, "x")
+    assert make_policy(full, **dict.fromkeys(Policy._fields)) == full, "None changes nothing"
 
 
 def test_what_is_not_given_stays() -> None:

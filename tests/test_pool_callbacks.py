@@ -18,9 +18,9 @@ import pytest
 from fakes import PATIENCE, Office
 
 from distpool import pool_callbacks
-from distpool.errors import DistpoolError, SerializationError
+from distpool.errors import DistpoolError, SerializationError, as_both
 from distpool.flag import Flag
-from distpool.pool_callbacks import Callbacks, PoolTerminated, as_both, open_entry, park_at_exit
+from distpool.pool_callbacks import Callbacks, PoolTerminated, open_entry, park_at_exit
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.wire import codec
 from distpool.wire.failures import encode_exception
@@ -170,7 +170,7 @@ def test_what_the_call_raised_has_the_remote_traceback() -> None:
 
 
 def test_a_value_that_could_not_be_sent() -> None:
-    error = SerializationError("the result <lock> cannot be serialised: TypeError: no")
+    error = SerializationError("the result <lock>, cannot be serialised: TypeError: no")
     with pytest.raises(multiprocessing.pool.MaybeEncodingError) as caught:  # type: ignore[attr-defined]
         open_entry(Outcome(UNSENDABLE, encode_exception(error), (), 2))
     assert caught.value.value == "<the result <lock>>" and "TypeError: no" in caught.value.exc
@@ -215,6 +215,7 @@ class Strict(SerializationError):
         failed(KeyboardInterrupt()),
         failed(Particular(only=1)),
         failed(SerializationError("inner")),
+        failed(StopIteration(3)),
         failed(Exception("plain")),
         Strict("x"),
         ValueError("x"),

@@ -8,12 +8,11 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
-from fakes import KNOWN, PATIENCE, Office, fresh
+from fakes import KNOWN, Office, fresh
 
 from distpool.lazymap import open_entry
-from distpool.pool_runs import PolicyRun, Starting, chained, star_arguments
+from distpool.pool_runs import PolicyRun, chained, star_arguments
 from distpool.refs.refs import RAISED_HERE, Outcome
-from distpool.shown import ShownProcess
 from distpool.work import Policy
 
 
@@ -158,17 +157,3 @@ def test_a_chain_that_breaks_closes_the_bar() -> None:
     next(results)
     results.close()  # type: ignore[attr-defined]
     assert bar.closed == 2
-
-
-# -- workers to come -------------------------------------------------------------------------------------------------
-
-
-def test_a_worker_to_come_has_the_face_of_one_that_is_there() -> None:
-    """Who goes through `Pool._pool` meets both."""
-    starting = Starting()
-    face = {name for name in dir(ShownProcess) if not name.startswith("_")} | {"pid"}
-    assert face <= set(dir(starting))
-    assert starting.is_alive() and starting.pid is None and starting.exitcode is None
-    for end in ("terminate", "kill", "join"):
-        getattr(starting, end)()
-    starting.join(PATIENCE)

@@ -200,6 +200,67 @@ def test_repr_tells_the_truth() -> None:
     assert "returned int" in repr(good)
 
 
+def test_repr_is_the_standard_librarys() -> None:
+    def shown(future: Future[Any]) -> str:
+        start = f"<Future at {id(future):#x} state="
+        text = repr(future)
+        assert text.startswith(start) and text.endswith(">")
+        return text[len(start) : -1]
+
+    future: Future[Any] = Future()
+    future._call = FakeCall(started=False)
+    assert shown(future) == "pending"
+    future._call = FakeCall(started=True)
+    assert future.running() and shown(future) == "running"
+    assert not future._watched, "looking at it costs the one who settles it nothing"
+    for outcome, text in (
+        (Outcome(LOCAL_VALUE, 5, (), 2), "finished returned int"),
+        (value([5]), "finished returned a value, not yet read"),
+        (failure(ValueError("x")), "finished raised ValueError"),
+        (Outcome(RAISED_HERE, KeyError(1), (), 1), "finished raised KeyError"),
+    ):
+        ended: Future[Any] = Future()
+        settle(ended, outcome)
+        assert shown(ended) == text
+        ended.exception()
+        assert shown(ended) == text.replace("a value, not yet read", "list")
+    cancelled: Future[Any] = Future()
+    assert cancelled.cancel() and shown(cancelled) == "cancelled"
+
+
+class Forked(FakeCall):
+    """The call of a future in a forked child."""
+
+    def waiting(self) -> contextlib.AbstractContextManager[object]:
+        raise RuntimeError("of the process that forked this one")
+
+
+def test_nobody_registers_for_what_will_never_be_heard_of(loop: IoLoop) -> None:
+    """In a forked child; `await` and `concurrent.futures.wait` waited for ever there."""
+    future: Future[Any] = Future()
+    future._call = Forked(loop)
+
+    async def awaited() -> None:
+        await future
+
+    async def wrapped() -> None:
+        await asyncio.wrap_future(future)
+
+    for use in (
+        lambda: asyncio.run(awaited()),
+        lambda: asyncio.run(wrapped()),
+        lambda: wait([future]),
+        lambda: list(as_completed([future])),
+        lambda: future.add_done_callback(print),
+        lambda: future.result(),
+    ):
+        with pytest.raises(RuntimeError, match="forked"):
+            use()
+    assert "pending" in repr(future)
+    future._settle(value(1))
+    assert wait([future]).done == {future} and asyncio.run(asyncio.wait_for(future, 9)) == 1  # type: ignore[arg-type]
+
+
 def test_pickling_is_refused_or_dead_but_never_a_copy() -> None:
     """Outside of a message of distpool: TypeError, or (references, API 8.2) a handle whose use raises RuntimeError."""
     future: Future[Any] = Future()

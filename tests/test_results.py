@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import threading
 import time
@@ -232,6 +233,15 @@ def test_the_interrupt_of_a_process_that_is_removed_is_no_outcome(desk: Desk) ->
     desk.writer.fail(3, ValueError())
     desk.writer.succeed(4, "saved")
     assert desk.journaled() == [1, 3, 4], "that of the user is one, and so is what a call makes of the interrupt"
+
+
+def test_a_value_that_cannot_be_sent_is_named(desk: Desk) -> None:
+    desk.writer.pid = 7
+    text = "the result of math.sqrt on worker 7, an object of type _thread.lock, cannot be serialised: TypeError"
+    desk.writer.succeed(1, threading.Lock(), math.sqrt)
+    assert str(failure(desk)[1]).startswith(text)
+    desk.writer.succeed(2, [1, threading.Lock()], math.sqrt, many=True)
+    assert str(failure(desk)[1]).startswith(text), "it is one of several results"
 
 
 def test_a_memory_error_says_which_limit_it_met(desk: Desk) -> None:

@@ -12,7 +12,7 @@ from fakes import PATIENCE
 
 from distpool.node import node as nodes
 from distpool.node.group import State
-from distpool.shown import ShownProcess
+from distpool.shown import ShownProcess, StartingProcess
 
 
 class Handle:
@@ -42,6 +42,7 @@ class Handle:
 class Member:
     def __init__(self, process: Handle | None = None, is_worker: bool = True) -> None:
         self.ospid = 4711
+        self.pid = 3
         self.process = process
         self.is_worker = is_worker
         self.state = State.READY
@@ -66,7 +67,7 @@ def shown(member: Member) -> ShownProcess:
 def test_what_can_be_read() -> None:
     member = Member(Handle())
     process = shown(member)
-    assert (process.pid, process.exitcode) == (4711, None)
+    assert (process.pid, process.name, process.exitcode) == (4711, "distpool-worker-3", None)
     member.exitcode = -9
     assert process.exitcode == -9
 
@@ -137,3 +138,43 @@ def test_join_without_a_process_waits_for_the_connection(before: bool) -> None:
         joined.join(PATIENCE)
         assert not joined.is_alive()
     assert not member.group.gone_watchers
+
+
+class Coming:
+    """A crew with workers that come up when somebody waits for them."""
+
+    def __init__(self, members: list[Member]) -> None:
+        self.members: dict[int, Member] = {}
+        self.coming = members
+        self.waits: list[int] = []
+
+    def wait_for_members(self, count: int) -> None:
+        self.waits.append(count)
+        self.members.update(enumerate(self.coming))
+
+
+def test_a_worker_to_come_has_the_face_of_one_that_is_there() -> None:
+    """Who goes through `Pool._pool` meets both."""
+    handle = Handle()
+    crew: Any = Coming([Member(), Member(handle)])
+    starting = StartingProcess(crew, 1)
+    face = {name for name in dir(shown(Member())) if not name.startswith("_")}
+    assert face <= set(dir(starting))
+    assert starting.is_alive() and starting.exitcode is None and not crew.waits
+    assert (starting.pid, starting.name) == (4711, "distpool-worker-3") and crew.waits == [2]
+    starting.terminate()
+    assert handle.signals == [signal.SIGTERM]
+    starting.kill()
+    assert crew.coming[1].killed == 1
+    handle.end()
+    crew.coming[1].exitcode = -15
+    starting.join(PATIENCE)
+    assert not starting.is_alive() and starting.exitcode == -15 and crew.waits == [2]
+
+
+def test_a_worker_that_does_not_come() -> None:
+    crew: Any = Coming([])
+    starting = StartingProcess(crew, 0)
+    assert starting.pid is starting.name is starting.exitcode is None
+    for end in ("terminate", "kill", "join"):
+        getattr(starting, end)()

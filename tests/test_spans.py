@@ -94,7 +94,7 @@ class Runner:
     def __init__(self) -> None:
         self.results: Any = SimpleNamespace(
             scalar=lambda sequence, value: self.told.append((sequence, "scalar", value)),
-            succeed=lambda sequence, value: self.told.append((sequence, "value", value)),
+            succeed=lambda sequence, value, function: self.told.append((sequence, "value", value)),
             fail=lambda sequence, error: self.told.append((sequence, "error", error)),
             flush=self.flush,
             flushed=0.0,
@@ -249,5 +249,5 @@ def test_nothing_of_a_call_is_alive_when_the_next_one_runs(runner: Runner) -> No
         return big
 
     runner.results.fail = lambda sequence, error: runner.told.append((sequence, "error", str(error)))
-    runner.results.succeed = lambda sequence, value: runner.told.append((sequence, "value", None))
+    runner.results.succeed = lambda sequence, value, function: runner.told.append((sequence, "value", None))
     assert run(runner, span(4), call) == [(0, None), (1, "1"), (2, None), (3, "3")]

@@ -108,7 +108,8 @@ def test_the_policy_goes_with_the_call(office: Office) -> None:
 def test_what_cannot_be_serialised_is_the_error_of_that_future(office: Office, robot: FakeWorker) -> None:
     owner = Owner(office)
     for future in (owner.submit(abs, threading.Lock()), owner.submit(threading.Lock().acquire)):
-        assert future.done() and type(future.exception()) is SerializationError
+        error = future.exception()
+        assert future.done() and isinstance(error, SerializationError) and isinstance(error, TypeError)
     assert owner.submit(fresh(), 1).result(PATIENCE) == 1
 
 

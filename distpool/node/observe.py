@@ -160,6 +160,7 @@ class Timeline:
                 records.append(pack(sequence, element, lane, begin, clock() - begin, ended))
                 opened.pop(thread, None)
 
+        timed.__wrapped__ = function  # type: ignore[attr-defined]  # by whose name errors are told
         return timed
 
     def _send(self, last: bool = False, more: bytes = b"") -> None:

@@ -30,6 +30,7 @@ from distpool.transport.segments import Segments
 from distpool.wire import codec, messages, records
 from distpool.wire.failures import encode_exception, let_go
 from distpool.wire.frames import Kind
+from distpool.wire.functions import function_name
 from distpool.wire.messages import ERROR, RESULT, UNSENDABLE, VALUE, VALUES
 
 SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
@@ -78,16 +79,27 @@ class ResultWriter:
         each; with twice this, it did run dry at times.)"""
         return min(config.SPAN_FLUSH_SECONDS / 2, max(config.FLUSH_SECONDS, (time.perf_counter() - self.rested) / 16))
 
-    def succeed(self, sequence: int, value: Any) -> None:
-        """The call returned `value`."""
+    def succeed(self, sequence: int, value: Any, function: Any = None, *, many: bool = False) -> None:
+        """The call of `function` returned `value`, or (`many`) the calls of a chunk a list of values."""
         try:
             seen: list[Any] = []
             data, buffers = codec.encode(value, self.link.peer, seen)
             rows = self.entrust(seen) if seen else None
         except BaseException as error:
-            self._record(sequence, UNSENDABLE, *self._encoded(error))
+            self._record(sequence, UNSENDABLE, *self._encoded(self._named(error, value, function, many)))
             return
         self._record(sequence, VALUE, data, rows, buffers)
+
+    def _named(self, error: BaseException, value: Any, function: Any, many: bool) -> BaseException:
+        """The error of a value that cannot be sent, with the function that returned it."""
+        name = function_name(getattr(function, "__wrapped__", function))  # a trace wraps it
+        what = f"the result of {name} on worker {self.pid}"
+        for each in value if many else ():
+            try:
+                codec.dump(each, None, None, None)
+            except BaseException:  # as in `succeed`
+                return codec.about(error, each, what)
+        return codec.about(error, value, what)
 
     def scalar(self, sequence: int, value: Any) -> None:
         """The call returned an exact scalar."""

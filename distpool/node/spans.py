@@ -176,10 +176,14 @@ def run_span(runner: TaskRunner, item: Item, function: Any, begin: float) -> Non
             results.fail(sequence, error)
             del error
         else:
-            if type(value) in SCALARS:
+            try:
+                plain = type(value) in SCALARS
+            except TypeError:  # a type without a hash: not all of the span is to blame
+                plain = False
+            if plain:
                 scalar(sequence, value)
             else:
-                results.succeed(sequence, value)
+                results.succeed(sequence, value, function)
             del value
         index += 1
         ran += 1

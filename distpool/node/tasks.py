@@ -460,7 +460,7 @@ class TaskRunner:
         if type(value) in SCALARS:
             self.results.scalar(item.sequence, value)
         else:
-            self.results.succeed(item.sequence, value)
+            self.results.succeed(item.sequence, value, function)
 
     def leave(self) -> None:
         """Leader: this process is removed. What has not begun does not, but remote calls do; all have until `hurry`."""
@@ -489,7 +489,7 @@ class TaskRunner:
             if len(value) < len(arguments):  # an element raised it, and it looked like the end
                 raise StopIteration
             del arguments
-            self.results.succeed(item.sequence, value)
+            self.results.succeed(item.sequence, value, function, many=True)
             return begin
         self.settle(None)  # while elements run, nothing is put ahead (`refs.ahead`)
         run_span(self, item, function, begin)

@@ -26,14 +26,20 @@ from collections.abc import Callable, Generator
 from concurrent.futures import _base
 from contextlib import AbstractContextManager
 
-from distpool.hints import TYPE_CHECKING, Any, NamedTuple, Protocol, T
+from distpool.config import deadline_after
+from distpool.hints import TYPE_CHECKING, Any, Protocol, T
 from distpool.logs import Log
 from distpool.node import node as nodes
 from distpool.refs.finalized import dead_handle, end_waits, refuse_uses
+from distpool.refs.outcomes import LOCAL_VALUE as LOCAL_VALUE
+from distpool.refs.outcomes import RAISED_HERE as RAISED_HERE
+from distpool.refs.outcomes import REMOTE_ERROR as REMOTE_ERROR
+from distpool.refs.outcomes import REMOTE_VALUE as REMOTE_VALUE
+from distpool.refs.outcomes import VALUES, ending
+from distpool.refs.outcomes import Outcome as Outcome
+from distpool.refs.outcomes import open_outcome as open_outcome
 from distpool.refs.waiters import Waiters
-from distpool.wire import codec
-from distpool.wire.failures import decode_exception
-from distpool.wire.messages import ERROR, UNLOADABLE, UNSENDABLE, VALUE
+from distpool.wire.messages import VALUE
 
 log = Log("futures")
 
@@ -59,25 +65,6 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-class Outcome(NamedTuple):
-    """How a call ended, still serialised: `status` is VALUE, ERROR or UNSENDABLE (messages), or RAISED_HERE."""
-
-    status: int
-    data: Any  # bytes; the exception itself for RAISED_HERE
-    buffers: Any  # out-of-band buffers of the value
-    pid: int  # where it ended
-
-    @property
-    def failure(self) -> Any:
-        """`data`, for whoever rebuilds the error now."""
-        return self[1]
-
-
-#: `Outcome.data` is an exception of this process, or a value of it; the outcome, good or bad, is still at its owner.
-RAISED_HERE, LOCAL_VALUE, REMOTE_VALUE, REMOTE_ERROR = -1, -2, -3, -4
-_VALUES = (VALUE, LOCAL_VALUE, REMOTE_VALUE)
 
 
 class PendingCall(Protocol):
@@ -133,8 +120,10 @@ class Future(concurrent.futures.Future[T]):
         """Without the base's, deliberately: everything that it makes is made on first use."""
 
     def __getattr__(self, name: str) -> Any:
+        call = self._call
+        if call is not None and name in ("_condition", "_done_callbacks"):
+            call.waiting()  # RuntimeError in a forked child: whoever is about to register would never hear of the end
         if name == "_condition":
-            call = self._call
             if call is not None and call.loop is not None:
                 call.loop.hurry()  # somebody is about to wait without leading
             condition = threading.Condition()
@@ -203,7 +192,7 @@ class Future(concurrent.futures.Future[T]):
         for waiter in self._waiters:
             if self._state != FINISHED:
                 waiter.add_cancelled(self)
-            elif self._exception is not None or (self._raw is not None and self._raw.status not in _VALUES):
+            elif self._exception is not None or (self._raw is not None and self._raw.status not in VALUES):
                 waiter.add_exception(self)
             else:
                 waiter.add_result(self)
@@ -300,11 +289,15 @@ class Future(concurrent.futures.Future[T]):
             return (yield from asyncio.wrap_future(self).__await__())
 
     def __repr__(self) -> str:
-        raw = self._raw
-        if raw is None:
-            return super().__repr__()
-        how = "returned a value" if raw.status in _VALUES else "raised an error"
-        return f"<{type(self).__name__} at {id(self):#x} state=finished {how}, not yet read>"
+        """As the standard library's, without a Condition: to look at a future costs nothing afterwards."""
+        state, raw = self._state, self._raw
+        if state == FINISHED:
+            error = self._exception
+            how = f"raised {type(error).__name__}" if error is not None else f"returned {type(self._result).__name__}"
+            shown = f"finished {how if raw is None else ending(raw)}"
+        else:
+            shown = "cancelled" if self.cancelled() else "running" if self.running() else "pending"
+        return f"<{type(self).__name__} at {id(self):#x} state={shown}>"
 
     # -- as a remote reference (Julia's verbs) -----------------------------------------------------------------
 
@@ -413,7 +406,7 @@ class Future(concurrent.futures.Future[T]):
 
     def _await(self, timeout: float | None) -> bool:
         """Wait until done; False after `timeout` seconds."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else deadline_after(timeout)
         call = self._call
         if call is None or call.loop is None:
             node = nodes.existing()
@@ -481,20 +474,3 @@ def set_values(futures: list[Future[Any]], values: list[Any]) -> list[int]:
     for future in late:  # somebody came in that moment; callbacks are run by whoever added them: it saw the state
         future._announce(told=False)
     return others
-
-
-def open_outcome(raw: Any, cause: Callable[[str], BaseException] | None = None) -> tuple[Any, BaseException | None]:
-    """`(value, None)` or `(None, exception)`; a value that cannot be rebuilt here is an exception as well."""
-    if raw.status == VALUE:
-        try:
-            return codec.decode(raw.data, raw.buffers) if type(raw) is Outcome else raw.decoded(), None
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            return None, error
-    if raw.status == RAISED_HERE:
-        return None, raw.data
-    if raw.status == LOCAL_VALUE:
-        return raw.data, None
-    assert raw.status in (ERROR, UNSENDABLE, UNLOADABLE)
-    return None, decode_exception(raw.failure, raw.pid, cause)

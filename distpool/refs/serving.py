@@ -110,7 +110,11 @@ class Serving:
 
     def send_outcome(self, pid: int, request: int, outcome: Outcome) -> None:
         """Send the value; serialising it is user code, so that happens on a library thread."""
-        if outcome.status == LOCAL_VALUE and type(outcome.data) in SCALARS:
+        try:
+            plain = outcome.status == LOCAL_VALUE and type(outcome.data) in SCALARS
+        except TypeError:  # a type without a hash
+            plain = False
+        if plain:
             self.reply(pid, request, VALUE, codec.encode(outcome.data)[0])  # runs no code of the user's
         elif outcome.status == LOCAL_VALUE:
             self._refs.node.deliver(lambda: self.reply_value(pid, request, outcome.data))
@@ -152,6 +156,7 @@ class Serving:
         try:
             data, buffers = codec.encode(value, pid, seen)
         except BaseException as error:
+            error = codec.about(error, value, f"a value on worker {self._refs.node.pid}")
             self.reply_error(pid, request, error, UNSENDABLE)
             return
         settle_puts(pid)

@@ -24,10 +24,13 @@ from io import BytesIO
 from types import ModuleType
 
 from distpool.config import OUT_OF_BAND
-from distpool.errors import SerializationError
+from distpool.errors import SerializationError, as_both
 from distpool.hints import Any
 
-__all__ = ["Buffers", "decode", "decode_args", "encode", "encode_args", "register_reducer", "unregister_reducer"]
+__all__ = [
+    "Buffers", "decode", "decode_args", "encode", "encode_args", "encode_chunk", "register_reducer",
+    "unregister_reducer",
+]  # fmt: skip
 
 Buffers = Sequence[Any]
 """Objects with the buffer protocol, each contiguous bytes."""
@@ -131,7 +134,25 @@ def encode_args(
         raise
     except BaseException as error:
         what, culprit, cause = _find_argument(args, kwargs, error)
-        raise serialization_error(culprit, cause, what) from cause
+        raise _argument_error(culprit, cause, what) from cause
+
+
+def encode_chunk(chunk: list[Any], single: bool, seen: list[Any] | None = None) -> tuple[bytes, list[memoryview]]:
+    """`encode` for the elements of a chunk: arguments alone (`single`), or tuples of them. The error names one.
+
+    Example: `decode(*encode_chunk([(1, 2), (3, 4)], single=False)) == [(1, 2), (3, 4)]`
+    """
+    try:
+        return encode(chunk, None, seen)
+    except SerializationError as error:
+        cause: BaseException = error.__cause__ or error
+        for number, element in enumerate(chunk, 1):
+            args = (element,) if single else element
+            what, culprit, again = _find_argument(args, {}, cause)
+            if culprit is not args:
+                what = f"{what} of element {number} of a chunk of {len(chunk)}"
+                raise _argument_error(culprit, again, what) from again
+        raise
 
 
 def decode(data: Any, buffers: Buffers = ()) -> Any:
@@ -349,6 +370,23 @@ def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str,
         yield f"argument {name!r}", value
 
 
+def _argument_error(obj: Any, cause: BaseException, what: str) -> BaseException:
+    """As `serialization_error`; who passed the argument may also catch what the standard library would raise."""
+    error = serialization_error(obj, cause, what)
+    error.__cause__ = cause
+    return as_both(error)
+
+
+def about(error: BaseException, obj: Any, what: str) -> BaseException:
+    """`error`, which `encode` raised for `obj`, as one that says what `obj` is."""
+    cause = error.__cause__
+    if type(error) is not SerializationError or cause is None:
+        return error
+    named = serialization_error(obj, cause, what)
+    named.__cause__ = cause
+    return named
+
+
 def serialization_error(obj: Any, error: BaseException, what: str = "") -> SerializationError:
     """The SerializationError for `error`, which came up while `obj` was being serialised."""
     if isinstance(error, SerializationError):
@@ -368,7 +406,7 @@ def describe(obj: Any) -> str:
         return f"a {name} of {len(obj)}" if kind.__len__ in _BUILTIN_LENGTHS else f"a {name}"
     if kind is int:
         return f"an {name}"  # its digits may be millions
-    if kind in SCALARS:
+    if any(kind is scalar for scalar in SCALARS):  # and not `in`: a type may have no hash
         shown = repr(obj[:60]) if isinstance(obj, (str, bytes)) else f"{obj!r:.60}"
         return f"{name} {shown}"
     qualname = getattr(obj, "__qualname__", None) if callable(obj) and kind.__module__ == "builtins" else None

@@ -280,7 +280,12 @@ def _is_frozen(fn: Any) -> bool:
     """Whether a callable that is not a function captures nothing that a call of it could change."""
     if type(fn) is partial:
         values = (*fn.args, *fn.keywords.values())
-        return _by_reference(fn.func) and not fn.__dict__ and codec.SCALARS.issuperset(map(type, values))
+        if not _by_reference(fn.func) or fn.__dict__:
+            return False
+        try:
+            return codec.SCALARS.issuperset(map(type, values))
+        except TypeError:  # a type without a hash; serialising it will say what is wrong
+            return False
     owner = getattr(fn, "__self__", None)
     return isinstance(owner, type) and is_importable(owner)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -153,7 +154,7 @@ def test_clock_set_back(make_runner: Callable[..., Runner], gate: Gate, monkeypa
     assert_squares([runner.submit(helpers.square, number) for number in range(20)])
     with at_most(3, "two attempts of a second each"):
         assert is_timeout(runner.submit(helpers.be_busy, gate.address, "python").error())
-    free = Call(runner.executor.options(timeout=None).submit(helpers.hold, gate.address, "held"))
+    free = Call(runner.executor.options(timeout=math.inf).submit(helpers.hold, gate.address, "held"))
     held = gate.arrivals(3)[-1]
     with at_most(0.5, "giving up"), pytest.raises(TimeoutError):
         free.handle.result(0.1)
