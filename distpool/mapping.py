@@ -186,7 +186,10 @@ def _carrier_for(f: Callable[..., Any], single: bool, pool: Any, batch_size: int
             return ThreadCarrier(f, single), 1
         batch = _check_batch_size(batch_size)
         return PoolCarrier(pool, f, single, batch), batch or 1
-    pool = getattr(pool, "executor", pool)  # DistPool
+    executor = getattr(pool, "executor", None)
+    if executor is not None:  # DistPool, which says "Pool not running" in its own words
+        pool._check_usable()
+        pool = executor
     crew = getattr(pool, "_crew", None)
     if crew is None and not callable(getattr(pool, "submit", None)):
         raise TypeError(
