@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from distpool.errors import DistpoolError
+from distpool.errors import DistpoolError, traceback_of
 from distpool.node import node as nodes
 from distpool.node.node import Node
 from distpool.refs import gc
@@ -416,7 +416,7 @@ class _Ends:
         seen: list[Any] = []
         data = encode_exception(error, self._asker, seen=seen)
         if seen:  # as above
-            traceback.clear_frames(error.__traceback__)
+            traceback.clear_frames(traceback_of(error))
         self._note(place, status, data, [], seen)
 
     def _note(self, place: int, status: int, data: bytes, buffers: list[Any], seen: list[Any]) -> None:

@@ -174,7 +174,7 @@ class LazyMap(Iterator[Any]):
         except StopIteration:
             self._source = None
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
+            if issubclass(type(error), KeyboardInterrupt):
                 raise
             self._source = None
             self._input_error = error

@@ -17,6 +17,7 @@ from distpool import (
     Channel,
     ProcessExitedException,
     RemoteChannel,
+    RemoteException,
     SerializationError,
     WorkerPool,
     addprocs,
@@ -167,6 +168,31 @@ def test_errors_of_elements(pair: list[int]) -> None:
 
     values = pmap(act, range(5), pool=CachingPool(pair), batch_size=5, on_error=name)
     assert values == [0, "KeyError", "SystemExit", "SerializationError", 4]
+
+
+class NoCause(Exception):
+    __cause__ = property(lambda self: 1 // 0)  # type: ignore[assignment]
+
+
+class Touchy(Exception):
+    def __getattribute__(self, name: str) -> Any:
+        raise LookupError(name)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_errors_that_refuse_to_be_looked_at(pair: list[int], batch: int) -> None:
+    def act(kind: Any) -> Any:
+        raise kind("x")
+
+    values = pmap(act, [NoCause, Touchy, ValueError], pool=WorkerPool(pair), batch_size=batch, on_error=ident)
+    assert [type(value) for value in values] == [NoCause, RemoteException, ValueError]
+    assert "Touchy: x" in str(values[1])
+    for kind in (NoCause, Touchy):
+        with pytest.raises(RemoteException, match=f"{kind.__name__}: x"):
+            remotecall_fetch(act, pair[0], kind)
+        here = pmap(act, [kind] * 3, pool=WorkerPool([1]), batch_size=batch, on_error=ident)
+        assert [type(value) for value in here] == [kind] * 3
+    assert set(pair) <= set(distpool.workers()), "nobody died of it"
 
 
 def test_a_function_that_cannot_be_loaded_fails_all(pair: list[int]) -> None:
