@@ -44,6 +44,7 @@ from distpool.wire.messages import ERROR, RESULT, UNSENDABLE, VALUE
 from distpool.wire.records import result_records
 
 _BOARD_SIZE = 1 << 16
+_LARGE = _BOARD_SIZE // 2  # bytes: such results are sent at once
 _FEW = 32  # of so many scalars a list or tuple may be to be looked through
 _NEWS = 2.0  # seconds in which pid 1 says that a process whose link is lost is gone
 
@@ -397,8 +398,11 @@ class _Ends:
         data, board = pickle.dumps(value, codec.PROTOCOL), self._board
         if self._node.ahead is not None:
             settle_puts()
-        record = RESULT.pack(self.first + place, 1, len(data), 0, VALUE) + data
-        if (board is not None and board.append(record)) or place == self._last:
+        if board is not None and len(data) < _LARGE:
+            noted = board.append(RESULT.pack(self.first + place, 1, len(data), 0, VALUE) + data)
+        else:
+            noted = False
+        if noted or place == self._last:
             self.rest.append((place, LOCAL_VALUE, value))
         else:
             self._note(place, VALUE, data, [], [])
@@ -421,7 +425,7 @@ class _Ends:
 
     def _note(self, place: int, status: int, data: bytes, buffers: list[Any], seen: list[Any]) -> None:
         settle_puts()  # as at the end of any other call: from here on its end can be seen
-        if not buffers and not seen and (place == self._last or self._on_board(place, status, data)):
+        if not buffers and not seen and (self._on_board(place, status, data) or place == self._last):
             self.rest.append((place, status, data))
             return
         outcome = status, data, [pickle.PickleBuffer(part) for part in buffers], self._node.pid
@@ -430,19 +434,16 @@ class _Ends:
     def _on_board(self, place: int, status: int, data: bytes) -> bool:
         """False: it cannot be noted there."""
         board = self._board
-        if board is None:
+        if board is None or len(data) >= _LARGE:
             return False
         record = RESULT.pack(self.first + place, 1, len(data), 0, status) + data
-        return board.append(record) or (self._make_room(board) and board.append(record))
-
-    def _make_room(self, board: Journal) -> bool:
-        """The board is full: send what stands there. False if that is nothing, so that the record is too large."""
-        if not self.rest:
-            return False
+        if board.append(record):
+            return True
+        # It is full: what stands there is sent.
         self._send([(place, (status, data, [], self._node.pid)) for place, status, data in self.rest], [])
         self.rest = []
         board.mark_sent(board.written)
-        return True
+        return board.append(record)
 
     def _send(self, part: list[tuple[int, Any]], seen: list[Any]) -> None:
         """Send it, and wait until the kernel has it: it would be lost with this process otherwise."""
