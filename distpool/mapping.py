@@ -61,7 +61,7 @@ def pmap(
     `distributed=False`, the calls run here, concurrently in threads. The input is consumed
     lazily: at most 8 elements per worker (times `batch_size`) are taken ahead of what has been delivered.
     `batch_size`: elements sent to a worker together; "auto": as many as their measured time allows. It changes no other
-    rule.
+    rule: each element is serialised, runs and fails for itself.
 
     An error stops the map: no new element starts, and the original exception is raised, with the worker's traceback as
     `__cause__`. `on_error(exc)` is called here for each failed element; what it returns takes the element's place; if

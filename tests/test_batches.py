@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,11 +23,12 @@ from distpool import (
     SerializationError,
     WorkerPool,
     addprocs,
+    batches,
     pmap,
     remotecall_fetch,
     rmprocs,
 )
-from distpool.batches import Batch, Boards, boards, run_batch
+from distpool.batches import Batch, Boards, boards, run_batch, when_known
 from distpool.node import node as nodes
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome, open_outcome
 from distpool.transport.journal import Journal
@@ -323,6 +326,34 @@ def test_what_may_still_be_running_does_not_run_again() -> None:
     batch.message(ident)
     assert batch.lost(ProcessExitedException(77), False) == []
     assert [open_outcome(end)[1] is not None for end in batch.ends if end is not None] == [True] * 3
+
+
+class Elsewhere:
+    """This process's node, as if it were a worker's."""
+
+    is_master = False
+
+    def __init__(self) -> None:
+        node = nodes.current()
+        self.loop, self.deliver = node.loop, node.deliver
+        self.peers = SimpleNamespace(dead={}, on_lost=[])
+
+
+def test_news_of_a_process_whose_link_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    node: Any = Elsewhere()
+    told: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    when_known(node, 5, told.put)
+    until(lambda: node.peers.on_lost, "it waits for news")
+    node.peers.on_lost[0](6)
+    node.peers.dead[5] = OSError
+    node.peers.on_lost[0](5)
+    assert told.get(timeout=30) is True and not node.peers.on_lost
+    when_known(node, 5, told.put)
+    assert told.get(timeout=30) is True, "it was known"
+    monkeypatch.setattr(batches, "_NEWS", 0.01)
+    when_known(node, 7, told.put)
+    assert told.get(timeout=30) is False and not node.peers.on_lost
+    assert told.empty()
 
 
 def test_what_was_not_sent_leaves_nothing_behind() -> None:
