@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from distpool import config
-from distpool.errors import CapturedException, ProcessExitedException, RemoteException
+from distpool.errors import CapturedException, ProcessExitedException, RemoteException, traceback_of
 from distpool.node import node as nodes
 from distpool.node import reach
 from distpool.node.node import Node
@@ -472,7 +472,7 @@ class Callee:
             print_error(error)
         # An argument that is a future keeps its exception, and that the frames in which it was raised, and those the
         # future: without this the reference would stay registered at its owner until the cycle collector runs.
-        traceback.clear_frames(error.__traceback__)
+        traceback.clear_frames(traceback_of(error))
 
 
 def _plain_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

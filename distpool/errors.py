@@ -39,6 +39,31 @@ __all__ = [
 ]
 
 
+_CAUSE: Any = vars(BaseException)["__cause__"]
+_TRACEBACK: Any = vars(BaseException)["__traceback__"]
+
+
+# A class of the user's may have a property, a `__getattribute__` or a `__setattr__` that stands before these and
+# raises: whoever only hands an error on would die of it. (For the same reason `issubclass(type(error), ...)` is asked
+# of users' errors, and not `isinstance`, which looks up their `__class__`.)
+
+
+def cause_of(error: BaseException) -> BaseException | None:
+    """The `__cause__` of any error, without running code of its class."""
+    found: BaseException | None = _CAUSE.__get__(error)
+    return found
+
+
+def set_cause(error: BaseException, cause: BaseException | None) -> None:
+    """Give any error a `__cause__`, without running code of its class."""
+    _CAUSE.__set__(error, cause)
+
+
+def traceback_of(error: BaseException) -> Any:
+    """The `__traceback__` of any error, without running code of its class."""
+    return _TRACEBACK.__get__(error)
+
+
 class DistpoolError(Exception):
     """Base of every error that distpool itself raises.
 
@@ -90,7 +115,7 @@ class RemoteException(DistpoolError):
             self.__cause__ = captured.ex
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteException, (self.pid, self.captured)
+        return _remake, (type(self), RemoteException, self.pid, self.captured), self.__dict__  # which has the notes
 
     def __str__(self) -> str:
         captured = self.captured
@@ -111,10 +136,12 @@ def as_both(error: BaseException) -> BaseException:
     The standard library raises what the pickler or the user's own `__reduce__` raised, this library says which object
     it was: callers may catch either. Not StopIteration: it would end the iterator or generator that it comes out of.
     """
-    cause = error.__cause__
-    if type(error) is not SerializationError or not isinstance(cause, Exception) or isinstance(error, type(cause)):
+    if type(error) is not SerializationError:
         return error
-    if isinstance(cause, StopIteration | StopAsyncIteration):
+    cause = error.__cause__  # of the user's class: its type is asked, and not it
+    if not issubclass(type(cause), Exception) or isinstance(error, type(cause)):
+        return error
+    if issubclass(type(cause), StopIteration | StopAsyncIteration):
         return error
     members = {"__module__": type(error).__module__, "__str__": BaseException.__str__, "__reduce__": _as_plain}
     try:
@@ -220,7 +247,16 @@ class CompositeException(DistpoolError, ExceptionGroup):
         return True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CompositeException, (list(self.exceptions), self.message)
+        made_of = type(self), CompositeException, list(self.exceptions), self.message
+        return _remake, made_of, self.__dict__ or None  # which has the notes
+
+
+def _remake(kind: Any, base: Any, *args: Any) -> Any:
+    """From a pickle: an error of class `kind` as `base(*args)` makes it. What else a subclass's constructor wants, or
+    has done, is in the state that the error gets next."""
+    error = base.__new__(kind, *args)
+    base.__init__(error, *args)
+    return error
 
 
 if TYPE_CHECKING:

@@ -175,7 +175,7 @@ class LazyMap(Iterator[Any]):
         except StopIteration:
             self._source = None
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):  # of the input itself, or Ctrl-C: they look alike
+            if issubclass(type(error), KeyboardInterrupt):  # of the input itself, or Ctrl-C: they look alike
                 self._taken = taken  # whoever goes on misses nothing
                 raise
             self._source = None

@@ -61,7 +61,7 @@ def pmap(
     `distributed=False`, the calls run here, concurrently in threads. The input is consumed
     lazily: at most 8 elements per worker (times `batch_size`) are taken ahead of what has been delivered.
     `batch_size`: elements sent to a worker together; "auto": as many as their measured time allows. It changes no other
-    rule.
+    rule: each element is serialised, runs and fails for itself.
 
     An error stops the map: no new element starts, and the original exception is raised, with the worker's traceback as
     `__cause__`. `on_error(exc)` is called here for each failed element; what it returns takes the element's place; if
@@ -186,7 +186,10 @@ def _carrier_for(f: Callable[..., Any], single: bool, pool: Any, batch_size: int
             return ThreadCarrier(f, single), 1
         batch = _check_batch_size(batch_size)
         return PoolCarrier(pool, f, single, batch), batch or 1
-    pool = getattr(pool, "executor", pool)  # DistPool
+    executor = getattr(pool, "executor", None)
+    if executor is not None:  # DistPool, which says "Pool not running" in its own words
+        pool._check_usable()
+        pool = executor
     crew = getattr(pool, "_crew", None)
     if crew is None and not callable(getattr(pool, "submit", None)):
         raise TypeError(

@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
 
-from distpool.errors import DistpoolError, as_both
+from distpool.errors import DistpoolError, as_both, cause_of
 from distpool.flag import Flag
 from distpool.logs import Log
 from distpool.refs.refs import RAISED_HERE, open_outcome
@@ -39,7 +39,7 @@ def park_at_exit(error: BaseException, scheduler: Scheduler) -> None:
     The interpreter takes it along. An exception would be one nobody can catch, printed at the end of every program that
     has such a thread.
     """
-    ended = isinstance(error, PoolTerminated) and scheduler.node.pools_ended
+    ended = issubclass(type(error), PoolTerminated) and scheduler.node.pools_ended
     if ended and threading.current_thread().daemon:
         threading.Event().wait()
 
@@ -55,7 +55,7 @@ def open_entry(raw: Any) -> Any:
         error = as_both(error)
     elif raw.status == UNSENDABLE:
         unsent = stdlib.MaybeEncodingError(error, _Described(str(error)))  # type: ignore[attr-defined]
-        unsent.__cause__ = error.__cause__
+        unsent.__cause__ = cause_of(error)
         error = unsent
     try:
         raise error

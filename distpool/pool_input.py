@@ -140,7 +140,7 @@ class Feed:
         try:
             items.extend(itertools.islice(source, count * (self._chunk or 1)))  # keeps what came before an error
         except BaseException as error:  # whatever the user's iterator raises is for the consumer
-            if isinstance(error, KeyboardInterrupt) and self._plain:
+            if issubclass(type(error), KeyboardInterrupt) and self._plain:
                 raise  # Ctrl-C in the consumer's thread; containers do not raise, so nothing was taken
             failure = error
         if self._source is None:

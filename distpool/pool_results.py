@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from distpool.config import deadline_after
 from distpool.dropped import WhenDropped
+from distpool.errors import cause_of
 from distpool.flag import Flag
 from distpool.logs import Log
 from distpool.mapruns import MapRun
@@ -122,9 +123,9 @@ class AsyncResult(stdlib.ApplyResult):  # type: ignore[type-arg]
                     outcome = True, self._collect()
                 except BaseException as error:
                     # Not an interrupt of this thread while it decodes. Without the traceback of the decoding.
-                    if isinstance(error, KeyboardInterrupt) and error.__cause__ is None:
+                    if issubclass(type(error), KeyboardInterrupt) and cause_of(error) is None:
                         raise
-                    outcome = False, error.with_traceback(None)
+                    outcome = False, BaseException.with_traceback(error, None)
                 if self._outcome is None:  # else who asked meanwhile has it, and what it is made of is gone
                     self._outcome = outcome
                 self._release()
@@ -282,7 +283,7 @@ class MapResult(AsyncResult, stdlib.MapResult):  # type: ignore[type-arg]
                 try:
                     opened.setdefault(index, (True, codec.decode(raw)))
                 except BaseException as error:
-                    if isinstance(error, KeyboardInterrupt) and error.__cause__ is None:  # as in `_open`
+                    if issubclass(type(error), KeyboardInterrupt) and cause_of(error) is None:  # as in `_open`
                         raise
                     opened.setdefault(index, (False, error))
 

@@ -18,22 +18,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from distpool import config
+from distpool.batches import Batch, run_batch, when_known
 from distpool.errors import ProcessExitedException
 from distpool.mapruns import LOOK_AHEAD
 from distpool.node import node as nodes
-from distpool.node.node import Node
-from distpool.node.served import RAISED, RETURNED, name_of
 from distpool.pools import WorkerPool
-from distpool.refs import gc
-from distpool.refs.lent import parcel
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome, open_outcome
-from distpool.replies import note_traceback, request
-from distpool.wire import codec
-from distpool.wire.failures import encode_exception
-from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
+from distpool.replies import request
+from distpool.wire.messages import VALUE
 
 log = logging.getLogger("distpool.pmap")
 
@@ -211,15 +207,18 @@ class PoolCarrier:
             self.sent += 1
             self.inflight += 1
         begin = time.monotonic()
+        batch: Batch | None = None
         try:
             function = self._pool.prepare(self._function, pid)
             if batched:
-                arguments: tuple[Any, ...] = function, self._single, [each for _, each in elements], self._node.pid
-                future = request(run_batch, pid, arguments)
+                batch = Batch(self._node, pid, self._single, [each for _, each in elements])
+                future = None if batch.empty else request(run_batch, pid, batch.message(function))
             else:
                 argument = elements[0][1]
                 future = request(function, pid, (argument,) if self._single else tuple(argument))
         except ProcessExitedException as error:
+            if batch is not None:
+                batch.withdraw()
             with self._lock:
                 self.inflight -= 1
                 (self._waiting if batched else self._again).extendleft(reversed(elements))
@@ -230,12 +229,18 @@ class PoolCarrier:
                 self._give_up(error)
             return False
         except Exception as error:
+            if batch is not None:
+                batch.withdraw()
             give_back()
-            self._fail(elements, error)
-            self._landed()
-            self._ask()
+            self._settle(elements, [Outcome(RAISED_HERE, error, (), 0)] * len(elements))
             return False
-        future.add_done_callback(lambda ended: self._ended(ended, elements, batched, begin, give_back, function))
+        if future is None:  # no element could be serialised
+            assert batch is not None
+            give_back()
+            self._settle(elements, batch.ends)
+            return False
+        sent = _Sent(pid, elements, batch, begin, give_back, function)
+        future.add_done_callback(lambda ended: self._ended(ended, sent))
         return True
 
     def waits(self) -> bool:
@@ -251,34 +256,51 @@ class PoolCarrier:
             count = min(self._batch_now(), len(self._waiting))
             return [self._waiting.popleft() for _ in range(count)], self._batch != 1
 
-    def _ended(
-        self,
-        future: Future[Any],
-        elements: list[_Element],
-        batched: bool,
-        begin: float,
-        give_back: Callable[[], object],
-        kept: Any,
-    ) -> None:
-        """A message has been answered. `kept`: what has to stay on the worker until now."""
-        seconds = (time.monotonic() - begin) / len(elements)
+    def _ended(self, future: Future[Any], sent: _Sent) -> None:
+        """A message has been answered, or its worker is lost."""
+        seconds = (time.monotonic() - sent.begin) / len(sent.elements)
         self._mean = seconds if self._mean < 0 else 0.7 * self._mean + 0.3 * seconds
-        outcomes: Any = None
-        if batched:
-            error = future.exception()
-            if error is None:
-                # A parcel has become an outcome already.
-                outcomes = [each if isinstance(each, Outcome) else Outcome(*each) for each in future.result()]
-            else:
-                outcomes = [Outcome(RAISED_HERE, error, (), 0)] * len(elements)
+        batch = sent.batch
+        if batch is None:
+            sent.give_back()
+            self._settle(sent.elements, [future.outcome()])
+            return
+        error = future.exception()
+        if error is None:
+            batch.answered(future.result())
+        elif isinstance(error, ProcessExitedException) and future.outcome().status == RAISED_HERE:
+            when_known(self._node, sent.pid, partial(self._lost, sent, batch, error))
+            return
         else:
-            outcomes = [future.outcome()]
-        give_back()
+            batch.broken(error)
+        sent.give_back()
+        self._settle(sent.elements, batch.ends)
+
+    def _lost(self, sent: _Sent, batch: Batch, error: BaseException, dead: bool) -> None:
+        """The worker of a batch is lost: what had surely not begun goes to others."""
+        make_error = self._node.peers.dead.get(sent.pid)
+        if make_error is not None:
+            error = make_error()  # it says more than that the link was lost
+        again = [sent.elements[place] for place in batch.lost(error, dead)]
+        with self._lock:
+            if not self._closed:
+                self._waiting.extendleft(reversed(again))
+        sent.give_back()
+        self._settle(sent.elements, batch.ends)
+
+    def _settle(self, elements: list[_Element], outcomes: list[Any]) -> None:
+        """These outcomes are those of the elements of a message, which is not in flight any more. None: it waits again.
+
+        `outcomes` is emptied: an error in it may have a traceback whose frames have the list.
+        """
         for (index, _), outcome in zip(elements, outcomes, strict=True):
+            if outcome is None:
+                continue
             if outcome.status in (VALUE, LOCAL_VALUE):
                 self.results[index] = outcome
             else:
                 self.failed.append((index, outcome))
+        outcomes.clear()
         if self._closed:  # looked at after the stores, and set before what is stored is dropped
             self.abandon()
         self._landed()
@@ -292,9 +314,16 @@ class PoolCarrier:
                 self._fail_stranded()
         self._changed.set()
 
-    def _fail(self, elements: list[_Element], error: BaseException) -> None:
-        for index, _ in elements:
-            self.failed.append((index, Outcome(RAISED_HERE, error, (), 0)))
+
+class _Sent(NamedTuple):
+    """A message in flight."""
+
+    pid: int
+    elements: list[_Element]
+    batch: Batch | None
+    begin: float  # monotonic seconds
+    give_back: Callable[[], object]  # of the worker
+    kept: Any  # what has to stay on the worker until then
 
 
 class _Lane:
@@ -346,54 +375,6 @@ class _Lane:
             self._busy = False
         if self._carrier.waits():  # came while it was busy
             self.look()
-
-
-def run_batch(function: Callable[..., Any], single: bool, arguments: list[Any], asker: int) -> list[Any]:
-    """On the worker: the outcome of each element, each serialised for itself, so that one cannot spoil the others."""
-    node = nodes.current()
-    served, name = node.served, name_of(function)
-    outcomes: list[Any] = []
-    for argument in arguments:
-        call = served.begin(name)
-        try:
-            value = function(argument) if single else function(*argument)
-        except BaseException as error:
-            served.end(call, RAISED)
-            if node.drops(error):
-                raise  # nor do the other elements begin
-            if asker == node.pid:
-                note_traceback(error)
-                outcomes.append((RAISED_HERE, error, (), node.pid))
-            else:
-                outcomes.append(_failed(node, error, asker, ERROR))
-        else:
-            served.end(call, RETURNED)
-            outcomes.append((LOCAL_VALUE, value, (), node.pid) if asker == node.pid else _ended(node, value, asker))
-            del value
-    return outcomes
-
-
-def _ended(node: Node, value: Any, asker: int) -> Any:
-    seen: list[Any] = []
-    try:
-        data, buffers = codec.encode(value, asker, seen)
-        return _lent(node, seen, asker, (VALUE, data, [bytes(part) for part in buffers], node.pid))
-    except BaseException as error:
-        return _failed(node, error, asker, UNSENDABLE)
-
-
-def _failed(node: Node, error: BaseException, asker: int, status: int) -> Any:
-    seen: list[Any] = []
-    data = encode_exception(error, asker, seen=seen)
-    return _lent(node, seen, asker, (status, data, [], node.pid))
-
-
-def _lent(node: Node, seen: list[Any], asker: int, outcome: tuple[Any, ...]) -> Any:
-    """The outcome as part of the answer, its references lent to the asker."""
-    if not seen:
-        return outcome
-    gc.of(node).lend(seen, asker)
-    return parcel(*outcome)
 
 
 __all__ = ["PoolCarrier"]

@@ -164,9 +164,9 @@ class Recovery:
     def _accepts(self, error: BaseException) -> bool:
         check = self._check
         if check is None:
-            return isinstance(error, Exception)
+            return issubclass(type(error), Exception)
         if isinstance(check, type | tuple):
-            return isinstance(error, check)
+            return issubclass(type(error), check)
         return bool(check(error))
 
 

@@ -78,10 +78,11 @@ def _run(
 
 
 def note_traceback(error: BaseException) -> None:
-    """Give an error of this process the text of its traceback as `__cause__`, as errors from elsewhere have it."""
-    if error.__cause__ is None:
+    """Give an error of this process the text of its traceback as `__cause__`, as errors from elsewhere have it; never
+    raises."""
+    if errors.cause_of(error) is None:
         text = f'\n"""\n{traceback_text(error)}"""'
-        BaseException.__setattr__(error, "__cause__", errors.remote_traceback(text))
+        errors.set_cause(error, errors.remote_traceback(text))
 
 
 __all__ = ["note_traceback", "request"]

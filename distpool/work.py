@@ -55,9 +55,9 @@ class Policy(NamedTuple):
         """Whether `error` may be retried (user code: not on the leader)."""
         check = self.retry_check
         if check is None:
-            return isinstance(error, Exception)
+            return issubclass(type(error), Exception)
         if isinstance(check, type | tuple):
-            return isinstance(error, check)
+            return issubclass(type(error), check)
         return bool(check(error))
 
     def delay(self, attempt: int) -> float:

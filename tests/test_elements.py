@@ -226,6 +226,28 @@ def test_an_error_that_cannot_be_formatted_is_an_outcome_too(threads: Any) -> No
     assert type(ended(carrier, 1)[0]) is Falsy
 
 
+class NoCause(Exception):
+    __cause__ = property(lambda self: 1 // 0)  # type: ignore[assignment]
+
+
+class Touchy(Exception):
+    def __getattribute__(self, name: str) -> Any:
+        raise LookupError(name)
+
+
+@pytest.mark.parametrize("kind", [NoCause, Touchy])
+def test_an_error_that_refuses_to_be_looked_at_is_an_outcome_too(threads: Any, kind: type[Exception]) -> None:
+    def call(i: int) -> int:
+        if i:
+            raise kind("x")
+        return i
+
+    carrier = threads(call)
+    carrier.feed([1, 0])
+    found = ended(carrier, 2)
+    assert type(found[0]) is kind and found[1] == 0
+
+
 def test_after_the_end_nothing_starts(threads: Any) -> None:
     running, release = threading.Event(), threading.Event()
     ran: list[int] = []

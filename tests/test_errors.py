@@ -26,6 +26,9 @@ from distpool.errors import (
     TopologyError,
     UnreachableError,
     VersionMismatchError,
+    cause_of,
+    set_cause,
+    traceback_of,
 )
 
 BASES: list[tuple[type[BaseException], type[BaseException]]] = [
@@ -136,3 +139,53 @@ def test_the_module_does_not_load_the_process_pool() -> None:
 def test_a_composite_of_nothing_is_refused_as_any_group() -> None:
     with pytest.raises(ValueError, match="non-empty"):
         CompositeException([])
+
+
+class Labelled(RemoteException):
+    """A subclass with a constructor of its own."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__(3, ValueError(label))
+        self.label = label
+
+
+class Group(CompositeException):
+    pass
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_notes_and_subclasses_outlive_pickling(protocol: int) -> None:
+    remote = RemoteException(3, CapturedException(ValueError("deep"), "its traceback"))
+    group = CompositeException([remote, KeyError("b")])
+    for error in (remote, group):
+        error.add_note("in the third round")
+    copy = pickle.loads(pickle.dumps(group, protocol))
+    assert copy.__notes__ == copy.exceptions[0].__notes__ == ["in the third round"]
+    assert copy.message == group.message and str(copy.exceptions[0]) == str(remote)
+    assert type(copy.exceptions[0].__cause__) is ValueError
+
+    labelled = Labelled("x")
+    labelled.add_note("noted")
+    copy = pickle.loads(pickle.dumps(labelled, protocol))
+    assert type(copy) is Labelled and (copy.label, copy.pid, str(copy)) == ("x", 3, str(labelled))
+    assert copy.__notes__ == ["noted"] and type(copy.captured.ex) is ValueError
+    group = pickle.loads(pickle.dumps(Group([labelled], "two of them"), protocol))
+    assert type(group) is Group and group.message == "two of them" and type(group.exceptions[0]) is Labelled
+
+
+class Touchy(Exception):
+    """Refuses to be looked at."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise LookupError(name)
+
+
+def test_what_an_error_consists_of_is_known_without_its_class() -> None:
+    error, cause = Touchy(), ValueError()
+    assert cause_of(error) is None and traceback_of(error) is None
+    set_cause(error, cause)
+    assert cause_of(error) is cause
+    try:
+        raise error
+    except Touchy:
+        assert traceback_of(error).tb_next is None

@@ -19,6 +19,7 @@ from distpool.errors import (
     ProcessExitedException,
     RemoteException,
     SerializationError,
+    cause_of,
 )
 from distpool.wire import codec, failures
 
@@ -262,6 +263,23 @@ def test_classes_that_guard_their_attributes():
     assert type(back) is Guarded and type(back.__cause__) is _RemoteTraceback
     # Its state cannot be set by anybody, pickle included.
     assert "FrozenInstanceError" in str(roundtrip(raised(Frozen(3))))
+
+
+class NoCause(Exception):
+    __cause__ = property(lambda self: 1 // 0)
+
+
+class Touchy(Exception):
+    def __getattribute__(self, name):
+        raise LookupError(name)
+
+
+def test_classes_that_refuse_to_be_looked_at():
+    back = roundtrip(raised(NoCause("x")))
+    assert type(back) is NoCause and "NoCause" in cause_of(back).tb
+    failures.let_go(raised(Touchy("x")))
+    back = roundtrip(raised(Touchy("why")))
+    assert type(back) is RemoteException and "Touchy: why" in str(back)
 
 
 def test_an_exception_that_was_never_raised():

@@ -152,6 +152,9 @@ def test_two_processes_see_one_journal(tmp_path: Path) -> None:
     master = Journal.create(str(tmp_path))
     assert master.shared and not Journal.private().shared
     assert master.size == HEADER + config.JOURNAL_SIZE
+    small = Journal.create(str(tmp_path), capacity=5000)
+    assert small.capacity == 5000
+    small.close()
     code = """if True:
         import sys
         from distpool.transport.journal import Journal

@@ -78,7 +78,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
             "policy",
             "kept",
         ),
-        *("mapping", "ordered", "elements", "poolmap", "recovery"),
+        *("mapping", "ordered", "elements", "batches", "poolmap", "recovery"),
     ),
     8: (
         *("managers.base", "managers.launch", "managers.process", "managers.forked", "managers.executed"),
@@ -251,6 +251,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("policy", "work"),
         ("mapping", "elements"),
         ("mapping", "poolmap"),
+        ("poolmap", "batches"),
         *(("mapping", "mapruns"), ("poolmap", "mapruns")),
         ("mapping", "ordered"),
         ("mapping", "recovery"),

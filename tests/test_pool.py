@@ -189,6 +189,47 @@ def test_an_error_has_the_remote_traceback(shared: DistPool) -> None:
     assert "in fail_at" in str(cause)
 
 
+class KeepsItsTraceback(Exception):
+    def with_traceback(self, tb: Any) -> Any:
+        raise LookupError("not this way")
+
+
+class NoCause(Exception):
+    __cause__ = property(lambda self: 1 // 0)  # type: ignore[assignment]
+
+
+class Touchy(Exception):
+    def __getattribute__(self, name: str) -> Any:
+        raise LookupError(name)
+
+
+def throw(kind: type[Exception]) -> None:
+    raise kind("x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "arrives"),
+    [(KeepsItsTraceback, KeepsItsTraceback), (NoCause, NoCause), (Touchy, distpool.RemoteException)],
+)
+def test_errors_that_refuse_to_be_looked_at(shared: DistPool, kind: Any, arrives: Any) -> None:
+    ways: list[Callable[[], Any]] = [
+        lambda: shared.apply(throw, (kind,)),
+        lambda: shared.map(throw, [kind] * 3),
+        lambda: shared.map(throw, [kind] * 3, 2),
+        lambda: list(shared.imap(throw, [kind] * 2)),
+        lambda: list(shared.imap_unordered(throw, [kind] * 2)),
+        lambda: shared.pmap(throw, [kind] * 2, retry_delays=[0], retry_check=OSError),
+        lambda: shared.executor.submit(throw, kind).result(),
+        lambda: shared.executor.options(retries=1, retry_check=OSError).submit(throw, kind).result(),
+    ]
+    before = shared.executor.workers
+    for way in ways:
+        with pytest.raises(arrives) as info:
+            way()
+        assert kind is not Touchy or "Touchy: x" in str(info.value)
+    assert shared.executor.workers == before, "none of them has died of it"
+
+
 def test_unserialisable_argument_is_that_calls_error(shared: DistPool) -> None:
     bad = shared.apply_async(square, (threading.Lock(),))
     assert shared.apply(square, (4,)) == 16
@@ -448,6 +489,8 @@ CALLS: dict[str, Callable[[DistPool], Any]] = {
     "imap chunks": lambda pool: pool.imap(square, [1], 2),
     "imap_unordered": lambda pool: pool.imap_unordered(square, [1]),
     "pmap": lambda pool: pool.pmap(square, [1]),
+    "function pmap": lambda pool: distpool.pmap(square, [1], pool=pool),
+    "function pgenerate": lambda pool: distpool.pgenerate(square, [1], pool=pool),
     "with": lambda pool: pool.__enter__(),
 }
 

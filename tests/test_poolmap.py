@@ -16,9 +16,8 @@ from distpool import poolmap
 from distpool.errors import ProcessExitedException
 from distpool.mapruns import LOOK_AHEAD
 from distpool.node import node as nodes
-from distpool.poolmap import PoolCarrier, run_batch
-from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome, open_outcome
-from distpool.wire.messages import ERROR, UNSENDABLE, VALUE
+from distpool.poolmap import PoolCarrier
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome
 
 
 class Pool:
@@ -180,12 +179,34 @@ def test_batches_and_what_fails_in_one(desk: Desk, carriers: Make) -> None:
     assert type(found.pop(1)) is ZeroDivisionError and found == {0: 6, 2: 2, 3: 3, 4: 1}
 
 
-def test_a_batch_whose_worker_died_fails_as_a_whole(desk: Desk, carriers: Make) -> None:
+def test_of_a_batch_whose_worker_died_what_had_not_begun_runs_elsewhere(desk: Desk, carriers: Make) -> None:
+    """This one has told of nothing, and so may have been at the first."""
+    carrier = carriers(Pool(2), batch=3)
+    carrier.feed([1, 2, 3, -4])
+    desk.wait(1)
+    desk.fail(0, ProcessExitedException(2))
+    desk.wait(2)
+    assert desk.asked[1][2][2] == [2, 3, -4]
+    desk.answer(1)
+    found = ended(carrier, 4)
+    assert type(found.pop(0)) is ProcessExitedException and found == {1: 2, 2: 3, 3: 4}
+
+
+def test_a_batch_whose_function_cannot_be_loaded_fails_as_a_whole(desk: Desk, carriers: Make) -> None:
     carrier = carriers(Pool(2), batch=3)
     carrier.feed([1, 2, 3])
     desk.wait(1)
+    desk.fail(0, ImportError("no such module"))
+    assert {type(error) for error in ended(carrier, 3).values()} == {ImportError}
+
+
+def test_what_had_not_begun_is_dropped_if_nobody_wants_it(desk: Desk, carriers: Make) -> None:
+    carrier = carriers(Pool(2), batch=3)
+    carrier.feed([1, 2, 3])
+    desk.wait(1)
+    carrier.close()
     desk.fail(0, ProcessExitedException(2))
-    assert {type(error) for error in ended(carrier, 3).values()} == {ProcessExitedException}
+    assert not carrier.waits() and not carrier._waiting and not carrier.failed
 
 
 def test_again_goes_alone_and_first(desk: Desk, carriers: Make) -> None:
@@ -395,42 +416,3 @@ def test_a_lane_whose_process_died_is_given_up(desk: Desk, carriers: Make, monke
     desk.answer(1)
     found = ended(carrier, 2)
     assert type(found[0]) is ProcessExitedException and found[1] == 2
-
-
-# -- on the worker ------------------------------------------------------------------------------------------
-
-
-def outcomes(function: Callable[..., Any], arguments: list[Any], single: bool = True, asker: int = 5) -> list[Any]:
-    return [Outcome(*each) for each in run_batch(function, single, arguments, asker)]
-
-
-def test_each_outcome_of_a_batch_is_its_own() -> None:
-    def act(what: Any) -> Any:
-        if what == "lock":
-            return threading.Lock()
-        if what == "raise":
-            raise KeyError("x")
-        if what == "leave":
-            raise SystemExit(3)
-        return what
-
-    found = outcomes(act, ["lock", 1, "raise", "leave", [2]])
-    assert [each.status for each in found] == [UNSENDABLE, VALUE, ERROR, ERROR, VALUE]
-    opened = [open_outcome(each) for each in found]
-    assert [value for value, error in opened if error is None] == [1, [2]]
-    assert [type(error) for _, error in opened if error is not None][1:] == [KeyError, SystemExit]
-
-
-def test_a_batch_of_several_iterables() -> None:
-    assert [open_outcome(each)[0] for each in outcomes(pow, [(2, 3), (3, 2)], single=False)] == [8, 9]
-
-
-def test_a_batch_of_this_process_stays_as_it_is() -> None:
-    value = threading.Lock()
-
-    def act(number: int) -> Any:
-        return value if number else 1 // number
-
-    good, bad = outcomes(act, [1, 0], asker=nodes.current().pid)
-    assert good.status == LOCAL_VALUE and good.data is value
-    assert bad.status == RAISED_HERE and "in act" in str(bad.data.__cause__)

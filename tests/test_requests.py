@@ -95,3 +95,14 @@ def test_answer_loss_and_giving_up_race() -> None:
         for thread in threads:
             thread.join(30)
         assert len(asker.told) + first.count("forgotten") == 1 and not len(table)
+
+
+def test_parts_of_an_answer_come_until_they_are_forgotten_or_the_peer_is_lost() -> None:
+    table, parts = Requests(), []
+    first, second = (table.several(pid, lambda *answer: parts.append(answer)) for pid in (2, 3))
+    for number in (1, 2):
+        assert table.settle(first, 0, b"part", [number])
+    assert parts == [(0, b"part", [1]), (0, b"part", [2])]
+    assert table.forget(first) and not table.settle(first, 0, b"late", [])
+    table.fail(3, OSError)
+    assert not table.settle(second, 0, b"late", []) and len(table) == 0 and len(parts) == 2

@@ -29,6 +29,7 @@ import threading
 from collections.abc import Callable
 from types import CodeType, FrameType
 
+from distpool.errors import traceback_of
 from distpool.hints import Any
 from distpool.node.striking import handles, imports, raise_in, raise_signal
 
@@ -481,13 +482,13 @@ def _first_of(frame: FrameType | None) -> FrameType | None:
 
 def _end_child() -> None:
     """End this process as a program that ends here would: status, traceback, and what it has written."""
-    error = sys.exc_info()[1]
+    error: Any = sys.exc_info()[1]
     status = 0
-    if isinstance(error, SystemExit):
+    if issubclass(type(error), SystemExit):
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
     elif error is not None:
         status = 1
-        sys.excepthook(type(error), error, error.__traceback__)
+        sys.excepthook(type(error), error, traceback_of(error))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

@@ -60,6 +60,7 @@ class Node:
         self.serving: Any = None  # the owner's side of references (refs.remote)
         self.callee: Any = None  # the callee's side of remote calls (calls)
         self.failed_loops: dict[int, Any] = {}  # id -> weak reference: errors that may have to be told at exit (loops)
+        self.boards: Any = None  # where workers note how far they are in batches of maps (batches)
         self.default_pool: Any = None  # master: the default WorkerPool, once somebody has asked for it (pools)
         self.collecting: dict[int, list[list[Any]]] = {}  # thread id -> futures started in each of its sync() blocks
         self.brought: dict[str, Any] = {}  # globals that functions of `everywhere` brought to __main__ (mainmodule)

@@ -3,8 +3,8 @@
     any thread: new(pid, settle) -> number -> frame ... REPLY (leader) -> settle(status, data, buffers, pid)
                                                    ... the peer is lost (leader) -> lost(error)
 
-Every way out empties the table: an answer, the loss of the peer, or the caller's own giving up. Dict operations are
-atomic; each entry is popped once, by whoever is first.
+Every way out empties the table: an answer, the loss of the peer, or the caller's own giving up (the only one for what
+takes any number of answers). Dict operations are atomic; each entry is popped once, by whoever is first.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class _Waiting(NamedTuple):
     pid: int
     answer: OnAnswer
     lost: OnLost
+    many: bool
 
 
 class Requests:
@@ -40,13 +41,20 @@ class Requests:
     def new(self, pid: int, answer: OnAnswer, lost: OnLost) -> int:
         """A number for a request to `pid`."""
         number = self.last = next(self._numbers)
-        self._waiting[number] = _Waiting(pid, answer, lost)
+        self._waiting[number] = _Waiting(pid, answer, lost, False)
+        return number
+
+    def several(self, pid: int, answer: OnAnswer) -> int:
+        """A number for parts of what `pid` answers to another request: any number of them, until it is forgotten, or
+        the peer is lost (which that other request hears of)."""
+        number = next(self._numbers)
+        self._waiting[number] = _Waiting(pid, answer, lambda error: None, True)
         return number
 
     def settle(self, number: int, status: int, data: Any, buffers: Any) -> bool:
         """Leader: the answer has come; False if nobody waits for it any more."""
-        waiting = self._waiting.pop(number, None)
-        if waiting is None:
+        waiting = self._waiting.get(number)
+        if waiting is None or (not waiting.many and self._waiting.pop(number, None) is None):
             return False
         waiting.answer(status, data, buffers)
         return True

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pickle import dumps
 
 from distpool import config
+from distpool.errors import traceback_of
 from distpool.hints import Any
 from distpool.transport.journal import Journal
 from distpool.transport.link import Link
@@ -140,7 +141,7 @@ class ResultWriter:
         let_go(error)  # before anything that takes memory
         if self.drops(error):
             return
-        if self.memory_limit and isinstance(error, MemoryError):
+        if self.memory_limit and issubclass(type(error), MemoryError):
             error.args = (
                 f"a task needed more memory than memory_limit={self.memory_limit} bytes allow worker {self.pid}"
                 f" ({type(error).__name__}: {error})",
@@ -157,7 +158,7 @@ class ResultWriter:
             rows = self.entrust(seen)
             # As for remote calls: the frames, in a circle with the error, would hold the references until the cycle
             # collector runs here.
-            traceback.clear_frames(error.__traceback__)
+            traceback.clear_frames(traceback_of(error))
         return data, rows
 
     def _record(

@@ -211,7 +211,7 @@ class _Parcel:
         return received, self._outcome
 
 
-def parcel(status: int, data: bytes, buffers: list[bytes], pid: int) -> Any:
+def parcel(status: int, data: bytes, buffers: Sequence[Any], pid: int) -> Any:
     """What becomes the outcome in whatever process this is sent to, to which its references have been lent.
 
     Whoever drops the value that it is part of unread gives them back; those in bare bytes nobody would find.

@@ -210,7 +210,7 @@ class Future(concurrent.futures.Future[T]):
             except BaseException as error:
                 log.exception("exception calling callback for %r", self)
                 # Ctrl-C and sys.exit are for who may be told to end; elsewhere they would cost the other callbacks.
-                if not isinstance(error, Exception) and nodes.may_be_struck():
+                if not issubclass(type(error), Exception) and nodes.may_be_struck():
                     raise
 
     # -- the public face ---------------------------------------------------------------------------------------

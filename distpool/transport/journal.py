@@ -67,9 +67,10 @@ class Journal:
         self._reserved = self.words[RESERVED]  # writer
 
     @classmethod
-    def create(cls, directory: str | None = None) -> Journal:
-        """Master: a new one of `config.JOURNAL_SIZE` bytes; `OSError` where there is no memory to share."""
-        size = HEADER + config.JOURNAL_SIZE
+    def create(cls, directory: str | None = None, capacity: int = 0) -> Journal:
+        """Master: a new one of `capacity` bytes (0: `config.JOURNAL_SIZE`); `OSError` where there is no memory to
+        share."""
+        size = HEADER + (capacity or config.JOURNAL_SIZE)
         file = memfile.create(size, directory)
         try:
             memfile.allocate(file.descriptor, size)

@@ -24,7 +24,7 @@ from io import BytesIO
 from types import ModuleType
 
 from distpool.config import OUT_OF_BAND
-from distpool.errors import SerializationError, as_both
+from distpool.errors import SerializationError, as_both, cause_of
 from distpool.hints import Any
 
 __all__ = [
@@ -194,7 +194,7 @@ def dump(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] 
             data = _dump_by_reference(obj, peer, seen, buffers, pipes)
         except _TRY_BY_VALUE as error:
             # Deep recursion may surface as a PicklingError of our own reducers; there is no second try for it.
-            if isinstance(error.__cause__, RecursionError):
+            if isinstance(cause_of(error), RecursionError):
                 raise
         else:
             if _MAIN not in data:
@@ -352,7 +352,7 @@ def _find_argument(
     args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException
 ) -> tuple[str, Any, BaseException]:
     """Which argument failed: (its name, itself, its own error). Costs a second pickling, of a call that failed."""
-    if not isinstance(error, MemoryError):
+    if not issubclass(type(error), MemoryError):
         for what, value in _named(args, kwargs):
             try:
                 dump(value, None, None, None)
@@ -389,7 +389,7 @@ def about(error: BaseException, obj: Any, what: str) -> BaseException:
 
 def serialization_error(obj: Any, error: BaseException, what: str = "") -> SerializationError:
     """The SerializationError for `error`, which came up while `obj` was being serialised."""
-    if isinstance(error, SerializationError):
+    if issubclass(type(error), SerializationError):
         text = str(error)
     else:
         text = f"{type(error).__name__}: {_text(error)}"
@@ -402,7 +402,7 @@ def describe(obj: Any) -> str:
     kind = type(obj)
     plain = kind.__module__ in ("builtins", "__main__", "__mp_main__")
     name = kind.__qualname__ if plain else f"{kind.__module__}.{kind.__qualname__}"
-    if isinstance(obj, (tuple, list, dict, set, frozenset)):
+    if issubclass(kind, (tuple, list, dict, set, frozenset)):
         return f"a {name} of {len(obj)}" if kind.__len__ in _BUILTIN_LENGTHS else f"a {name}"
     if kind is int:
         return f"an {name}"  # its digits may be millions
@@ -419,5 +419,5 @@ _BUILTIN_LENGTHS = frozenset((tuple.__len__, list.__len__, dict.__len__, set.__l
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:
+    except BaseException:
         return "(its text raised an error)"

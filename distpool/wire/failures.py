@@ -15,7 +15,7 @@ import pickle
 from collections.abc import Callable
 
 from distpool import errors
-from distpool.errors import CapturedException, DistpoolError, RemoteException
+from distpool.errors import CapturedException, DistpoolError, RemoteException, set_cause, traceback_of
 from distpool.hints import Any
 from distpool.wire import codec
 
@@ -68,7 +68,7 @@ def encode_exception(
 def let_go(exc: BaseException) -> None:
     """Of a MemoryError: empty the frames in which it was raised. They hold what has filled the memory, and neither text
     nor pickle could be made of the error."""
-    place = exc.__traceback__ if isinstance(exc, MemoryError) else None
+    place = traceback_of(exc) if issubclass(type(exc), MemoryError) else None
     while place is not None:
         try:
             place.tb_frame.clear()
@@ -111,8 +111,7 @@ def decode_exception(data: Any, pid: int = 0, cause: Callable[[str], BaseExcepti
     if cause is None:
         cause = errors.remote_traceback
     assert cause is not None
-    # Not `exc.__cause__ = ...`: the class may have a __setattr__ of its own (frozen dataclasses have).
-    BaseException.__setattr__(exc, "__cause__", cause(f'\n"""\n{info.traceback}"""'))
+    set_cause(exc, cause(f'\n"""\n{info.traceback}"""'))
     return exc
 
 
@@ -131,10 +130,10 @@ def _rebuild(info: FailureInfo) -> tuple[BaseException | None, str]:
     try:
         exc = load(info.payload)
     except BaseException as error:  # also SystemExit of a strange __init__
-        if isinstance(error, KeyboardInterrupt):
+        if issubclass(type(error), KeyboardInterrupt):
             raise  # for whoever waits for the result, which can be asked for again
         return None, f"{type(error).__name__}: {_text(error)}"
-    if not isinstance(exc, BaseException):
+    if not issubclass(type(exc), BaseException):
         return None, f"its pickle gives an object of type {_type_name(type(exc))}, not an exception"
     return exc, ""
 
@@ -152,7 +151,7 @@ def traceback_text(exc: BaseException, skip_frames: int = 0) -> str:
         # Imported here: it costs milliseconds, and programs without errors never need it.
         import traceback
 
-        frames = exc.__traceback__
+        frames = traceback_of(exc)
         while skip_frames > 0 and frames is not None and frames.tb_next is not None:
             frames = frames.tb_next
             skip_frames -= 1
