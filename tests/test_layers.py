@@ -59,7 +59,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     5: ("calls", "verbs"),
     6: (
         *("members", "debug", "replies", "poolqueue", "pools"),
-        *("spawning", "loops", "broadcast", "mainmodule"),
+        *("spawning", "loops", "broadcast", "mainmodule", "trackers"),
     ),
     7: (
         *(
