@@ -45,6 +45,10 @@ _old_main: list[ModuleType] = []
 """The original `__main__`, kept because frames of it are still on the stack of every worker."""
 
 
+lifeline = -1
+"""What can be read when whoever started this worker is gone; -1: nobody would tell."""
+
+
 # --- sockets ----------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +164,8 @@ def arm_lifeline(descriptor: int) -> None:
     one pipe would share). Elsewhere a daemon thread reads the pipe: there a worker that holds the GIL survives the
     kill -9 of its zygote, although not that of the master, which the zygote answers with kill -9.
     """
+    global lifeline
+    lifeline = descriptor
     if sys.platform == "linux":
         try:
             fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
@@ -206,7 +212,7 @@ def prepare(settings: dict[str, Any], own_path: list[str]) -> None:
         path += [entry for entry in own_path if entry and entry not in path]
     sys.path[:] = path
     _forget_directories()
-    sys.argv = [""]
+    sys.argv = list(settings.get("program") or [""])
     if "random" in sys.modules:
         sys.modules["random"].seed()
     _old_main.append(sys.modules["__main__"])

@@ -22,7 +22,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from distpool import config
+from distpool import config, startup
 from distpool.hints import Any, NoReturn
 from distpool.node import node as nodes
 from distpool.node.bulk import Store
@@ -110,6 +110,7 @@ class Worker:
         self.memory_limit = 0  # bytes, 0: none
         self.runner: TaskRunner | None = None
         self.observer: Observer | None = None
+        self.parent = 0  # ospid of whoever had this process started, which is ours altogether; 0: it is the user's
         self._listener = listener
         self._joined = threading.Event()
         self._segments: Segments | None = None
@@ -332,6 +333,8 @@ class Worker:
         link.send(Kind.JOINED, answer.pack())
         # Perhaps it has to be loaded, while the first call is under way; nothing of the user's runs before `_joined`.
         node.set_authkey(link.handshake.veil(bytes.fromhex(join.authkey)))
+        if self.parent:
+            _pose_as_child(join.pid - 1, self.parent)
         self._joined.set()
 
     def _take_resources(self, message: dict[str, Any]) -> str:
@@ -388,6 +391,7 @@ def run(listener: socket.socket, settings: dict[str, Any]) -> int:
 
         identity = Identity.from_settings(settings["tls"])
     worker = Worker(settings["cookie"], listener, identity=identity)
+    worker.parent = settings.get("master") or os.getppid() or 1  # 0: of another pid namespace
     extra = settings.get("extra") or {}
     if "fetch" in extra:
         from distpool import shipping
@@ -404,6 +408,19 @@ def _load_for_join() -> None:
     """While the master checks our answer to its greeting: what takes a millisecond to find, and `_join` needs."""
     versions.own()
     importlib.import_module("multiprocessing.process")
+
+
+def _pose_as_child(number: int, parent: int) -> None:
+    """`multiprocessing` is to say here what it says in children of its own: code asks it whether it runs in the main
+    process, and counts workers by their identity, from 1. Not daemonic: tasks may have children, those of a DistPool
+    as well."""
+    process: Any = importlib.import_module("multiprocessing.process")
+    own = process.current_process()
+    own.__class__ = process.BaseProcess
+    own._name, own._identity, own._parent_pid = f"DistpoolWorker-{number}", (number,), parent
+    # To be read when the parent has ended, which takes us along. Without one: a pipe that nobody will close.
+    sentinel = startup.lifeline if startup.lifeline >= 0 else os.pipe()[0]
+    process._parent_process = process._ParentProcess("MainProcess", parent, sentinel)
 
 
 def _resident(data: bytes) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 # Not `signal`: see `spawned`.
 import _signal  # type: ignore[import-not-found]
 import os
+import sys
 import threading
 from collections.abc import Callable
 
@@ -94,7 +95,15 @@ class LaunchSpec(Fields):
             "timeout": self.timeout,
             "extra": self.extra or {},
             "entry": self.entry,
+            "program": _arguments(),
+            "master": os.getpid(),
         }
+
+
+def _arguments() -> list[str]:
+    """This program's, as children of `multiprocessing` get them."""
+    found = getattr(sys, "argv", None)
+    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
 
 
 class LaunchedProcess:
