@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from distpool.fields import Fields
 from distpool.logs import Log
+from distpool.managers.surroundings import ignored, limits
 
 TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ class LaunchSpec(Fields):
             "entry": self.entry,
             "program": _arguments(),
             "master": os.getpid(),
+            "ignored": ignored(),
+            "limits": {} if self.own_path else limits(),  # else its command may have set them: see `forked`
         }
 
 
