@@ -29,8 +29,8 @@ def here() -> str:
         return os.path.expanduser("~")
 
 
-_OWN = [getattr(_signal, name, 0) for name in ("SIGINT", "SIGCHLD", "SIGPIPE", "SIGXFSZ")]
-"""Signals that a worker sets itself, or whose ends of processes it wants to see, or that Python always ignores."""
+_OWN = [getattr(_signal, name, 0) for name in ("SIGINT", "SIGTERM", "SIGCHLD", "SIGPIPE", "SIGXFSZ")]
+"""Signals that interrupt workers, end them, or tell them of the end of a process; and what Python always ignores."""
 
 
 def ignored() -> list[int]:
