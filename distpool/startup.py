@@ -27,6 +27,7 @@ from distpool.hints import Any, NoReturn
 
 if sys.platform != "win32":
     import fcntl
+    import resource
 
 ENTRY = "distpool.worker:run"
 """What a worker runs, unless its settings name another `entry`: `run(listener, settings) -> exit code`."""
@@ -41,8 +42,14 @@ LEFT_ALONE = ("SIGKILL", "SIGSTOP", "SIGPIPE", "SIGXFSZ")
 
 BACKLOG = 128
 
+_ignored: list[int] = []
+
 _old_main: list[ModuleType] = []
 """The original `__main__`, kept because frames of it are still on the stack of every worker."""
+
+
+lifeline = -1
+"""What can be read when whoever started this worker is gone; -1: nobody would tell."""
 
 
 # --- sockets ----------------------------------------------------------------------------------------------------------
@@ -105,6 +112,7 @@ def become_worker(
         os.dup2(output, 2)
         os.close(output)
         arm_lifeline(lifeline)
+        take_limits(settings.get("limits") or {})
         _set_environment(_as_wrapped(settings["env"], settings.get("given")))
         prepare(settings, own_path)
         code = run(listener, settings)
@@ -114,12 +122,40 @@ def become_worker(
 
 
 def default_signals() -> None:
-    """A master that ignores signals (nohup, a launch thread with a mask) must not hand that on to its workers."""
+    """What was handed on by whoever started this process (a launch thread with a mask, say) does not hold: a master
+    says which signals its workers are to `ignore`."""
     for number in signal.valid_signals() - {getattr(signal, name, None) for name in LEFT_ALONE}:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def ignore(signals: list[int]) -> None:
+    """Ignore these, and none that was ignored by another call."""
+    for number in set(_ignored) - set(signals):
+        signal.signal(number, signal.SIG_DFL)
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)
+    _ignored[:] = signals
+
+
+def take_limits(wanted: dict[str, Any]) -> None:
+    """Be as a child of the program would be that it starts now (`surroundings.limits`), as far as that is allowed."""
+    for name, value in wanted.items():
+        try:
+            if name == "umask":
+                os.umask(value)
+            elif name == "nice":
+                if os.getpriority(os.PRIO_PROCESS, 0) != value:
+                    os.setpriority(os.PRIO_PROCESS, 0, value)
+            elif name == "affinity":
+                if sorted(os.sched_getaffinity(0)) != value:
+                    os.sched_setaffinity(0, value)
+            elif list(resource.getrlimit(getattr(resource, name))) != value:
+                resource.setrlimit(getattr(resource, name), tuple(value))
+        except (OSError, ValueError, AttributeError):
+            pass  # only a privileged user may take back what was given up
 
 
 def exec_main(own_path: list[str]) -> NoReturn:
@@ -140,6 +176,8 @@ def exec_main(own_path: list[str]) -> NoReturn:
         os.close(null)
         arm_lifeline(lifeline)
         default_signals()
+        ignore(settings.get("ignored") or [])
+        take_limits(settings.get("limits") or {})
         prepare(settings, own_path)
         listener = listen(settings, f"{os.getpid()}-0")
         kind, host, *port = address_of(listener, settings)
@@ -160,6 +198,8 @@ def arm_lifeline(descriptor: int) -> None:
     one pipe would share). Elsewhere a daemon thread reads the pipe: there a worker that holds the GIL survives the
     kill -9 of its zygote, although not that of the master, which the zygote answers with kill -9.
     """
+    global lifeline
+    lifeline = descriptor
     if sys.platform == "linux":
         try:
             fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
@@ -206,7 +246,7 @@ def prepare(settings: dict[str, Any], own_path: list[str]) -> None:
         path += [entry for entry in own_path if entry and entry not in path]
     sys.path[:] = path
     _forget_directories()
-    sys.argv = [""]
+    sys.argv = list(settings.get("program") or [""])
     if "random" in sys.modules:
         sys.modules["random"].seed()
     _old_main.append(sys.modules["__main__"])

@@ -31,7 +31,7 @@ from collections.abc import Iterable
 
 from distpool import config, directories
 from distpool.hints import Any, NamedTuple, NoReturn
-from distpool.startup import address_of, become_worker, default_signals, listen, remove, unix_path
+from distpool.startup import address_of, become_worker, default_signals, ignore, listen, remove, unix_path
 
 if sys.platform != "win32":
     import resource
@@ -219,6 +219,9 @@ class Zygote:
         """Fork `count` workers, answering for each as soon as it lives."""
         if request["count"] > FEW:
             self._complete()
+        ignore(
+            request["settings"].get("ignored") or []
+        )  # itself too: what is sent to all must not end it and all workers
         for done in range(request["count"]):
             try:
                 if self.problem:

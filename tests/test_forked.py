@@ -155,6 +155,7 @@ def test_an_order_and_its_workers(server: ForkServer, zygote: Zygote) -> None:
         **spec(timeout=PATIENCE).settings(),
         "env": {"A": "b"},
         "given": {"FROM": "a command"},
+        "limits": {},  # of which a command may have changed some as well: only later changes are sent
     }
     assert not server.idle()
     pids = [zygote.born(order["id"]), zygote.born(order["id"], cut=3)]

@@ -62,7 +62,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     5: ("calls", "verbs"),
     6: (
         *("members", "debug", "replies", "poolqueue", "pools"),
-        *("spawning", "loops", "broadcast", "mainmodule"),
+        *("spawning", "loops", "broadcast", "mainmodule", "trackers"),
     ),
     7: (
         *(
@@ -268,7 +268,8 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         *(("managers.zygotes", f"managers.{name}") for name in ("command", "process", "spawned", "surroundings")),
         ("managers.command", "managers.surroundings"),
         *((f"managers.{name}", "managers.record") for name in ("base", "local", "ssh", "ssh_login")),
-        ("managers.forked", "managers.process"),
+        *(("managers.forked", "managers.process"), ("managers.forked", "managers.surroundings")),
+        ("managers.process", "managers.surroundings"),
         ("managers.executed", "managers.base"),
         ("managers.executed", "managers.process"),
         ("managers.handles", "managers.process"),

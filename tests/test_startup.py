@@ -228,6 +228,27 @@ def test_an_error_at_the_end_does_not_hold_it_up() -> None:
     assert code == 6 and "ZeroDivisionError" in err
 
 
+def test_limits_that_may_not_be_had() -> None:
+    """The rest is taken all the same."""
+    code, out, err = outcome(
+        "import os, resource\n"
+        "soft, hard = resource.getrlimit(resource.RLIMIT_CORE)\n"
+        "startup.take_limits({'RLIMIT_NOFILE': [9, 5], 'RLIMIT_OF_OTHERS': [1, 1], 'affinity': [1 << 14],\n"
+        "    'RLIMIT_CORE': [0, hard], 'nice': os.getpriority(os.PRIO_PROCESS, 0), 'umask': 0o31})\n"
+        "assert resource.getrlimit(resource.RLIMIT_CORE) == (0, hard); print(os.umask(0))"
+    )
+    assert (code, out, err) == (0, f"{0o31}\n", "")
+
+
+def test_ignored_signals() -> None:
+    code, out, err = outcome(
+        "import signal; from signal import SIGUSR1, SIGUSR2, SIGHUP\n"
+        "signal.signal(SIGHUP, signal.SIG_IGN); startup.ignore([SIGUSR1]); startup.ignore([SIGUSR2])\n"
+        "print(*[signal.getsignal(number).name for number in (SIGUSR1, SIGUSR2, SIGHUP)])"
+    )
+    assert (code, out, err) == (0, "SIG_DFL SIG_IGN SIG_IGN\n", "")
+
+
 @pytest.mark.parametrize("way", ["kernel", "thread"])
 def test_the_lifeline(way: str) -> None:
     """The worker dies with whoever holds the other end; by the kernel also while it holds the interpreter lock."""

@@ -254,6 +254,80 @@ def test_workers_are_fresh_interpreters_with_the_callers_path(make: Callable[...
     assert on_main and directory == os.getcwd()
 
 
+@pytest.mark.leaves_processes("the shell that removes the launcher's directory at the end of this program")
+@pytest.mark.parametrize("way", ["fork", "exec"])
+def test_workers_look_like_children_of_multiprocessing(
+    make: Callable[..., ClusterExecutor], monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Code asks whether it runs in the main process, and counts workers by their identity."""
+    monkeypatch.setenv("DISTPOOL_LAUNCH", way)
+    monkeypatch.setattr(sys, "argv", ["prog\udcff", "--option", 7])
+    executor = make(2)
+
+    def look() -> list[Any]:
+        import multiprocessing
+
+        own, parent = multiprocessing.current_process(), multiprocessing.parent_process()
+        assert parent is not None and parent.is_alive()
+        assert type(own) is multiprocessing.process.BaseProcess and "started" in repr(own)
+        return [own.name, own._identity, own.daemon, own.pid == os.getpid(), parent.name, parent.pid, sys.argv]  # type: ignore[attr-defined]
+
+    assert executor.submit(len, "ab").result(PATIENCE) == 2
+    numbers = [pid - 1 for pid in executor.workers]
+    found = [executor.options(pids=number + 1).submit(look).result(PATIENCE) for number in numbers]
+    argv = ["prog\udcff", "--option"]
+    assert found == [
+        [f"DistpoolWorker-{number}", (number,), False, True, "MainProcess", os.getpid(), argv] for number in numbers
+    ]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore")
+def test_children_of_tasks_look_like_grandchildren(
+    make: Callable[..., ClusterExecutor], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["prog", "--option"])
+    executor = make(1)
+    assert executor.submit(len, "ab").result(PATIENCE) == 2
+    (number,) = (pid - 1 for pid in executor.workers)
+    found, worker = executor.submit(ask_a_child, method).result(PATIENCE)
+    assert found == [f"DistpoolWorker-{number}", worker, True, (number, 1), ["prog", "--option"]]
+
+
+def ask_a_child(method: str) -> tuple[list[Any], int]:
+    import multiprocessing
+
+    context: Any = multiprocessing.get_context(method)
+    reader, writer = context.Pipe()
+    process = context.Process(target=answer, args=(writer,))
+    process.start()
+    assert reader.poll(PATIENCE)
+    found = reader.recv()
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+    return found, os.getpid()
+
+
+def answer(connection: Any) -> None:
+    import multiprocessing
+
+    own, parent = multiprocessing.current_process(), multiprocessing.parent_process()
+    assert parent is not None
+    connection.send([parent.name, parent.pid, parent.is_alive(), own._identity, sys.argv])  # type: ignore[attr-defined]
+
+
+def test_a_worker_that_nobody_would_tell_of_its_parent() -> None:
+    """One of another host, say."""
+    code = (
+        "import multiprocessing; from distpool import startup, worker\n"
+        "assert startup.lifeline == -1; worker._pose_as_child(3, 77)\n"
+        "parent = multiprocessing.parent_process(); parent.join(0)\n"
+        "print(multiprocessing.current_process().name, parent.pid, parent.is_alive())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("DistpoolWorker-3 77 True\n", "")
+
+
 def test_standard_input_is_empty(make: Callable[..., ClusterExecutor]) -> None:
     assert make(1).submit(lambda: sys.stdin.read() if sys.stdin is not None else "").result(PATIENCE) == ""
 

@@ -200,3 +200,81 @@ def test_a_program_without_standard_streams(tmp_path: Path) -> None:
     subprocess.run(command, check=True, timeout=60)
     least, alive = path.read_text().split()
     assert int(least) > 2 and alive == "True"
+
+
+# -- what changes after its start ------------------------------------------------------------------------------------
+
+LOOK = """
+import resource, signal
+from distpool import ClusterExecutor
+SIGNALS = ("SIGUSR1", "SIGHUP", "SIGTERM", "SIGURG")
+def look():
+    umask = os.umask(0)
+    os.umask(umask)
+    ignored = [name for name in SIGNALS if signal.getsignal(getattr(signal, name)) == signal.SIG_IGN]
+    limits = [resource.getrlimit(number)[0] for number in (resource.RLIMIT_CORE, resource.RLIMIT_NOFILE)]
+    return [umask, *limits, os.getpriority(os.PRIO_PROCESS, 0), sorted(os.sched_getaffinity(0)), ignored]
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the umask is read from /proc")
+@pytest.mark.parametrize("way", ["fork", "exec"])
+def test_workers_get_what_children_would_inherit_now(way: str) -> None:
+    """Not what the program had when its first executor started the zygote."""
+    found = program(
+        LOOK
+        + """
+first = ClusterExecutor(1)
+before = first.submit(look).result()
+start = look()
+os.umask(0o27)
+resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+os.nice(3)
+os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
+for name in ("SIGUSR1", "SIGHUP", "SIGINT", "SIGCHLD"):
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
+changed = look()
+with ClusterExecutor(1) as second:
+    after = second.submit(look).result()
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+for pid, in_python in started:
+    os.kill(pid, signal.SIGUSR1)
+with ClusterExecutor(1) as third:
+    last = third.submit(look).result()
+old = first.submit(look).result()
+first.shutdown()
+say(before=before, start=start, changed=changed, after=after, last=last, old=old)
+""",
+        DISTPOOL_LAUNCH=way,
+    )
+    assert found["before"] == found["start"] == found["old"]
+    assert found["after"] == found["changed"] and found["changed"][0] == 0o27 and found["changed"][2] == 300
+    assert found["changed"][-1] == ["SIGUSR1", "SIGHUP"]
+    assert found["last"] == [*found["changed"][:-1], ["SIGUSR1"]]
+    assert len(found["started"]) == (way == "fork")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the umask is read from /proc")
+@pytest.mark.parametrize("way", ["fork", "exec"])
+def test_what_a_command_of_the_users_sets_stays(tmp_path: Path, way: str) -> None:
+    """And what the program changes after its start is added."""
+    wrapper = tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\nulimit -S -c 0; umask 077; exec nice -n 2 "{sys.executable}" "$@"\n')
+    wrapper.chmod(0o755)
+    found = program(
+        LOOK
+        + f"""
+os.umask(0o22)
+with ClusterExecutor(1, exename={str(wrapper)!r}) as executor:
+    first = executor.submit(look).result()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    with ClusterExecutor(1, exename={str(wrapper)!r}) as other:
+        new = other.submit(look).result()
+say(first=first, new=new, own=os.getpriority(os.PRIO_PROCESS, 0))
+""",
+        DISTPOOL_LAUNCH=way,
+    )
+    assert found["first"][:2] == found["new"][:2] == [0o77, 0] and found["new"][2] == 300 != found["first"][2]
+    assert found["first"][3] == found["new"][3] == found["own"] + 2

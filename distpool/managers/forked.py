@@ -28,6 +28,7 @@ from distpool import config
 from distpool.errors import LaunchWorkerError
 from distpool.hints import Any
 from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, last_lines, unlink
+from distpool.managers.surroundings import limits
 from distpool.managers.zygotes import ZygoteProcess
 from distpool.sigpipe import QUIET
 
@@ -76,6 +77,7 @@ class ForkServer:
         self._control = socket.socket(fileno=started.control)
         self._control.setblocking(False)  # the program may have set a default of its own
         self._given = started.given
+        self._limits = limits() if started.given is not None else {}
         loop.register(self._startup, self._on_startup)
         loop.register(self._control, self._on_readable)
 
@@ -93,6 +95,10 @@ class ForkServer:
             self._requests[number] = request
         try:
             settings = {**spec.settings(), "env": spec.env, "given": self._given}
+            if self._given is not None:  # what the user's command has changed for its workers stays
+                settings["limits"] = {
+                    name: value for name, value in limits().items() if self._limits.get(name) != value
+                }
             self._send({"id": number, "count": count, "settings": settings}, deadline)
             meanwhile()
             for _ in range(count):

@@ -11,11 +11,13 @@ from __future__ import annotations
 # Not `signal`: see `spawned`.
 import _signal  # type: ignore[import-not-found]
 import os
+import sys
 import threading
 from collections.abc import Callable
 
 from distpool.fields import Fields
 from distpool.logs import Log
+from distpool.managers.surroundings import ignored, limits
 
 TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
@@ -94,7 +96,17 @@ class LaunchSpec(Fields):
             "timeout": self.timeout,
             "extra": self.extra or {},
             "entry": self.entry,
+            "program": _arguments(),
+            "master": os.getpid(),
+            "ignored": ignored(),
+            "limits": {} if self.own_path else limits(),  # else its command may have set them: see `forked`
         }
+
+
+def _arguments() -> list[str]:
+    """This program's, as children of `multiprocessing` get them."""
+    found = getattr(sys, "argv", None)
+    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
 
 
 class LaunchedProcess:
