@@ -231,7 +231,7 @@ def _usage(node: Node, members: list[Member]) -> dict[int, tuple[float, float, i
         except psutil.Error:
             continue  # it is ending, or we may not look
     # To find each other, workers ask this process, unless they have been connected from the beginning.
-    remote = node.remote_calls_loaded or not node.group.lazy
+    remote = node.remote_calls_loaded or (node.group is not None and not node.group.lazy)
     asked = [member for member in members if remote or member.pid in elsewhere]
     if asked:
         answers = of(node).ask(

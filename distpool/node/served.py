@@ -81,7 +81,7 @@ SHOWN: dict[str, Callable[[Any, tuple[Any, ...]], str]] = {
     "distpool.loops._fold": _first,
     "distpool.mainmodule.run": lambda function, args: text_name(args[1]),
     "distpool.mainmodule.run_times": _nothing,
-    "distpool.poolmap.run_batch": _nothing,
+    "distpool.batches.run_batch": _nothing,
     "distpool.pools._default_for_others": _nothing,
     "distpool.pools._itself": _nothing,
     "distpool.shipping.content": _nothing,

@@ -463,10 +463,10 @@ def test_the_repr_says_how_the_call_ended(w: list[int]) -> None:
     for pid in both(w):
         f = remotecall(ident, pid, 1)
         wait(f)
-        assert "returned a value" in repr(f)
+        assert "state=finished returned " in repr(f)
         failed = remotecall(boom, pid)
         wait_until(failed.done)
-        assert "raised an error" in repr(failed)
+        assert "state=finished raised " in repr(failed)
 
 
 def test_the_first_exception_is_not_the_first_value(w: list[int]) -> None:
