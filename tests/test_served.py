@@ -92,7 +92,7 @@ def test_the_user_s_function_is_shown(name: str, function: Any, args: tuple[Any,
 
 def test_the_library_s_own_calls_are_not_shown() -> None:
     served = Served()
-    for name in ("distpool.calls._listed", "distpool.poolmap.run_batch"):
+    for name in ("distpool.calls._listed", "distpool.batches.run_batch"):
         call = served.begin(name, True)
         served.loaded(call, None, ())
         assert served.report()[1:] == (0, None, None)
