@@ -218,12 +218,14 @@ def test_maps_of_a_worker(team: list[int]) -> None:
 
 def test_a_batch_whose_answer_nobody_reads(team: list[int]) -> None:
     """The answer to several elements holds their values as bytes: what they refer to is found all the same."""
-    from distpool.poolmap import run_batch
+    from distpool.batches import Batch, run_batch
     from distpool.replies import request
 
     owner, other, _ = team
-    future = request(run_batch, other, (make_or_refuse, True, [owner, -1, owner], 1))
+    batch = Batch(nodes.current(), other, True, [owner, -1, owner])
+    future = request(run_batch, other, batch.message(make_or_refuse))
     wait_until(future.done)
     wait_until(lambda: owned(owner) == 2)
-    del future
+    batch.broken(RuntimeError("nobody wants it"))
+    del batch, future
     wait_until(lambda: not owned(owner), SOON)
