@@ -81,9 +81,15 @@ def test_who_waits_over_a_link_that_is_lost(team: list[int], operation: str, sid
 
 
 def lose_notices(lose: bool) -> None:
-    node = nodes.current()
-    kept = node.handlers.setdefault("kept", node.handlers[Kind.NOTICE])  # type: ignore[call-overload]
-    node.handlers[Kind.NOTICE] = (lambda link, frame: None) if lose else kept
+    handlers: Any = nodes.current().handlers
+    kept = handlers.setdefault("kept", handlers[Kind.NOTICE])
+    lost = handlers["lost"] = []
+    handlers[Kind.NOTICE] = (lambda link, frame: lost.append(frame)) if lose else kept
+
+
+def lost_notices() -> int:
+    handlers: Any = nodes.current().handlers
+    return len(handlers["lost"])
 
 
 @pytest.mark.parametrize("side", ["owner", "asker"])
@@ -107,7 +113,7 @@ def test_who_waits_for_a_call_whose_end_is_lost_with_the_link(team: list[int], s
     for _ in range(2):
         go.put("value")
     assert others.result(WAIT) == "value"
-    remotecall_fetch(remotecall_fetch, owner, abs, asker, 1)  # behind the notices
+    wait_until(lambda: remotecall_fetch(lost_notices, asker) == 2)
     remotecall_fetch(lose_notices, asker, False)
     remotecall_fetch(cut, owner if side == "owner" else asker, asker if side == "owner" else owner)
     ended, error, value = both.result(WAIT)
