@@ -68,7 +68,7 @@ class Runner:
 """
 
 
-FOREIGN = ("sem.", "joblib", "pulse-")
+FOREIGN = ("sem.", "psm_", "joblib", "pulse-")
 """Beginnings of names in /dev/shm that other libraries give, of which other programs may run at the same time."""
 
 
