@@ -1,5 +1,6 @@
 """The resource tracker that `multiprocessing` uses in a worker (layer 6).
 
+    the worker begins: share() --> whoever first imports `multiprocessing.resource_tracker` --> settle()
     a task's first SharedMemory, Semaphore, ... --> Lent (the worker's tracker object)
         master on this host:  --> pid 1: lend() starts the program's tracker; /proc/<ospid>/fd/<n> of its pipe --> open
         elsewhere:            --> the worker's own tracker process, which is not told of what is only attached to
@@ -14,17 +15,62 @@ program's may be removed because a worker has looked at it: only what a worker i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
-from typing import Any
 
+from distpool.hints import Any
 from distpool.node import node as nodes
 
+_TRACKER = "multiprocessing.resource_tracker"
 _SEGMENT = "shared_memory"
 
 
 # -- the worker --------------------------------------------------------------------------------------------------
+
+
+def share() -> None:
+    """Have what `multiprocessing` tracks in this process tracked with the program, once that module is loaded."""
+    if _TRACKER not in sys.modules:
+        sys.meta_path.insert(0, _Finder)
+    else:  # something that Python loads at its start wanted it
+        settle(sys.modules[_TRACKER])
+
+
+class _Finder:
+    """In front of all other finders. `find_spec` imports nothing: Python calls it with the import lock held, which the
+    leader may want as well."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _TRACKER:
+            return None
+        for finder in list(sys.meta_path):
+            find = None if finder is cls else getattr(finder, "find_spec", None)
+            spec: Any = None if find is None else find(name, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+
+class _Loader:
+    """Loads the module as its own loader does, and more."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: Any) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        settle(module)
+        with contextlib.suppress(ValueError):
+            sys.meta_path.remove(_Finder)  # it has nothing left to find
 
 
 def settle(module: Any) -> None:
@@ -146,4 +192,4 @@ def lend() -> tuple[str, int, int] | None:
     return f"/proc/{os.getpid()}/fd/{descriptor}", status.st_dev, status.st_ino
 
 
-__all__ = ["lend", "settle"]
+__all__ = ["lend", "settle", "share"]

@@ -22,7 +22,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from distpool import config, startup
+from distpool import config, startup, trackers
 from distpool.hints import Any, NoReturn
 from distpool.node import node as nodes
 from distpool.node.bulk import Store
@@ -46,57 +46,6 @@ _FAREWELL = 1.0  # seconds in which the master, or who reads our output, may tak
 _PRESS = 0.25  # seconds before, and between two, interrupts of a call that must end
 _RESERVE = 16  # threads of a worker that cannot start any: so many calls at a time beside the main one
 _HASTE = 1.0  # seconds that remote calls on other threads have to end then
-_TRACKER = "multiprocessing.resource_tracker"
-
-
-class _TrackerFinder:
-    """In front of all other finders: what `multiprocessing` tracks here, it tracks with the program (`trackers`), once
-    the module that does so is imported. `find_spec` imports nothing: Python calls it with the import lock held, which
-    the leader may want as well."""
-
-    @classmethod
-    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != _TRACKER:
-            return None
-        for finder in list(sys.meta_path):
-            find = None if finder is cls else getattr(finder, "find_spec", None)
-            spec: Any = None if find is None else find(name, path, target)
-            if spec is not None:
-                if hasattr(spec.loader, "exec_module"):
-                    spec.loader = _TrackerLoader(spec.loader)
-                return spec
-        return None
-
-
-class _TrackerLoader:
-    """Loads the module as its own loader does, and more."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: Any) -> Any:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: Any) -> None:
-        module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _settle_tracker(module)
-        with contextlib.suppress(ValueError):
-            sys.meta_path.remove(_TrackerFinder)  # it has nothing left to find
-
-
-def _settle_tracker(module: Any) -> None:
-    from distpool import trackers
-
-    trackers.settle(module)
-
-
-def _share_tracker() -> None:
-    """Have `trackers` look after what `multiprocessing` tracks in this process."""
-    if _TRACKER not in sys.modules:
-        sys.meta_path.insert(0, _TrackerFinder)
-    else:  # something that Python loads at its start wanted it
-        _settle_tracker(sys.modules[_TRACKER])
 
 
 class Worker:
@@ -127,7 +76,7 @@ class Worker:
         deadline = self.loop.call_later(timeout, lambda: self._give_up(timeout))
         self.loop.call_later(_GREETING, _load_for_join)
         signal.signal(signal.SIGINT, self._on_sigint)
-        _share_tracker()
+        trackers.share()
         self.loop.lead(self._joined.is_set)
         deadline.cancel()
         self.loop.start()
