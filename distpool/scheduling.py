@@ -22,6 +22,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 
+from distpool.culprits import explained, take_out
 from distpool.hints import Any
 from distpool.logs import Log
 from distpool.mapruns import MapRun
@@ -402,7 +403,9 @@ class Scheduler:
         with self.lock:
             self.slots.pop(slot.pid, None)
             timed_out = slot.stop_clocks()
-            for entry, index, count, ran in reversed(slot.unfinished()):
+            unfinished = slot.unfinished()
+            culprit = take_out(unfinished)
+            for entry, index, count, ran in reversed(unfinished):
                 if ran:
                     failed.extend((entry, number) for number in range(index, index + count))
                 elif type(entry) is Call and entry.is_stranded(self.slots):
@@ -412,6 +415,8 @@ class Scheduler:
             for call in slot.pinned:
                 (stranded if call.is_stranded(self.slots) else self._queue).append(call)
         self._recalls.lost(slot)
+        if culprit is not None:
+            self.settle(*culprit, Outcome(RAISED_HERE, explained(make_error(False)), (), slot.pid))
         for call in stranded:
             self.settle(call, 0, Outcome(RAISED_HERE, make_error(False), (), slot.pid))
         for entry, index in failed:

@@ -137,3 +137,23 @@ def test_memory_used_up_bit_by_bit(make_runner: Callable[..., Runner], size: int
         error = runner.submit(fill_up, size).error()
         assert isinstance(error, MemoryError) and "in fill_up" in full_text(error)
     assert runner.ospids() == before
+
+
+@pytest.mark.parametrize("where", ["argument", "captured", "map"])
+def test_what_no_worker_has_the_memory_to_receive(make_runner: Callable[..., Runner], where: str) -> None:
+    """The worker ends while it comes in, before anything has begun: it was sent to the next one for ever, and what
+    stood behind it never ran."""
+    runner = make_runner(1, memory_limit="200MiB")
+    large = bytes(100 * MIB)
+    if where == "map":
+        with pytest.raises(distpool.ProcessExitedException, match="more memory") as info:
+            list(runner.raw.map(len, [large, b"small"]))
+        error: BaseException | None = info.value
+    else:
+        bad = runner.submit(len, large) if where == "argument" else runner.submit(lambda: len(large))
+        behind = [runner.submit(helpers.square, number) for number in range(8)]
+        error = bad.error()
+        assert_squares(behind)
+    assert isinstance(error, distpool.ProcessExitedException) and not error.maybe_ran
+    assert "more memory" in str(error)
+    assert_squares([runner.submit(helpers.square, number) for number in range(3)])
