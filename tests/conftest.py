@@ -301,3 +301,34 @@ def gate() -> Iterator[Any]:
     made = Gate()
     yield made
     made.close()
+
+
+# -- fixtures of several modules -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Three processes that are played: `fakes.Cluster`."""
+    from fakes import Cluster
+
+    return Cluster(monkeypatch, 3)
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[list[int]]:
+    """Two workers."""
+    import distpool
+
+    pids = distpool.addprocs(2)
+    yield pids
+    distpool.rmprocs(pids)
+
+
+@pytest.fixture
+def mortal() -> Iterator[int]:
+    """A worker that the test ends."""
+    import distpool
+
+    (pid,) = distpool.addprocs(1)
+    yield pid
+    distpool.rmprocs(pid)

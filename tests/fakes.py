@@ -380,6 +380,16 @@ class Office:
         self.on_leader(lambda: self.scheduler.fail_all(lambda: RuntimeError("the test is over")))
 
 
+class Big:
+    """Something that is not a scalar."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Big) and self.value == other.value
+
+
 class Process:
     """One of the processes of a `Cluster`: a node with references, whose frames the cluster carries."""
 

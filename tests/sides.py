@@ -1,4 +1,5 @@
-"""Sender and receiver of shared segments in one process, for the tests of what is between them."""
+"""Sender and receiver of shared segments in one process, for the tests of what is between them; and processes of their
+own, for what is to be tested from the beginning."""
 
 from __future__ import annotations
 
@@ -79,3 +80,9 @@ def joined(kind: str, directory: Path) -> Iterator[Side]:
         made = Side(pool)
         yield made
         made.views.close()
+
+
+def fresh(source: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run this program in an interpreter of its own, to its end."""
+    command = [sys.executable, "-c", source]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **env})

@@ -5,10 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from told import requests
 from wires import wait_until
 
 import distpool
@@ -21,27 +21,6 @@ from distpool.wire.frames import Kind
 from distpool.wire.records import PLAIN_ERROR, VALUE
 
 WAIT = 30.0
-
-
-@pytest.fixture(scope="module")
-def team() -> Iterator[list[int]]:
-    pids = distpool.addprocs(2)
-    yield pids
-    distpool.rmprocs(pids)
-
-
-@pytest.fixture
-def mortal() -> Iterator[int]:
-    """A worker that the test ends."""
-    (pid,) = distpool.addprocs(1)
-    yield pid
-    distpool.rmprocs(pid)
-
-
-def requests() -> Any:
-    """The server of this process."""
-    handler: Any = nodes.current().handlers[Kind.CHANNEL]
-    return handler.__self__
 
 
 def here(maxsize: float) -> tuple[RemoteChannel, Channel]:

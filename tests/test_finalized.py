@@ -15,12 +15,6 @@ import distpool
 from distpool import Future
 from distpool.refs.finalized import FINALIZED, refuse_uses
 
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    return Cluster(monkeypatch, 3)
-
-
 USES = {
     "result": (),
     "exception": (),

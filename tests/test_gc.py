@@ -20,11 +20,6 @@ from distpool.wire import codec
 from distpool.wire.frames import Kind
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    return Cluster(monkeypatch, 3)
-
-
 def test_there_is_one_for_each_node_and_identities_are_its_own(cluster: Cluster) -> None:
     one, other = cluster.processes[1], cluster.processes[2]
     assert gc.of(one) is one.refs is not other.refs  # type: ignore[arg-type]

@@ -52,6 +52,11 @@ class Pipes:
         orphans.take_over(f"{self.output},{self.waiting}")
         (self.thread,) = set(threading.enumerate()) - before
 
+    def write(self, data: bytes) -> None:
+        """More than fits into the pipe: it is read meanwhile."""
+        while data:
+            data = data[os.write(self.writing, data) :]
+
     def end(self) -> None:
         os.close(self.writing)
         self.thread.join(PATIENCE)
@@ -74,9 +79,7 @@ def test_what_comes_after_the_end_of_the_other_reader_is_shown(calls: Calls) -> 
 def test_a_line_without_end_is_not_held_for_ever(calls: Calls) -> None:
     pipes = Pipes()
     os.close(pipes.lifeline)
-    data = b"x" * 400_000
-    while data:
-        data = data[os.write(pipes.writing, data) :]
+    pipes.write(b"x" * 400_000)
     pipes.end()
     shown = "".join(calls.lines())
     assert len(shown) > 300_000 and set(shown) == {"x"}
@@ -88,9 +91,7 @@ def test_it_is_read_on_whatever_becomes_of_it(calls: Calls, error: Exception) ->
     calls.error = error
     pipes = Pipes()
     os.close(pipes.lifeline)
-    data = b"line\n" * 100_000
-    while data:
-        data = data[os.write(pipes.writing, data) :]
+    pipes.write(b"line\n" * 100_000)
     pipes.end()
     assert len(calls.lines()) == 100_000
 

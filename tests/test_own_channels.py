@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from told import requests
 from wires import wait_until
 
 import distpool
 from distpool import Channel, ChannelClosedError, RemoteChannel, remotecall, remotecall_fetch
-from distpool.node import node as nodes
-from distpool.wire.frames import Kind
 
 WAIT = 30.0
-
-
-@pytest.fixture(scope="module")
-def team() -> Iterator[list[int]]:
-    pids = distpool.addprocs(2)
-    yield pids
-    distpool.rmprocs(pids)
-
-
-@pytest.fixture
-def mortal() -> Iterator[int]:
-    """A worker that the test ends."""
-    (pid,) = distpool.addprocs(1)
-    yield pid
-    distpool.rmprocs(pid)
-
-
-def requests() -> Any:
-    """The server of this process."""
-    handler: Any = nodes.current().handlers[Kind.CHANNEL]
-    return handler.__self__
 
 
 class Sub(Channel):

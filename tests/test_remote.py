@@ -11,28 +11,13 @@ import threading
 from typing import Any
 
 import pytest
-from fakes import Cluster
+from fakes import Big, Cluster
 
 from distpool.errors import ProcessExitedException, RemoteException, SerializationError
 from distpool.refs.owner import RRID
 from distpool.refs.remote import RemoteFuture
 from distpool.refs.travel import new_future
 from distpool.wire.frames import Kind
-
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    return Cluster(monkeypatch, 3)
-
-
-class Big:
-    """Something that is not a scalar."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Big) and self.value == other.value
 
 
 class Unreadable:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import textwrap
 import types
 from pathlib import Path
 
 import pytest
+from sides import fresh
 
 from distpool import trackers
 
@@ -47,13 +47,7 @@ ALONE = "trackers.lend = lambda: None\n"
 
 def program(source: str, complaints: bool = False, **env: str) -> list[str]:
     """What a program of its own prints; nothing may be said on its stderr, by whomever."""
-    done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + textwrap.dedent(source)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, **env},
-    )
+    done = fresh(PREAMBLE + textwrap.dedent(source), **env)
     assert done.returncode == 0 and (complaints or done.stderr == ""), done.stderr
     return done.stdout.split()
 
@@ -65,16 +59,18 @@ WAYS = [
 ]
 
 
+@pytest.mark.parametrize("before", ["", ALONE], ids=["shared", "alone"])
 @pytest.mark.parametrize("way", WAYS, ids=["fork", "tcp", "exec"])
-def test_workers_that_go_leave_the_programs_segment_alone(way: dict[str, str]) -> None:
+def test_workers_that_go_leave_the_programs_segment_alone(way: dict[str, str], before: str) -> None:
     found = program(
-        """
+        before
+        + textwrap.dedent("""
         segment = SharedMemory(create=True, size=10)
         with ClusterExecutor(1, max_tasks_per_child=1) as executor:
             print(*[executor.submit(use, segment.name).result() for _ in range(3)])
         print(exists(segment.name))
         segment.unlink()
-        """,
+        """),
         **way,
     )
     assert found == ["1", "2", "3", "True"]
@@ -183,20 +179,6 @@ def test_many_threads_of_one_worker_ask_once() -> None:
 
 
 # -- without the program's -------------------------------------------------------------------------------------------
-
-
-def test_alone_nothing_goes_that_was_only_attached_to() -> None:
-    found = program(
-        ALONE
-        + """
-segment = SharedMemory(create=True, size=10)
-with ClusterExecutor(1, max_tasks_per_child=1) as executor:
-    print(*[executor.submit(use, segment.name).result() for _ in range(3)])
-print(exists(segment.name))
-segment.unlink()
-"""
-    )
-    assert found == ["1", "2", "3", "True"]
 
 
 def test_alone_what_a_task_has_made_goes_with_its_worker() -> None:

@@ -10,27 +10,12 @@ import pickle
 from typing import Any
 
 import pytest
-from fakes import Cluster
+from fakes import Big, Cluster
 
 from distpool.errors import SerializationError
 from distpool.refs.refs import Future
 from distpool.refs.remote import RemoteFuture
 from distpool.refs.travel import dead_future, new_future
-
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    return Cluster(monkeypatch, 3)
-
-
-class Big:
-    """Something that is not a scalar."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Big) and self.value == other.value
 
 
 @pytest.mark.parametrize("wrong", [True, 2.0, "2", [2]])

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from sides import fresh
 
 from distpool.managers import zygotes
 from distpool.managers.local import LocalManager
@@ -34,13 +35,7 @@ def say(**found):
 
 def program(source: str, **env: str) -> dict[str, Any]:
     """Run a program of its own; what it says at its end, and nothing else may be said."""
-    done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + textwrap.dedent(source)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, **env},
-    )
+    done = fresh(PREAMBLE + textwrap.dedent(source), **env)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found

@@ -1,12 +1,14 @@
-"""Channels by callbacks: what is put, and what those who ask are told."""
+"""Channels by callbacks: what is put, what those who ask are told, and who serves them for other processes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from distpool import Channel
+from distpool.node import node as nodes
 from distpool.refs.channelcore import Waiter
 from distpool.refs.refs import LOCAL_VALUE, Outcome
+from distpool.wire.frames import Kind
 
 
 def item(value: Any) -> Outcome:
@@ -35,3 +37,9 @@ def put(channel: Channel, value: Any, pid: int = 0) -> tuple[Waiter, Told]:
 def ask(channel: Channel, kind: str = "take", pid: int = 0) -> tuple[Waiter, Told]:
     told = Told()
     return channel.request(kind, told, pid), told
+
+
+def requests() -> Any:
+    """The server of channels of the process that this runs in."""
+    handler: Any = nodes.current().handlers[Kind.CHANNEL]
+    return handler.__self__
