@@ -8,9 +8,11 @@ Parts are cut in the caller's thread; results come on library threads.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
@@ -115,6 +117,9 @@ def _each(body: Callable[[Any], Any], part: Any) -> None:
         body(element)
 
 
+_SOON = 2.0  # seconds, at the end, for callbacks of calls whose workers have gone
+
+
 class Loop(Future[None]):
     """A loop that runs: done when all parts have ended. An error that nobody asked for goes to stderr."""
 
@@ -126,6 +131,8 @@ class Loop(Future[None]):
         self._counting = threading.Lock()  # protects _left
         self._node = _node()
         self._call = _Waiting(gc.of(self._node))
+        self._pids = [pid for pid, _ in work]
+        self._node.loops[id(self)] = weakref.ref(self)
         if not work:
             self.set_result(None)
         for number, (pid, part) in enumerate(work):
@@ -147,7 +154,6 @@ class Loop(Future[None]):
                 return
         errors = [error for error in self._errors if error is not None]
         if errors:
-            self._node.failed_loops[id(self)] = weakref.ref(self)
             self.set_exception(CompositeException(errors))
         else:
             self.set_result(None)
@@ -181,20 +187,28 @@ class Loop(Future[None]):
         self._say()
         node = self.__dict__.get("_node")
         if node is not None:
-            node.failed_loops.pop(id(self), None)
+            node.loops.pop(id(self), None)
 
 
 def report_failed() -> None:
     """At the program's end: print the errors of loops that are held until then, by a global variable, say.
 
     When Python drops those, it loads no module any more, which is what formatting a traceback takes. And one that a
-    thread of ours still holds is not dropped at all.
+    thread of ours still holds is not dropped at all: such as one whose workers have just gone, which a callback is
+    about to say.
     """
     node = nodes.existing()
-    for reference in list(node.failed_loops.values()) if node is not None else ():
+    deadline = time.monotonic() + _SOON
+    if node is None:
+        return
+    for reference in list(node.loops.values()):
         loop = reference()
-        if loop is not None:
-            loop._say()
+        if loop is None:
+            continue
+        if not loop.done() and node.peers.dead.keys() >= set(loop._pids):
+            with contextlib.suppress(Exception):  # it takes longer: another thread cannot begin at this time, say
+                Future.exception(loop, max(0.0, deadline - time.monotonic()))
+        loop._say()
 
 
 codec.register_reducer(Loop, reduce_future)

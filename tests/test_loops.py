@@ -244,3 +244,17 @@ def test_a_loop_that_fails_because_the_program_ends() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert "no traceback" not in done.stderr and done.stderr.count("CompositeException") == 1
     assert done.stdout == "" and done.stderr.count("ProcessExitedException: worker ") >= 2
+
+
+def test_the_end_waits_for_who_is_about_to_say_that_a_loop_has_failed() -> None:
+    """Its error was lost if the program was gone before the callback had run."""
+    program = """if True:
+        import time, distpool
+        from distpool.loops import Loop
+        distpool.addprocs(2)
+        ended = Loop._ended
+        Loop._ended = lambda self, number, error: (time.sleep(0.5), ended(self, number, error))
+        loop = distpool.distributed(lambda number: time.sleep(100), [1, 2])
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.count("CompositeException") == 1

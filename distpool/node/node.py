@@ -59,7 +59,7 @@ class Node:
         self.ahead: Any = None  # workers: what was put ahead into channels of others (refs.ahead)
         self.serving: Any = None  # the owner's side of references (refs.remote)
         self.callee: Any = None  # the callee's side of remote calls (calls)
-        self.failed_loops: dict[int, Any] = {}  # id -> weak reference: errors that may have to be told at exit (loops)
+        self.loops: dict[int, Any] = {}  # id -> weak reference: whose errors may have to be told at exit (loops)
         self.boards: Any = None  # where workers note how far they are in batches of maps (batches)
         self.default_pool: Any = None  # master: the default WorkerPool, once somebody has asked for it (pools)
         self.collecting: dict[int, list[list[Any]]] = {}  # thread id -> futures started in each of its sync() blocks
