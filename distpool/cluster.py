@@ -227,7 +227,7 @@ def end_workers(node: Node, patience: float) -> None:
             member.remove(patience)
         return
     if not members:
-        node.notices.join(_PATIENCE)  # of one that has just gone, the last lines may be about to be printed
+        node.tell(_PATIENCE, whole=True)  # of one that has just gone, the last lines may be about to be printed
         return
     future: concurrent.futures.Future[None] = concurrent.futures.Future()
     future.set_running_or_notify_cancel()
@@ -235,7 +235,7 @@ def end_workers(node: Node, patience: float) -> None:
     node.loop.call_soon(lambda: removal.begin(patience))
     with node.loop.following():
         concurrent.futures.wait([future], 2 * _PATIENCE)
-    node.notices.join(_PATIENCE)
+    node.tell(_PATIENCE, whole=True)
 
 
 # -- interrupting ------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class Crew:
                     self.finished.wait(timeout)
             if deadline is not None and time.monotonic() >= deadline:
                 break
-        self.node.notices.join(_NOTICES)
+        self.node.tell(_NOTICES)
 
     def start(self) -> None:
         """Launch the workers in the background. Any thread."""

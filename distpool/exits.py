@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # its calls). It evaluates the text of a named tuple, and then CPython forgets that a KeyboardInterrupt was not caught:
 # the program would exit with status 1, and not die of SIGINT as shells and other parents expect.
 
+_TOLD = 5.0  # seconds that handlers of the user's may take at the end
+_RESERVE = 2  # threads
 _PATIENCE = 4.0  # seconds that a busy worker has to end when the program ends
 
 
@@ -38,6 +40,8 @@ def register(node: Node) -> None:
     """Have the executors of this node finished at the end of the program (once per node)."""
     if not node.exit_registered:
         node.exit_registered = True
+        if (3, 12) <= sys.version_info < (3, 12, 2):  # no thread starts at the end (python/cpython#113964), and those
+            node.threads.reserve(_RESERVE)  # that idle may have gone by then
         register_atexit: Any = threading._register_atexit  # type: ignore[attr-defined]
         register_atexit(_at_exit, node)
 
@@ -112,3 +116,4 @@ def _at_exit(node: Node) -> None:
     if not interrupted:
         for deliveries in list(node.delivering):
             deliveries.wait()
+        node.tell(_TOLD, whole=True)

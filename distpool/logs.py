@@ -13,29 +13,88 @@ imported.)
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Callable
 
 TYPE_CHECKING = False  # not from `typing`: see `hints`
 if TYPE_CHECKING:
+    import logging
     from typing import Any
 
 
 class Log:
     """The logger `distpool.NAME`: its methods (`debug`, `warning`, `exception`, ...), looked up at each use.
 
+    The handlers are the user's code: what they raise is shown on stderr as `logging` itself shows the errors of its own
+    handlers, and goes no further.
+
     Example: `log = Log("ioloop")`, `log.warning("%s", error)`
     """
+
+    #: Takes a function that runs handlers and calls it where that may take long, if the calling thread is not one for
+    #: that; False: the thread may do it itself. Put here by `node.node`.
+    elsewhere: Callable[[Callable[[], object]], bool] = staticmethod(lambda write: False)
 
     def __init__(self, name: str) -> None:
         self._name = f"distpool.{name}"
         quiet_if_loaded()
 
     def __getattr__(self, method: str) -> Any:
+        return lambda *args, **options: _write(self._name, method, args, options)
+
+
+def _write(name: str, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Nothing that goes wrong here, in handlers above all, gets out of here."""
+    try:
+        import logging
+    except (ImportError, OSError):  # no descriptor or no memory left: what was to be logged is worse than no log
+        return
+
+    def write() -> None:
         try:
-            import logging
-        except (ImportError, OSError):  # no descriptor or no memory left: what was to be logged is worse than no log
-            return _nothing
+            logger.log(level, *args, stacklevel=4, **options)
+        except BaseException as error:
+            if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+                raise  # Ctrl-C
+            _show()
+
+    try:
         be_quiet()
-        return getattr(logging.getLogger(self._name), method)
+        logger = logging.getLogger(name)
+        level = logging.ERROR if method == "exception" else getattr(logging, method.upper())
+        if not (logger.isEnabledFor(level) and _is_heard(logger)):
+            return
+        if method == "exception" or options.get("exc_info") is True:
+            options["exc_info"] = sys.exc_info()  # now: another thread has none
+        if not Log.elsewhere(write):
+            write()
+    except Exception:
+        _show()
+
+
+def _is_heard(logger: logging.Logger) -> bool:
+    """Whether anybody is to be told: not if there is nothing but the handler that makes us quiet."""
+    import logging
+
+    at: logging.Logger | None = logger
+    while at is not None:
+        if at.filters or any(type(handler) is not logging.NullHandler for handler in at.handlers):
+            return True
+        at = at.parent if at.propagate else None
+    return False
+
+
+def _show() -> None:
+    """A handler of the user's has raised."""
+    try:
+        import logging
+        import traceback
+
+        if logging.raiseExceptions and sys.stderr is not None:
+            print("--- Logging error ---", file=sys.stderr)
+            traceback.print_exc()
+    except Exception:
+        pass  # stderr is the user's as well: nothing is left to tell it to
 
 
 def be_quiet() -> None:
@@ -54,10 +113,6 @@ def quiet_if_loaded() -> None:
             be_quiet()
         except (ImportError, OSError):  # see `Log`
             pass
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """In place of a logger's method."""
 
 
 __all__ = ["Log", "be_quiet", "quiet_if_loaded"]

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 
 from distpool.culprits import explained, take_out
+from distpool.depth import is_deep
 from distpool.hints import Any
 from distpool.logs import Log
 from distpool.mapruns import MapRun
@@ -98,7 +99,7 @@ class Scheduler:
         self._wanted = True
         if self.lock._is_owned():
             return  # a finalizer in the middle of it: the thread looks again
-        if not self.loop.enter_critical():
+        if (not self.loop.leads and is_deep()) or not self.loop.enter_critical():
             self.loop.call_soon(self.pump)
             return
         try:

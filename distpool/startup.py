@@ -10,6 +10,7 @@ worker dies with whoever started it: see `arm_lifeline`.
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import builtins
 import importlib
@@ -328,16 +329,18 @@ def finish(code: int, main: bool = True) -> NoReturn:
     The interpreter's own end is not used: it would tear down the modules, which costs 10 ms and can hang in C
     extensions, and a forked child would run through the zygote's frames.
     """
-    ended = threading.Event()
+    # In C, all of it: a call may have replaced what `threading` is written in (`builtins.len = ...`).
+    goes_on = _thread.allocate_lock()
+    goes_on.acquire()
 
     def give_up() -> None:
-        if not ended.wait(EXIT_SECONDS):
+        if not goes_on.acquire(timeout=EXIT_SECONDS):
             os._exit(code)
 
     try:
         usual = threading.stack_size(_STACK)
         try:
-            threading.Thread(target=give_up, name="distpool-exit", daemon=True).start()
+            _thread.start_new_thread(give_up, ())
         finally:
             threading.stack_size(usual)  # exit hooks may start threads
         if main:
@@ -350,5 +353,5 @@ def finish(code: int, main: bool = True) -> NoReturn:
             stream.flush()
         except (OSError, ValueError):
             pass  # the master is gone, or user code closed the stream
-    ended.set()
+    goes_on.release()
     os._exit(code & 0xFF)

@@ -41,6 +41,7 @@ from distpool.wire.frames import Frame, Kind
 from distpool.wire.protocol import Handshake, Role
 
 _LOST_MASTER = 1  # exit status
+_CRASHED = 70  # the same: EX_SOFTWARE
 _GREETING = 0.001  # seconds until we have answered a master that was waiting for us
 _FAREWELL = 1.0  # seconds in which the master, or who reads our output, may take why this process ends
 _PRESS = 0.25  # seconds before, and between two, interrupts of a call that must end
@@ -59,6 +60,7 @@ class Worker:
         self.memory_limit = 0  # bytes, 0: none
         self.runner: TaskRunner | None = None
         self.observer: Observer | None = None
+        self.loop.on_crash = self._on_crash
         self.parent = 0  # ospid of whoever had this process started, which is ours altogether; 0: it is the user's
         self._listener = listener
         self._joined = threading.Event()
@@ -139,6 +141,15 @@ class Worker:
         self.node.deliver(say)
         said.wait(_FAREWELL)
         os._exit(_LOST_MASTER)
+
+    def _on_crash(self, error: BaseException) -> None:
+        """Leader: a handler has not come to its end, so what it had in hand is lost. (As a rule a call has replaced
+        something of the interpreter that everybody uses.) Whoever waits sees the end of this process instead."""
+        try:
+            text = f"internal error of distpool in worker {self.node.pid}:\n{nodes.whole_text(error)}"
+            self._end(lambda: print(text, file=sys.stderr, flush=True))
+        finally:
+            os._exit(_CRASHED)
 
     # -- interrupts (leader) -----------------------------------------------------------------------------------
 

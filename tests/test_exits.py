@@ -254,3 +254,46 @@ def test_workers_that_are_still_coming_go_with_the_program() -> None:
         assert psutil.Process(ospid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         pass
+
+
+def test_output_waits_for_its_reader() -> None:
+    """As what the program prints itself does, for instance into a pager: longer than anything else may take then."""
+    source = """if True:
+        import sys, distpool
+        from distpool import crew, exits
+        crew._NOTICES = exits._TOLD = 0.05
+        def work():
+            for number in range(4000):
+                print("x" * 1000)
+        with distpool.ClusterExecutor(1) as ex:
+            ex.submit(work).result()
+            sys.stderr.write("done\\n")
+        sys.stderr.write("left\\n")
+    """
+    command = [sys.executable, "-c", source]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None and program.stderr is not None
+        assert [program.stderr.readline() for _ in range(2)] == ["done\n", "left\n"]
+        with pytest.raises(subprocess.TimeoutExpired):
+            program.wait(1.0)
+        out, err = program.communicate(timeout=50)
+    assert (program.returncode, out.count("\n"), err) == (0, 4000, "")
+
+
+def test_threads_that_have_idled_away_are_not_missed_at_the_end() -> None:
+    """What pending calls need at the end runs on library threads, and 3.12.0 starts none any more by then."""
+    done = run("""
+        import sys, threading, distpool
+        from distpool.node import threads
+        threads.IDLE = 0.05
+        reserved = 2 if (3, 12) <= sys.version_info < (3, 12, 2) else 0
+        def work():
+            return 5
+        ex = distpool.ClusterExecutor(1)
+        ex.submit(abs, -1).add_done_callback(lambda future: None)
+        ex.submit(abs, -1).result()
+        while sum(thread.name.startswith("distpool-task") for thread in threading.enumerate()) > reserved:
+            threading.Event().wait(0.02)
+        ex.submit(work).add_done_callback(lambda future: print(future.result()))
+    """)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "5\n", "")

@@ -361,3 +361,39 @@ def test_what_has_used_up_the_memory_is_let_go(kind: type[Exception], kept: bool
         data = failures.encode_exception(error)
         assert (seen[0]() is not None) is kept
     assert "in fill" in failures.failure_info(data).traceback
+
+
+class Silent(type):
+    """A metaclass that does not say what its classes are called."""
+
+    def __getattribute__(cls, name):
+        if name in ("__name__", "__qualname__", "__module__"):
+            raise RuntimeError("no names today")
+        return type.__getattribute__(cls, name)
+
+
+class OfSilent(Exception, metaclass=Silent):
+    pass
+
+
+class Unsendable(str):
+    def __reduce__(self):
+        raise TypeError("not this one")
+
+
+class StrangeText(Exception):
+    def __str__(self):
+        return Unsendable("strange")
+
+
+def test_classes_that_do_not_tell_their_names() -> None:
+    """Seen: whoever encoded the error was ended by it, on a worker the process."""
+    data = failures.encode_exception(OfSilent("text"))
+    info = failures.failure_info(data)
+    assert info.type_name == f"{__name__}.OfSilent" and info.message == "text"
+    assert isinstance(failures.decode_exception(data), Exception)
+
+
+def test_a_text_of_a_class_of_its_own() -> None:
+    info = failures.failure_info(failures.encode_exception(StrangeText()))
+    assert type(info.message) is str and info.message == "strange"

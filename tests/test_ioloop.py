@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -201,6 +202,47 @@ def test_errors_of_handlers_are_told_and_cost_nothing_else(started: IoLoop, capl
     started.unregister(reader)
     reader.close()
     writer.close()
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_what_is_thrown_into_the_io_thread_does_not_end_it(started: IoLoop, kind: type[BaseException]) -> None:
+    """Programs end what their threads do by throwing exceptions into them. Whoever waits for the handler that it has
+    met hears of it; outside of handlers nothing is lost."""
+    crashes: list[BaseException] = []
+    started.on_crash = crashes.append
+    thread = started._thread
+    assert thread is not None
+
+    def throw() -> None:
+        raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+        assert raise_in(ctypes.c_ulong(thread.ident), ctypes.py_object(kind)) == 1  # type: ignore[arg-type]
+
+    def raises() -> None:
+        raise kind
+
+    for _ in range(20):  # more often than a broken poller may fail
+        started.call_soon(raises)
+        soon(started)
+        throw()
+        soon(started)
+    assert thread.is_alive()
+    assert len(crashes) >= 20 and {type(error) for error in crashes} == {kind}
+
+
+def test_who_leads_hears_of_what_was_thrown_at_him(loop: IoLoop) -> None:
+    crashes: list[BaseException] = []
+    loop.on_crash = crashes.append
+
+    def raises() -> None:
+        raise SystemExit
+
+    loop.call_soon(raises)
+    with pytest.raises(SystemExit):
+        loop.lead(lambda: False, time.monotonic() + PATIENCE)
+    assert len(crashes) == 1
+    done: list[bool] = []
+    loop.call_soon(lambda: done.append(True))
+    assert loop.lead(lambda: bool(done), time.monotonic() + PATIENCE) and done
 
 
 def test_register_and_unregister(started: IoLoop) -> None:

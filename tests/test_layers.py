@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent / "distpool"
 TESTS = list(Path(__file__).resolve().parent.rglob("test_*.py"))
 
 LAYERS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "config", "directories", "logs", "hints", "fields", "flag", "dropped", "sigpipe"),
+    0: ("errors", "config", "directories", "logs", "hints", "fields", "flag", "dropped", "sigpipe", "depth"),
     1: (
         *("wire.frames", "wire.messages", "wire.records", "wire.mac", "wire.protocol", "wire.versions"),
         "wire.pieces",
@@ -48,13 +48,14 @@ LAYERS: dict[int, tuple[str, ...]] = {
             "node.served",
             "node.output",
             "node.threads",
+            "node.logrecords",
             "node.deliveries",
         ),
         *("node.peers", "node.node", "node.reach", "node.bulk"),
         *("node.member", "node.group"),
     ),
     4: (
-        *("refs.refs", "refs.outcomes", "refs.waiters", "refs.finalized", "refs.owner", "refs.gc"),
+        *("refs.refs", "refs.outcomes", "refs.waiters", "refs.conditions", "refs.finalized", "refs.owner", "refs.gc"),
         *("refs.remote", "refs.travel", "refs.serving"),
         *("refs.lent", "refs.ahead", "refs.room", "refs.channelcore", "refs.channel", "refs.channels"),
         "refs.channelserver",
@@ -167,6 +168,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("node.tasks", "node.spans"),
         ("node.spans", "node.results"),
         ("node.node", "node.threads"),
+        *(("node.node", "node.logrecords"), ("node.logrecords", "node.threads")),
         ("node.member", "node.node"),
         ("node.member", "node.output"),
         ("node.member", "node.threads"),
@@ -175,6 +177,7 @@ SAME_LAYER: frozenset[tuple[str, str]] = frozenset(
         ("node.group", "node.output"),
         ("refs.owner", "refs.refs"),
         ("refs.refs", "refs.waiters"),
+        ("refs.refs", "refs.conditions"),
         ("refs.refs", "refs.finalized"),
         ("refs.refs", "refs.outcomes"),
         ("refs.gc", "refs.finalized"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import concurrent.futures
 import os
 import re
@@ -220,6 +221,22 @@ def test_many_interrupts_cost_at_most_what_runs(make: Callable[..., ClusterExecu
                 hit += 1
     assert hit <= 100
     assert executor.submit(os.getpid).result(PATIENCE) == worker
+
+
+def replace_builtin(name: str) -> int:
+    setattr(builtins, name, None)
+    return 1
+
+
+@pytest.mark.parametrize("name", ["bytes", "isinstance", "len", "range", "type"])
+def test_a_call_that_breaks_the_interpreter_costs_its_worker(make: Callable[..., ClusterExecutor], name: str) -> None:
+    """Whatever part of the library fails first, in whichever thread, the process ends. Seen: its I/O thread had ended,
+    and it lived on and answered nobody."""
+    executor = make(1)
+    broken = [executor.submit(replace_builtin, name), *(executor.submit(abs, -number) for number in range(3))]
+    for future in broken:
+        assert isinstance(future.exception(PATIENCE), Exception | None)
+    assert executor.submit(abs, -9).result(PATIENCE) == 9
 
 
 def test_a_worker_ends_with_its_master() -> None:

@@ -14,11 +14,14 @@ import contextlib
 import importlib
 import itertools
 import os
+import sys
 import threading
 from collections.abc import Callable
 
 from distpool.errors import DistpoolError, RemoteException
 from distpool.hints import Any
+from distpool.logs import Log
+from distpool.node.logrecords import Records
 from distpool.node.peers import Peers
 from distpool.node.served import RAISED, RETURNED, Served, name_of
 from distpool.node.threads import SerialQueue, ThreadCache
@@ -30,6 +33,7 @@ from distpool.wire import codec
 from distpool.wire.frames import Frame, Kind
 from distpool.wire.functions import FunctionEncoder
 
+_log = Log("node")
 _node: Node | None = None
 _making = threading.RLock()  # protects _node while it is made
 
@@ -47,6 +51,7 @@ class Node:
         self.loop = IoLoop()
         self.threads = ThreadCache("distpool-task", self.loop.call_later)
         self.notices = SerialQueue(self.threads)  # output and life-cycle notices, in order
+        self.records = Records(self.threads)
         self.segments = SegmentPool()
         self.encoder = FunctionEncoder(Kept(self.segments, self.loop.call_soon).keep)
         self.handlers: dict[int, Callable[[Link, Frame], None]] = {}
@@ -135,16 +140,23 @@ class Node:
 
     def crashed(self, error: BaseException) -> None:
         """The I/O loop met a defect of ours: whoever waits hears of it, with the traceback, instead of hanging."""
-        import traceback
-
-        text = "".join(traceback.format_exception(error))
+        text = whole_text(error)
 
         def make_error() -> DistpoolError:
             return DistpoolError(f"internal error of distpool in its I/O thread:\n{text}")
 
-        for crew in list(self.crews):
-            crew.fail(make_error)
-        self.peers.requests.fail_all(make_error)
+        for fail in [*(crew.fail for crew in list(self.crews)), self.peers.requests.fail_all]:
+            try:
+                fail(make_error)
+            except Exception:
+                _log.exception("not all that waits can be told")
+
+    def tell(self, seconds: float, whole: bool = False) -> None:
+        """Wait until the user has been told everything (output, notices, the log), for as long as handlers of his may
+        take. `whole`: the program ends, and as with what it prints itself, its output waits for who reads it."""
+        while not self.notices.join(seconds) and whole and self.notices.prints:
+            pass
+        self.records.join(seconds)
 
     def deliver(self, function: Callable[[], object]) -> None:
         """Run `function()` on a library thread: it may be user code and may block."""
@@ -236,7 +248,26 @@ def _own_pid() -> int:
     return 1 if _node is None else _node.pid
 
 
+def _log_elsewhere(write: Callable[[], object]) -> bool:
+    node = _node
+    if node is None or not node.loop.leads or sys.is_finalizing():
+        return False
+    node.records.write(write)
+    return True
+
+
 RemoteException.own_pid = staticmethod(_own_pid)  # type: ignore[method-assign]
+Log.elsewhere = staticmethod(_log_elsewhere)
+
+
+def whole_text(error: BaseException) -> str:
+    """The error with its traceback; what it can still be told of, where the interpreter itself has been broken."""
+    try:
+        import traceback
+
+        return "".join(traceback.format_exception(error))
+    except Exception as second:
+        return f"{type(error).__name__} (without its traceback: {type(second).__name__})"
 
 
 def _before_fork() -> None:

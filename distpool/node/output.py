@@ -108,9 +108,12 @@ class OutputReader:
         return []
 
     def _print(self, texts: list[str], size: int) -> None:
+        hook = self._hook()
+        self._notices.prints = hook is None
         try:
-            show(sys.stdout, self._pid, texts, self._hook())
+            show(sys.stdout, self._pid, texts, hook)
         finally:
+            self._notices.prints = False
             self._loop.call_soon(lambda: self._written(size))
 
     def _written(self, size: int) -> None:

@@ -123,6 +123,8 @@ class ThreadCache:
 class SerialQueue:
     """Runs functions one after another, in order, on a thread of the cache: for output and notices to users."""
 
+    prints = False  # what runs now writes to the program's own stdout, whose reader may take his time
+
     def __init__(self, threads: ThreadCache) -> None:
         self._threads = threads
         self._waiting: collections.deque[Callable[[], object]] = collections.deque()

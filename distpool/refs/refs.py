@@ -30,6 +30,7 @@ from distpool.config import deadline_after
 from distpool.hints import TYPE_CHECKING, Any, Protocol, T
 from distpool.logs import Log
 from distpool.node import node as nodes
+from distpool.refs.conditions import take
 from distpool.refs.finalized import dead_handle, end_waits, refuse_uses
 from distpool.refs.outcomes import LOCAL_VALUE as LOCAL_VALUE
 from distpool.refs.outcomes import RAISED_HERE as RAISED_HERE
@@ -153,10 +154,14 @@ class Future(concurrent.futures.Future[T]):
             if condition is None and not self._enter(state, raw, result, error):
                 return False
         if condition is not None:
-            with condition:
+            taken = take(condition)
+            try:
                 if not self._enter(state, raw, result, error):
                     return False
-                self._wake_waiters(condition)
+                self._wake_waiters(condition, taken)
+            finally:
+                if taken:
+                    condition.release()
         call, self._call = self._call, None
         if self._watched:
             self._announce(told=condition is not None)
@@ -170,8 +175,12 @@ class Future(concurrent.futures.Future[T]):
         """The state is final: wake who sleeps, tell who wanted to hear. `told`: waiters on the Condition know."""
         found = self.__dict__
         if not told and "_condition" in found:  # made while the state changed, by a finalizer or a signal handler
-            with self._condition:
-                self._wake_waiters(self._condition)
+            taken = take(self._condition)
+            try:
+                self._wake_waiters(self._condition, taken)
+            finally:
+                if taken:
+                    self._condition.release()
         if "_sleepers" in found:
             for sleeper in list(found["_sleepers"]):
                 _release(sleeper)
@@ -188,7 +197,7 @@ class Future(concurrent.futures.Future[T]):
         self._state = state
         return True
 
-    def _wake_waiters(self, condition: threading.Condition) -> None:
+    def _wake_waiters(self, condition: threading.Condition, taken: bool) -> None:
         for waiter in self._waiters:
             if self._state != FINISHED:
                 waiter.add_cancelled(self)
@@ -196,7 +205,8 @@ class Future(concurrent.futures.Future[T]):
                 waiter.add_exception(self)
             else:
                 waiter.add_result(self)
-        condition.notify_all()
+        if taken:
+            condition.notify_all()
 
     def _run_callbacks(self) -> None:
         callbacks = self._done_callbacks

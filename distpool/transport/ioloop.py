@@ -27,13 +27,14 @@ import time
 from collections.abc import Callable
 
 from distpool import config
+from distpool.depth import is_deep
 from distpool.hints import Any, Protocol
 from distpool.logs import Log
 from distpool.transport import polling
 from distpool.transport.deferral import Deferral
 
 log = Log("ioloop")
-_MAX_CRASHES = 10  # of the I/O thread itself: a poller that is broken for good must not spin
+_MAX_CRASHES = 10  # of the I/O thread itself, one after another: a poller that is broken for good must not spin
 #: RuntimeError of whoever would wait for ever; see `IoLoop.check_wait`.
 ON_LEADER = (
     "a finalizer cannot wait here: it runs in the middle of something that has to end before anything can be received"
@@ -251,16 +252,16 @@ class IoLoop:
 
         `brisk`: what is waited for may come so soon that it is worth a look before sleeping (`polling`).
 
-        False: this thread may not lead now (another claimant does, or it is the main thread and Ctrl-C belongs to the
-        user): the caller has to wait by other means, and the I/O thread will run the handlers. KeyboardInterrupt: it
-        runs a call of the user's that was interrupted.
+        False: this thread may not lead now (another claimant does, it is the main thread and Ctrl-C belongs to the
+        user, or it is near the recursion limit): the caller has to wait by other means, and the I/O thread will run the
+        handlers. KeyboardInterrupt: it runs a call of the user's that was interrupted.
         """
         guard = self.guard
         inside = guard.enter(self.wake) if guard is not None else None
         if guard is None or inside is None:
-            return self._lead_if_free(until, deadline, brisk)
+            return not is_deep() and self._lead_if_free(until, deadline, brisk)
         try:
-            return self._lead_if_free(lambda: inside.struck or until(), deadline, brisk)
+            return not is_deep() and self._lead_if_free(lambda: inside.struck or until(), deadline, brisk)
         finally:
             guard.leave(inside)
 
@@ -362,7 +363,7 @@ class IoLoop:
             if handler is not None:
                 try:
                     handler(events)
-                except Exception as error:  # a defect of ours: everything that waits must hear of it
+                except BaseException as error:  # a defect of ours: everything that waits must hear of it
                     self._crashed(error)
         if self._soon or self._timers:
             self._run_due()
@@ -397,13 +398,17 @@ class IoLoop:
     def _guarded(self, callback: Callable[[], object]) -> None:
         try:
             callback()
-        except Exception as error:
+        except BaseException as error:
             self._crashed(error)
 
-    def _crashed(self, error: Exception) -> None:
+    def _crashed(self, error: BaseException) -> None:
+        """A handler has not come to its end: what it had in hand is lost. (Not only by defects: a program may have an
+        exception thrown into any of its threads, to end what that does.)"""
         log.error("internal error in the I/O loop", exc_info=error)
         if self.on_crash is not None:
             self.on_crash(error)
+        if not isinstance(error, Exception) and self._thread is not threading.current_thread():
+            raise error  # for the one who leads
 
     # -- the I/O thread ----------------------------------------------------------------------------------------
 
@@ -416,6 +421,7 @@ class IoLoop:
                     try:
                         while not self._stopped and not self._claims:
                             self._run_once(self.on_tick() if self.on_tick is not None else None, self._poller.poll)
+                            crashes = 0
                     finally:
                         self._leader_id = 0
                 self._step_back()
@@ -423,6 +429,8 @@ class IoLoop:
                 crashes += 1
                 if not self._stopped:
                     self._crashed(error)
+            except BaseException:  # thrown in by the program, while no handler had anything in hand
+                log.warning("an exception was thrown into the I/O thread", exc_info=True)
 
     def _step_back(self) -> None:
         """Return when this thread should lead again: nobody has led for a while, or somebody hurries us.

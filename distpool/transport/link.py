@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 
 from distpool import config
+from distpool.depth import is_deep
 from distpool.errors import AuthenticationError, ProtocolError
 from distpool.flag import Flag
 from distpool.hints import Any
@@ -125,7 +126,10 @@ class Link:
         guard = loop.guard
         inside = guard.enter(None) if guard is not None else None
         try:
-            if guard is not None and inside is None:  # of a worker, and no call of the user's: no signal raises here
+            if not loop.leads and is_deep():
+                self._queue.append(parts)
+                loop.call_soon(self._pump)
+            elif guard is not None and inside is None:  # of a worker, and no call of the user's: no signal raises here
                 self._queue.append(parts)
                 self._pump()
             elif loop.enter_critical():  # Ctrl-C would tear the frame and leave the lock held
@@ -387,6 +391,7 @@ class Link:
             self._sock.close()
             self._outbox.clear()
             self._queue.clear()
+        self._reader.drop_spare()  # the link may be known for longer than it is of use
         self._drained.set()
         self._on_closed(self, reason)
 

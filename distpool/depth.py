@@ -1,0 +1,28 @@
+"""How near the calling thread is to the recursion limit (layer 0).
+
+A program may submit, or wait for a result, from deep in a recursion. RecursionError in the middle of our bookkeeping
+would leave it torn, and later calls would wait for ever; so whoever is about to begin with it looks first, and leaves
+it to another thread if there might not be room.
+"""
+
+from __future__ import annotations
+
+import sys
+
+#: Frames that our own work takes at most: handlers of frames, which may import modules; measured: 60.
+ROOM = 200
+
+_frame = sys._getframe
+_limit = sys.getrecursionlimit
+
+
+def is_deep() -> bool:
+    """Whether less than `ROOM` frames are left. 0.3 us."""
+    try:
+        _frame(max(0, _limit() - ROOM))
+    except ValueError:  # the stack is not as deep as that
+        return False
+    return True
+
+
+__all__ = ["is_deep"]
