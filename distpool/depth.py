@@ -12,17 +12,26 @@ import sys
 #: Frames that our own work takes at most: handlers of frames, which may import modules; measured: 60.
 ROOM = 200
 
-_frame = sys._getframe
 _limit = sys.getrecursionlimit
 
+if sys.version_info >= (3, 12):
+    _module_of = sys._getframemodulename
 
-def is_deep() -> bool:
-    """Whether less than `ROOM` frames are left. 0.3 us."""
-    try:
-        _frame(max(0, _limit() - ROOM))
-    except ValueError:  # the stack is not as deep as that
-        return False
-    return True
+    def is_deep() -> bool:
+        """Whether less than `ROOM` frames are left. 0.3 us."""
+        return _module_of(max(0, _limit() - ROOM)) is not None  # None: the stack is not as deep as that
+
+else:
+    _frame = sys._getframe
+
+    def is_deep() -> bool:
+        """Whether less than `ROOM` frames are left. 1 us: nothing tells without an exception. (Tried: to compare two
+        tuples nested 60 deep, which takes as long.)"""
+        try:
+            _frame(max(0, _limit() - ROOM))
+        except ValueError:  # the stack is not as deep as that
+            return False
+        return True
 
 
 __all__ = ["is_deep"]

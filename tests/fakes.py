@@ -155,7 +155,7 @@ class FakeLink:
     def __init__(self, worker: FakeWorker) -> None:
         self._worker = worker
 
-    def send(self, kind: Kind, control: bytes = b"", body: Any = b"", buffers: Any = ()) -> bool:
+    def send(self, kind: Kind, control: bytes = b"", body: Any = b"", buffers: Any = (), roomy: bool = False) -> bool:
         self._worker.received(kind, control, body, list(buffers))
         return True
 

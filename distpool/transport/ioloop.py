@@ -259,7 +259,8 @@ class IoLoop:
         guard = self.guard
         inside = guard.enter(self.wake) if guard is not None else None
         if guard is None or inside is None:
-            return not is_deep() and self._lead_if_free(until, deadline, brisk)
+            # A thread of a worker's that runs no call of the user's is never deep.
+            return (guard is not None or not is_deep()) and self._lead_if_free(until, deadline, brisk)
         try:
             return not is_deep() and self._lead_if_free(lambda: inside.struck or until(), deadline, brisk)
         finally:

@@ -109,12 +109,13 @@ class Link:
 
     # -- sending (any thread) ----------------------------------------------------------------------------------
 
-    def send(self, kind: Kind, control: bytes = b"", body: Any = b"", buffers: Any = ()) -> bool:
-        """Send one frame; False if the link is closed (whoever waits for an answer hears of it by `on_closed`)."""
-        return self.send_parts(pack_frame(kind, control, body, buffers))
+    def send(self, kind: Kind, control: bytes = b"", body: Any = b"", buffers: Any = (), roomy: bool = False) -> bool:
+        """Send one frame; False if the link is closed (whoever waits for an answer hears of it by `on_closed`).
+        `roomy`: the caller knows that the recursion limit is far."""
+        return self.send_parts(pack_frame(kind, control, body, buffers), roomy)
 
-    def send_parts(self, parts: list[Any]) -> bool:
-        """Send the parts of one frame, in order and unmixed with other frames.
+    def send_parts(self, parts: list[Any], roomy: bool = False) -> bool:
+        """Send the parts of one frame, in order and unmixed with other frames. `roomy`: see `send`.
 
         Never waits for a lock: who finds it taken leaves the frame in the queue, and the holder looks again after
         releasing. A plain lock would deadlock when the collector runs a user's `__del__` inside the locked region
@@ -126,12 +127,12 @@ class Link:
         guard = loop.guard
         inside = guard.enter(None) if guard is not None else None
         try:
-            if not loop.leads and is_deep():
-                self._queue.append(parts)
-                loop.call_soon(self._pump)
-            elif guard is not None and inside is None:  # of a worker, and no call of the user's: no signal raises here
+            if guard is not None and inside is None:  # of a worker, and no call of the user's: no signal raises here
                 self._queue.append(parts)
                 self._pump()
+            elif not loop.leads and not roomy and is_deep():
+                self._queue.append(parts)
+                loop.call_soon(self._pump)
             elif loop.enter_critical():  # Ctrl-C would tear the frame and leave the lock held
                 try:
                     self._queue.append(parts)
