@@ -211,7 +211,8 @@ class FakeWorker:
                     items = [args[0] for args in items]
                 self.inbox.extend((sequence + offset, item) for offset, item in enumerate(items))
             elif flags in (messages.CHUNK, messages.CHUNK_OF_SCALARS):
-                self.inbox.append((sequence, list(codec.decode(payload))))
+                chunk = codec.decode(payload)
+                self.inbox.append((sequence, list(range(*chunk)) if type(chunk) is tuple else chunk))
             else:
                 args, _kwargs = codec.decode_args(payload, [])
                 self.inbox.append((sequence, args[0] if args else None))

@@ -84,7 +84,11 @@ class ResultWriter:
         """The call of `function` returned `value`, or (`many`) the calls of a chunk a list of values."""
         try:
             seen: list[Any] = []
-            data, buffers = codec.encode(value, self.link.peer, seen)
+            buffers: list[Any] = []
+            if many and type(value[0]) in SCALARS and set(map(type, value)) <= SCALARS:
+                data = dumps(value, 5)  # as `encode`, in two thirds of the time
+            else:
+                data, buffers = codec.encode(value, self.link.peer, seen)
             rows = self.entrust(seen) if seen else None
         except BaseException as error:
             self._record(sequence, UNSENDABLE, *self._encoded(self._named(error, value, function, many)))

@@ -476,15 +476,15 @@ class TaskRunner:
 
     def _run_many(self, item: Item, function: Callable[..., Any], begin: float) -> float:
         """A span or a chunk; returns from when on the time is not yet accounted for."""
-        arguments = item.arguments
+        arguments: Any = item.arguments
         if arguments is None:
             load = self.take_lent if codec.REFERENCES in item.payload else decode_item
-            arguments = item.arguments = load(codec.decode, item)
+            found: Any = load(codec.decode, item)
+            arguments = item.arguments = range(*found) if type(found) is tuple else found
         item.payload, item.buffers, item.loaded = b"", [], True
         if item.flags in CHUNKS:
             item.arguments = None
-            each = itertools.starmap if item.flags == CHUNK else map
-            # In C: chunks are there for tiny calls.
+            each = itertools.starmap if item.flags == CHUNK else map  # in C: chunks are there for tiny calls
             value = self.interrupts.call(list, (each(function, arguments),), {})
             if len(value) < len(arguments):  # an element raised it, and it looked like the end
                 raise StopIteration
