@@ -81,7 +81,7 @@ class Item:
         self.flags = flags
         self.payload = payload
         self.buffers = buffers
-        self.arguments: list[Any] | None = None  # spans: once they have been rebuilt
+        self.arguments: Any = None  # a list, or the range of a chunk, once they have been rebuilt
         self.loaded = False  # function and arguments have been rebuilt
         self.struck = False  # single calls: interrupted before they have begun
         self.index = 0  # spans: the element that runs, published by the runner

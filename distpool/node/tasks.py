@@ -476,10 +476,10 @@ class TaskRunner:
 
     def _run_many(self, item: Item, function: Callable[..., Any], begin: float) -> float:
         """A span or a chunk; returns from when on the time is not yet accounted for."""
-        arguments: Any = item.arguments
+        arguments = item.arguments
         if arguments is None:
             load = self.take_lent if codec.REFERENCES in item.payload else decode_item
-            found: Any = load(codec.decode, item)
+            found = load(codec.decode, item)
             arguments = item.arguments = range(*found) if type(found) is tuple else found
         item.payload, item.buffers, item.loaded = b"", [], True
         if item.flags in CHUNKS:
