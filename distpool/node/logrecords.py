@@ -16,7 +16,7 @@ from collections.abc import Callable
 from distpool.flag import Flag
 from distpool.node.threads import SerialQueue, ThreadCache
 
-_MOMENT = 0.05  # seconds
+_MOMENT = 0.2  # seconds
 
 
 class Records:
