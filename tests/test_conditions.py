@@ -46,15 +46,42 @@ def test_a_lock_that_was_left_behind_is_not_waited_for() -> None:
     assert not take(ended), "its thread has ended"
 
 
+@pytest.mark.parametrize("waits", ["event", "wait", "result"])
+def test_who_waits_for_something_else_has_left_it_behind(waits: str) -> None:
+    """Also in the helpers themselves: they hold no lock while they wait."""
+    condition, other, event = threading.Condition(), Future[int](), threading.Event()
+    begun = threading.Event()
+
+    def leaves() -> None:
+        condition.acquire()
+        begun.set()
+        if waits == "event":
+            event.wait(PATIENCE)
+        elif waits == "wait":
+            concurrent.futures.wait([other], PATIENCE)
+        else:
+            other.result(PATIENCE)
+
+    thread = threading.Thread(target=leaves)
+    thread.start()
+    assert begun.wait(PATIENCE)
+    assert not take(condition)
+    event.set()
+    other.set_result(3)
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
 def test_who_is_in_the_midst_of_the_helpers_is_waited_for() -> None:
     """`wait` looks at the state of each future while it has all the locks."""
-    holds, go = threading.Event(), threading.Event()
+    holds, go = threading.Event(), threading.Lock()
+    go.acquire()
 
     class Slow(Future[int]):
         def __getattribute__(self, name: str) -> Any:
             if name == "_state" and not holds.is_set() and threading.current_thread() is waiter:
                 holds.set()
-                go.wait(PATIENCE)
+                go.acquire(timeout=PATIENCE)
             return super().__getattribute__(name)
 
     future = Slow()
@@ -71,7 +98,7 @@ def test_who_is_in_the_midst_of_the_helpers_is_waited_for() -> None:
     taker.start()
     taker.join(0.2)
     assert taker.is_alive() and not taken
-    go.set()
+    go.release()
     taker.join(PATIENCE)
     assert taken == [True]
     future.set_result(3)
@@ -89,10 +116,11 @@ class Strikes:
         raise Struck
 
 
+@pytest.mark.parametrize("how", ["result", "wait"])
 def test_an_exception_in_the_midst_of_wait(
-    make: Callable[..., ClusterExecutor], gate: Gate, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., ClusterExecutor], gate: Gate, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """The future in front stays locked. Its worker answers, and everything goes on."""
+    """The future in front stays locked. Its worker answers, and everything goes on, whatever its thread waits in."""
     executor = make(1)
     future = executor.submit(hold, gate.address, "held")
     behind = executor.submit(abs, -2)
@@ -104,6 +132,8 @@ def test_an_exception_in_the_midst_of_wait(
     assert not elsewhere(lambda: future._condition.acquire(blocking=False)), "it is locked"
     (arrival,) = gate.arrivals(1, PATIENCE)
     arrival.release()
+    if how == "wait":
+        assert not concurrent.futures.wait([behind], PATIENCE).not_done
     assert behind.result(PATIENCE) == 2
     assert executor.submit(abs, -7).result(PATIENCE) == 7
     assert future.result(PATIENCE) == "held"

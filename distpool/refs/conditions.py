@@ -8,11 +8,11 @@ with it everything else.
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import re
 import sys
 import threading
-from concurrent.futures import _base
 
 from distpool.node.striking import looking_at_frames
 
@@ -38,13 +38,17 @@ def _is_left(condition: threading.Condition) -> bool:
     with looking_at_frames():
         frame = sys._current_frames().get(int(found[1]))
         while frame is not None:
-            if frame.f_code.co_filename in _HOLDERS:
+            code = frame.f_code
+            if code is _WAIT:
+                break  # the helpers hold no lock while they wait, be it `wait` itself: of other futures
+            if code.co_filename == _HELPERS or (code.co_filename == _REFS and code.co_name in ("_finish", "_announce")):
                 return False
             frame = frame.f_back
     return True
 
 
-#: Whose functions take such locks and let go of them: the standard library's, and ours that settle futures.
-_HOLDERS = (_base.wait.__code__.co_filename, os.path.join(os.path.dirname(take.__code__.co_filename), "refs.py"))
+_WAIT = threading.Event.wait.__code__
+_HELPERS = concurrent.futures.wait.__code__.co_filename
+_REFS = os.path.join(os.path.dirname(take.__code__.co_filename), "refs.py")  # where futures are settled
 
 __all__ = ["take"]
