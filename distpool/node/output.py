@@ -109,7 +109,7 @@ class OutputReader:
 
     def _print(self, texts: list[str], size: int) -> None:
         hook = self._hook()
-        self._notices.prints = hook is None
+        self._notices.prints = hook is None and sys.stdout is sys.__stdout__
         try:
             show(sys.stdout, self._pid, texts, hook)
         finally:
