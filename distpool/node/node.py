@@ -152,10 +152,12 @@ class Node:
                 _log.exception("not all that waits can be told")
 
     def tell(self, seconds: float, whole: bool = False) -> None:
-        """Wait until the user has been told everything (output, notices, the log), for as long as handlers of his may
-        take. `whole`: the program ends, and as with what it prints itself, its output waits for who reads it."""
-        while not self.notices.join(seconds) and whole and self.notices.prints:
-            pass
+        """Wait until the user has been told everything (output, notices, the log). No longer than `seconds` behind one
+        thing, if the program ends (`whole`), else in all; but as with what it prints itself, its output then waits for
+        whoever reads it."""
+        notices, before = self.notices, -1
+        while not notices.join(seconds) and whole and (notices.prints or notices.ran != before):
+            before = notices.ran
         self.records.join(seconds)
 
     def deliver(self, function: Callable[[], object]) -> None:

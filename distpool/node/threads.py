@@ -132,6 +132,7 @@ class SerialQueue:
         #: of it looks again.
         self._active = threading.Lock()
         self._called = False  # a thread is on its way; only saves calling more of them
+        self.ran = 0  # functions; whether it gets on
 
     def put(self, function: Callable[[], object]) -> None:
         """Run `function()` after all that were put before."""
@@ -159,6 +160,7 @@ class SerialQueue:
             except BaseException:  # SystemExit too: the thread serves others
                 log.exception("error while handing something to the user")
             del function
+            self.ran += 1
         self._active.release()
         self._start()
 
