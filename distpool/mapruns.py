@@ -22,7 +22,7 @@ from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import CALL, CHUNK, CHUNK_OF_SCALARS, ONE, SPAN, SPAN_OF_SCALARS
-from distpool.work import SCALARS, all_scalars, parts_of, release_all
+from distpool.work import SCALARS, all_scalars, check_references, parts_of, release_all
 
 if TYPE_CHECKING:
     from distpool.scheduling import Scheduler
@@ -186,6 +186,8 @@ class MapRun:
         self.function = function
         self.span_flags = SPAN_OF_SCALARS if single else SPAN
         self.single = single
+        if function is not None and function.references:
+            check_references(scheduler.node, function.references)
         #: Whose `mean` tells the seconds per element: chunks take longer than calls of the same function.
         self.timing: Any = Timing() if chunked or function is None else function.timing
         self.batch = 1  # elements that are sent to the same worker together, at least
@@ -303,11 +305,12 @@ class MapRun:
         try:
             data, buffers = encode()
             staged = self.scheduler.stage(buffers) if buffers else []
+            staged = parts_of(self.scheduler.node, staged, seen, data, source)
         except Exception as error:
             return error
         self.fed_bytes += len(data) + sum(memoryview(buffer).nbytes for buffer in buffers)
         record = CALL.pack(self.function.number, 1, len(data), len(staged), flags) + data
-        return record, parts_of(self.scheduler.node, staged, seen, data, source)
+        return record, staged
 
     def _append_records(self, records: list[Any]) -> None:
         start = self.fed

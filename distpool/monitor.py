@@ -139,7 +139,7 @@ def _check_pid(pid: Any) -> int:
 
 def _member(node: Node | None, pid: int) -> Member:
     group = groups.of(node) if node is not None else None
-    if group is None or not 1 < pid <= group.last_pid:
+    if group is None or not group.first_pid <= pid <= group.last_pid:
         raise ValueError(f"no process with id {pid} exists")
     member = group.members.get(pid)
     if member is None or not _is_up(member):

@@ -30,7 +30,7 @@ from distpool.refs.refs import RAISED_HERE, Outcome
 from distpool.shown import ShownProcess, StartingProcess
 from distpool.wire import codec
 from distpool.wire.messages import CALL, ONE, ONE_FRESH
-from distpool.work import Call, is_plain, parts_of
+from distpool.work import Call, check_references, is_plain, parts_of
 
 if TYPE_CHECKING:
     from distpool.crew import Crew
@@ -65,6 +65,8 @@ def apply_async(
     future = result._future
     try:
         function = pool._crew.node.encoder.encode(func)
+        if function.references:
+            check_references(scheduler.node, function.references)
         args = tuple(args)
         if not kwds and pool._policy is None and function.reusable and is_plain(args):
             future._call = call = Call(scheduler, function, b"", [], future, None, args)

@@ -21,7 +21,7 @@ from distpool.submitter import Submitter
 from distpool.wire import codec
 from distpool.wire.functions import EncodedFunction
 from distpool.wire.messages import CALL, ONE, ONE_FRESH, UNSENDABLE, VALUE
-from distpool.work import Call, is_plain, parts_of
+from distpool.work import Call, check_references, is_plain, parts_of
 
 _new_future: Any = object.__new__  # `Future()` would cost a Python call more
 #: Inputs from which taking has no effect that anybody could see.
@@ -64,19 +64,21 @@ def submit(owner: Submitter, fn: Callable[..., Any], args: tuple[Any, ...], kwar
         else:
             future = _new_future(owner._future_class)
             function = crew.node.encoder.encode(fn)
+        if function.references:
+            check_references(crew.node, function.references)
         if not kwargs and policy is None and function.reusable and is_plain(args):
             future._call = call = Call(scheduler, function, b"", [], future, None, args)
             scheduler.enqueue(call)
             return future
         seen: list[Any] = []
         data, buffers = codec.encode_args(args, kwargs, None, seen)
+        staged = scheduler.stage(buffers) if buffers else []
+        staged = parts_of(crew.node, staged, seen, data, args, kwargs)
     except SerializationError as error:
         future._settle(Outcome(RAISED_HERE, as_both(error), (), 1))
         return future
-    staged = scheduler.stage(buffers) if buffers else []
     flags = ONE if function.reusable else ONE_FRESH
     record = CALL.pack(function.number, 1, len(data), len(staged), flags) + data
-    staged = parts_of(crew.node, staged, seen, data, args, kwargs)
     call = Call(scheduler, function, record, staged, future, policy)
     future._call = call
     scheduler.enqueue(call)

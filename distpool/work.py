@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pickle import dumps
 
+from distpool.errors import SerializationError
 from distpool.hints import TYPE_CHECKING, Any, NamedTuple
 from distpool.refs.refs import Outcome
 from distpool.wire.functions import EncodedFunction
@@ -70,6 +71,18 @@ class Policy(NamedTuple):
 _PROXIES = b"multiprocessing.managers"
 
 
+def check_references(node: Node, references: Iterable[Any]) -> None:
+    """SerializationError for references that the workers of an executor which was made in a task cannot use: they are a
+    group of their own, in which the processes of ours have no numbers, but this one."""
+    for loan in () if node.is_master else references:
+        handle = getattr(loan, "handle", None)
+        if handle is not None and handle.where != node.pid and handle.where not in node.group.members:
+            raise SerializationError(
+                f"a reference to process {handle.where} cannot be sent to the workers of an executor that was made in a"
+                f" task of worker {node.pid}: those are a process group of their own"
+            )
+
+
 class Parts(list[Any]):
     """Staged buffers of a call that also carries references: they are lent to the worker when the call is sent."""
 
@@ -96,6 +109,7 @@ def parts_of(node: Node, buffers: list[Any], references: list[Any] | None, data:
     proxies = _PROXIES in data
     if not references and not proxies:
         return buffers
+    check_references(node, references or ())
     parts = Parts(buffers)
     parts.references = tuple(references or ())
     if proxies:
@@ -233,5 +247,6 @@ def release_all(buffers: Iterable[Any]) -> None:
 
 
 __all__ = [
-    "SCALARS", "Call", "Parts", "Policy", "all_scalars", "is_plain", "parts_of", "plain_record", "release_all",
+    "SCALARS", "Call", "Parts", "Policy", "all_scalars", "check_references", "is_plain", "parts_of", "plain_record",
+    "release_all",
 ]  # fmt: skip

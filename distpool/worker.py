@@ -264,6 +264,8 @@ class Worker:
         link.peer = 1
         self._segments = link.segments = Segments(link, node.segments)
         node.peers.add(1, link)
+        if join.master != 1:
+            node.peers.add(join.master, link)  # as what references call it
         self.runner = runner = TaskRunner(link, journal, self._segments, node.threads.run)
         node.runner = runner
         store = Store(node)
@@ -296,7 +298,8 @@ class Worker:
         # Perhaps it has to be loaded, while the first call is under way; nothing of the user's runs before `_joined`.
         node.set_authkey(link.handshake.veil(bytes.fromhex(join.authkey)))
         if self.parent:
-            _pose_as_child(join.pid - 1, self.parent)
+            first = 1 if join.master == 1 else join.pid >> 16 << 16 | 1  # see `Group.first_pid`
+            _pose_as_child(join.pid - first, self.parent)
         self._joined.set()
 
     def _take_resources(self, message: dict[str, Any]) -> str:

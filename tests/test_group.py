@@ -89,7 +89,7 @@ def test_the_group_is_one_for_the_node() -> None:
 def test_a_member_is_used_whatever_happens_to_what_comes_first() -> None:
     """Who had asked for it waited for ever."""
     works: list[Any] = []
-    node: Any = SimpleNamespace(on_fork=[], deliver=works.append, loop=ManualLoop())
+    node: Any = SimpleNamespace(pid=1, on_fork=[], deliver=works.append, loop=ManualLoop())
     group = groups.Group(node)
     member: Any = SimpleNamespace(pid=2, host="", ospid=0)
     seen: list[Any] = []
@@ -110,7 +110,7 @@ def test_a_member_is_used_whatever_happens_to_what_comes_first() -> None:
 
 @pytest.mark.parametrize("part", ["group", "launcher"])
 def test_threads_that_need_it_first_get_the_same_one(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    node: Any = SimpleNamespace(making_parts=threading.RLock(), on_fork=[], group=None, launcher=None, loop=None)
+    node: Any = SimpleNamespace(pid=1, making_parts=threading.RLock(), on_fork=[], group=None, launcher=None, loop=None)
     module, name, get = (groups, "Group", groups.of) if part == "group" else (joining, "Launcher", joining.launcher)
     real = getattr(module, name)
     found: list[Any] = []

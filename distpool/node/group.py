@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import random
 import threading
 from collections.abc import Callable, Iterable
 
@@ -64,6 +65,16 @@ class OomKills:
         return 0
 
 
+def _first_pid(own: int) -> int:
+    """The number of the first member. A task of a worker may have an executor of its own: its workers are a group by
+    themselves, but the worker, who is in both, knows all of them by their numbers. (Tried: 2 in each group. The
+    worker's calls to the other 2 went to its own, whose end it then told everybody.)"""
+    if own == 1:
+        return 2
+    half = own if own < 1 << 15 else random.choice([half for half in range(1 << 15, 1 << 16) if half != own >> 16])
+    return (half << 16) + 2  # it has to fit into 32 bits
+
+
 class Group:
     """All members of this process's group."""
 
@@ -82,7 +93,8 @@ class Group:
         self.on_busy: Callable[[], object] = lambda: None  # leader: a worker that was to go at once runs calls
         self.prologues: list[Any] = []  # what everywhere(later=True) keeps for workers to come; leader
         self.run_prologue: Callable[[Any, int], object] = lambda action, pid: None  # set with the first of them
-        self.last_pid = 1  # the highest pid given so far
+        self.first_pid = _first_pid(node.pid)
+        self.last_pid = self.first_pid - 1  # the highest pid given so far
         self.started_hooks: list[Callable[[WorkerInfo], object]] = []
         self.exited_hooks: list[Callable[[WorkerInfo], object]] = []
         self.starting_others: dict[int, Callable[[Any], None]] = {}  # pid -> who waits for what it starts; leader
@@ -95,9 +107,9 @@ class Group:
 
     def add(self, process: Any, config: Any = None, manager: Any = None) -> Member:
         """A new member for a launched process (leader)."""
-        member = Member(self, next(self.node.next_pid), process, config, manager)
+        self.last_pid += 1
+        member = Member(self, self.last_pid, process, config, manager)
         self.members[member.pid] = member
-        self.last_pid = member.pid
         return member
 
     def number(self, member: Member) -> int:
@@ -119,7 +131,7 @@ class Group:
         dead = self.node.peers.dead.get(pid)
         if dead is not None:
             raise dead()
-        if pid in range(2, self.last_pid + 1):
+        if pid in range(self.first_pid, self.last_pid + 1):
             raise errors.ProcessExitedException(pid, None, False)
         raise ValueError(f"no process with id {pid} exists")
 
@@ -168,7 +180,7 @@ class Group:
         pid, code, output, reason = member.pid, member.exitcode, member.last_output, member.reason
         peers = self.node.peers
         peers.mark_dead(pid, lambda: errors.ProcessExitedException(pid, code, True, output, reason))
-        peers.broadcast_dead(pid)
+        peers.broadcast_dead(pid, self.members)
 
     def _call_hooks(self, hooks: list[Callable[[WorkerInfo], object]], info: WorkerInfo) -> None:
         for hook in list(hooks):

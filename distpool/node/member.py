@@ -236,6 +236,7 @@ class Member:
             "",
             self.group.lazy,
             self.resources(),
+            self.group.node.pid,
         )
         link.send(Kind.JOIN, join.pack())
 

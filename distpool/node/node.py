@@ -70,7 +70,6 @@ class Node:
         self.collecting: dict[int, list[list[Any]]] = {}  # thread id -> futures started in each of its sync() blocks
         self.brought: dict[str, Any] = {}  # globals that functions of `everywhere` brought to __main__ (mainmodule)
         self.round_robin = itertools.count()  # atomic
-        self.next_pid = itertools.count(2)
         self.on_fork: list[Callable[[], None]] = []  # run in a forked child before the node is dropped
         self.master_link: Link | None = None  # workers
         self.runner: Any = None  # workers: the TaskRunner

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from distpool import config, errors
 from distpool.errors import AuthenticationError, ProtocolError, TopologyError, UnreachableError
@@ -431,6 +431,8 @@ class Peers:
 
     def on_dead(self, link: Link, frame: Frame) -> None:
         """Worker: pid 1 says that a process is gone."""
+        if link is not self._node.master_link:
+            return  # who has workers of his own may tell them, and nobody else
         message = messages.Dead.unpack(frame.control)
         pid, code, output, reason = message.pid, message.exitcode, message.output, message.reason
         self.mark_dead(pid, lambda: errors.ProcessExitedException(pid, code, True, output, reason))
@@ -459,11 +461,11 @@ class Peers:
         error: Any = self.dead[pid]()
         return messages.Dead(pid, error.exitcode, error.reason, error.output[-_LAST_WORDS:]).pack()
 
-    def broadcast_dead(self, pid: int) -> None:
-        """Pid 1: tell every worker."""
+    def broadcast_dead(self, pid: int, members: Container[int]) -> None:
+        """Pid 1: tell every worker. (In a task that has an executor: its own `members`.)"""
         packed = self.obituary(pid)
         for other, link in list(self._links.items()):
-            if other != pid:
+            if other != pid and other in members:
                 link.send(Kind.DEAD, packed)
 
 

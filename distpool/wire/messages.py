@@ -79,6 +79,7 @@ class Join(Message):
     name: str = ""
     lazy: bool = True
     resources: dict[str, Any] | None = None  # `managers.resources`: what it may use of its host
+    master: int = 1  # what the master is called in the group that it is a worker of itself, if it is one
 
 
 class Joined(Message):
