@@ -17,7 +17,7 @@ import sys
 from distpool.errors import ProtocolError
 from distpool.hints import Any
 
-WIRE = "2"
+WIRE = "3"
 """Changes with every change of a frame that an older process would misunderstand."""
 
 NAMES = ("wire protocol", "distpool", "Python", "byte order", "cloudpickle")
