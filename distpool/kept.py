@@ -23,7 +23,7 @@ from distpool.refs.refs import LOCAL_VALUE, Future, Outcome
 from distpool.refs.remote import RemoteFuture
 from distpool.refs.travel import reduce_future
 from distpool.wire import codec
-from distpool.wire.functions import EncodedFunction, FunctionEncoder, function_name
+from distpool.wire.functions import EncodedFunction, FunctionEncoder, function_name, unsendable
 from distpool.wire.messages import VALUE
 
 
@@ -48,7 +48,7 @@ def encode_kept(encoder: FunctionEncoder, fn: Callable[..., Any]) -> EncodedFunc
         function = encoder.encode(functools.partial(run_kept, fn))
     except SerializationError as error:  # its text is about the partial
         cause = error.__cause__ or error
-        raise codec.serialization_error(fn, cause, "the function") from cause
+        raise unsendable(fn, cause) from cause
     function.name = function_name(fn)
     return function
 

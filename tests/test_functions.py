@@ -647,12 +647,38 @@ def test_functions_that_cannot_travel(encoder):
     lock = threading.Lock()
     function = lambda: lock
     for _ in range(2):
-        with pytest.raises(SerializationError, match=r"the function, .*<lambda>.*lock") as caught:
+        with pytest.raises(SerializationError, match=r"captured variable 'lock' of the function .*<lambda>") as caught:
             encoder.encode(function)
         assert isinstance(caught.value.__cause__, TypeError)
     with pytest.raises(SerializationError):
         encoder.encode(lock.acquire)
     assert run(encoder.encode(lambda: 1)) == 1
+
+
+A_LOCK = threading.Lock()
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("def f(): return lock", "the global variable 'lock' of the function f, an object of type _thread.lock"),
+        ("def g(): return lock\ndef f(): return g()", "the global variable 'lock' of the function g"),
+        ("def f(): return [lock for _ in range(2)]", "the global variable 'lock' of the function f"),
+        ("def f(a, b=lock): pass", "the default of 'b' of the function f"),
+        ("def f(*, c=lock): pass", "the default of 'c' of the function f"),
+        ("def f(): pass\nf.kept = lock", "the attribute 'kept' of the function f"),
+        ("def h(a):\n  def f(): return a\n  return f\nf = h(lock)", "the captured variable 'a' of the function h"),
+        ("f = lock.acquire", "the function, "),
+    ],
+)
+def test_the_error_names_what_cannot_travel(encoder, source, text):
+    """A program's lock in a global variable is what most programs meet: to be told of the function does not help."""
+    names = {"lock": A_LOCK, "__name__": "__main__"}
+    exec(source, names)
+    with pytest.raises(SerializationError) as caught:
+        encoder.encode(names["f"])
+    assert str(caught.value).startswith(text), caught.value
+    assert "cannot pickle '_thread.lock' object" in str(caught.value)
 
 
 def test_what_is_no_function_is_refused_on_arrival():

@@ -168,7 +168,7 @@ def test_errors_name_the_function_of_the_user(executor: ClusterExecutor) -> None
     with pytest.raises(TimeoutError, match=r"^time\.sleep ran for more than 0\.2 seconds"):
         view.options(timeout=0.2).submit(time.sleep, 60).result(PATIENCE)
     lock = threading.Lock()
-    with pytest.raises(SerializationError, match=r"^the function, function .*<lambda>, cannot be serialised"):
+    with pytest.raises(SerializationError, match=r"^the captured variable 'lock' of the function .*<lambda>"):
         view.submit(lambda: lock).result(PATIENCE)
     with pytest.raises(TypeError, match="must be callable, not int"):
         view.submit(3)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copyreg
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodDescriptorType, ModuleType
 
@@ -184,7 +184,7 @@ class FunctionEncoder:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            raise codec.serialization_error(fn, error, "the function") from error
+            raise unsendable(fn, error) from error
         if references:
             encoded = EncodedFunction(data, list(map(self._keep, buffers)), function_name(fn), True, False)
             encoded.references = tuple(references)
@@ -222,6 +222,49 @@ class FunctionEncoder:
         if len(self._young) > MAX_FUNCTIONS or self._young_bytes > MAX_BYTES:
             self._old, self._young, self._young_bytes = self._young, {}, 0
         return encoded
+
+
+def unsendable(fn: Any, error: BaseException) -> SerializationError:
+    """What to raise for a function that cannot be serialised, of which the pickler said `error`."""
+    what, culprit, cause = _find_variable(fn, error)
+    return codec.serialization_error(culprit, cause, what)
+
+
+def _find_variable(fn: Any, error: BaseException, depth: int = 5) -> tuple[str, Any, BaseException]:
+    """Which variable of the function failed: (its name, its value, its own error). Costs a second pickling, of a call
+    that failed."""
+    if type(fn) is FunctionType and not issubclass(type(error), RecursionError | MemoryError):
+        for kind, name, value in _variables(fn):
+            try:
+                codec.dump(value, None, None, None)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as its_own:
+                if depth and type(value) is FunctionType and value is not fn:
+                    return _find_variable(value, its_own, depth - 1)
+                return f"the {kind} {name!r} of the function {fn.__qualname__}", value, its_own
+    return "the function", fn, error
+
+
+def _variables(fn: FunctionType) -> Iterator[tuple[str, str, Any]]:
+    """What travels with a function: (kind, name, value)."""
+    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+        try:
+            yield "captured variable", name, cell.cell_contents
+        except ValueError:
+            pass  # not assigned yet
+    codes = [fn.__code__]
+    for code in codes:
+        for name in code.co_names:
+            if name in fn.__globals__:
+                yield "global variable", name, fn.__globals__[name]
+        codes.extend(constant for constant in code.co_consts if type(constant) is CodeType)
+    values, count = fn.__defaults__ or (), fn.__code__.co_argcount
+    defaults = zip(fn.__code__.co_varnames[count - len(values) : count], values, strict=True)
+    for name, value in (*defaults, *(fn.__kwdefaults__ or {}).items()):
+        yield "default of", name, value
+    for name, value in fn.__dict__.items():
+        yield "attribute", name, value
 
 
 def decode_function(data: Any, buffers: codec.Buffers = ()) -> Callable[..., Any]:
