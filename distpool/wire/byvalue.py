@@ -393,7 +393,11 @@ def set_class_state(cls: type, packed: tuple[Callable[[type, Any], Any], Any]) -
     """Receiving side: fill the class in, or bring it up to date; never a class of this process's own."""
     set_state, state = packed
     if cls in _foreign:
+        # What is replaced ends when the class is whole again: with an old `__del__` go the globals of its message, and
+        # in them perhaps an instance of this class, whose end then looks for `__del__` (3.11 crashes).
+        was = list(vars(cls).values())
         set_state(cls, state)
+        del was
 
 
 class _Noting(pickle.Unpickler):
