@@ -57,6 +57,7 @@ class _Forward(Future[Any]):
     """The owner's future of a forwarded call: when it settles, the outcome goes to the worker as it is."""
 
     _watched = True  # it has a `_settle` of its own
+    passes_on = True  # nobody opens it here
 
     def __init__(self, slot: Slot, request: int) -> None:
         self._slot = slot

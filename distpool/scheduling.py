@@ -49,6 +49,7 @@ class Scheduler:
         self.node = node
         self.loop = node.loop
         self.deliveries = Deliveries(node)
+        self.opening = 0  # leader: results that are being opened (`settling.Soon`), for which workers have to stay
         self.slots: dict[int, Slot] = {}  # pid -> worker that may run calls; changed on the leader
         self.closing = False  # no new calls; workers go when everything is done
         self.failure: Callable[[], BaseException] | None = None  # broken: every call fails with this
@@ -318,8 +319,9 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether calls wait or run."""
-        slots = list(self.slots.values())
-        return self._any_waiting() or self.retries.count > 0 or any(slot.inflight or slot.pinned for slot in slots)
+        if self._any_waiting() or self.retries.count or self.opening:
+            return True
+        return any(slot.inflight or slot.pinned for slot in list(self.slots.values()))
 
     def _any_waiting(self) -> bool:
         return any(

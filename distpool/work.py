@@ -68,7 +68,7 @@ class Policy(NamedTuple):
 
 
 #: In each pickle of a proxy of a `multiprocessing` manager.
-_PROXIES = b"multiprocessing.managers"
+PROXIES = b"multiprocessing.managers"
 
 
 def check_references(node: Node, references: Iterable[Any]) -> None:
@@ -106,7 +106,7 @@ def parts_of(node: Node, buffers: list[Any], references: list[Any] | None, data:
     """`buffers` of a call, with the references that its record carries, and with the `things` that this is the pickle
     of, if there is a proxy of a manager among them: it forgets an object when the last proxy ends, and the worker's
     begins when it unpickles this. (Other things are not kept: the user's memory is not to be needed twice.)"""
-    proxies = _PROXIES in data
+    proxies = PROXIES in data
     if not references and not proxies:
         return buffers
     check_references(node, references or ())
@@ -247,6 +247,6 @@ def release_all(buffers: Iterable[Any]) -> None:
 
 
 __all__ = [
-    "SCALARS", "Call", "Parts", "Policy", "all_scalars", "check_references", "is_plain", "parts_of", "plain_record",
-    "release_all",
+    "PROXIES", "SCALARS", "Call", "Parts", "Policy", "all_scalars", "check_references", "is_plain", "parts_of",
+    "plain_record", "release_all",
 ]  # fmt: skip

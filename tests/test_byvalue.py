@@ -758,3 +758,24 @@ def test_the_main_module_of_a_multiprocessing_child(program):
         assert call(cached) == 5
         """
     )
+
+
+def test_what_a_class_had_ends_when_all_of_it_has_been_brought_up_to_date(program):
+    program(
+        """
+        # The old `__del__` is the last to know its globals, and an instance in them (3.11 crashed now and then).
+        class Ending:
+            def __del__(self):
+                import sys
+                vars(sys).setdefault("noted", []).append((type(self).before, type(self).behind))
+            before = behind = 0
+        held = Ending()
+        for number in range(1, 4):
+            Ending.before = Ending.behind = number
+            assert call(lambda x: (held, x)[1], 1) == 1
+        def noted():
+            import sys
+            return sys.noted
+        assert call(noted) == [(2, 2), (3, 3)]
+        """
+    )

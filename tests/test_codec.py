@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copyreg
+import gc
 import pickle
 import random
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -145,12 +148,6 @@ def test_several_buffers_keep_their_order():
     arrays = [np.full(LARGE, number, np.uint8) for number in range(4)]
     (back,), _ = codec.decode_args(*codec.encode_args((arrays,), {}))
     assert [array[0] for array in back] == [0, 1, 2, 3]
-
-
-def test_read_only_arrays_stay_read_only():
-    array = np.zeros(LARGE)
-    array.flags.writeable = False
-    assert not roundtrip(array).flags.writeable
 
 
 def test_one_object_in_one_message_stays_one_object():
@@ -400,3 +397,72 @@ def test_importing_the_codec_is_cheap_and_loads_no_cloudpickle():
     command = [sys.executable, "-S", "-c", code]  # -S: .pth files of the environment may import anything
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30, check=True)
     assert ast.literal_eval(done.stdout) == []
+
+
+def _read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize("encode", [codec.encode, lambda array: _by_value(array)], ids=["reference", "value"])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(10.0),
+        np.arange(2.0 * LARGE),
+        np.zeros(0),
+        np.zeros((2, 0, 3)),
+        np.array(5.0),
+        np.asfortranarray(np.arange(12).reshape(3, 4)),
+        np.arange(LARGE).reshape(2, -1).T,
+        np.arange(20)[::2],
+        np.arange(20)[::-1],
+        np.array([1, "a", None], object),
+        np.array([(1, 2.0)], "i4,f8"),
+        np.array(["2020-01-01"], "M8[D]"),
+        np.array(["text", "t"]),
+        np.arange(4, dtype=">i2"),
+        np.arange(3).view(np.recarray),
+    ],
+    ids=lambda array: f"{type(array).__name__}-{array.dtype}-{array.shape}",
+)
+def test_a_read_only_array_arrives_as_a_copy_that_may_be_written_to(array, encode):
+    array = _read_only(array[...])
+    data, buffers = encode([array, array])
+    assert all(buffer.nbytes >= LARGE for buffer in buffers)
+    back, again = codec.decode(data, [bytearray(buffer) for buffer in buffers])
+    assert back is again and back.flags.writeable and not array.flags.writeable
+    assert (type(back), back.dtype, back.shape) == (type(array), array.dtype, array.shape)
+    assert back.tolist() == array.tolist()
+    assert back.flags.f_contiguous == array.flags.f_contiguous or not array.flags.f_contiguous
+
+
+def _by_value(obj):
+    buffers: list[memoryview] = []
+    return codec.dump_by_value(obj, None, None, buffers), buffers
+
+
+def test_arrays_of_a_file_arrive_as_copies_that_may_be_written_to(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(2.0 * LARGE))
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    for array in (mapped, np.asarray(mapped), np.frombuffer(b"abc" * LARGE, "u1")):
+        back = roundtrip(array)
+        assert back.flags.writeable and (back == array).all()
+
+
+def test_the_buffers_of_a_read_only_array_keep_its_memory():
+    array = _read_only(np.arange(2.0 * LARGE))
+    ended = weakref.ref(array)
+    data, buffers = codec.encode(array)
+    del array
+    assert ended() is not None and len(buffers) == 1
+    assert (codec.decode(data, [bytearray(buffers[0])]) == np.arange(2.0 * LARGE)).all()
+    del buffers
+    gc.collect()
+    assert ended() is None
+
+
+def test_how_the_user_has_arrays_pickled_counts(monkeypatch):
+    monkeypatch.setitem(copyreg.dispatch_table, np.ndarray, lambda array: (list, (array.tolist(),)))
+    assert roundtrip([_read_only(np.arange(3))]) == [[0, 1, 2]]
+    assert codec.decode(_by_value([np.arange(3)])[0]) == [[0, 1, 2]]

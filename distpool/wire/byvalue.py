@@ -78,7 +78,7 @@ _FIXED = frozenset(
 
 
 class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """One message; `reducers` and `peer` as in `codec.register_reducer`, `pipes`: `codec.Pipes`."""
+    """One message; `reducers` and `peer` as in `codec.register_reducer`, `special`: `codec.Special`."""
 
     def __init__(
         self,
@@ -87,10 +87,10 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
         reducers: dict[type, Callable[[Any, Any], tuple[Any, ...]]],
         peer: Any,
         seen: list[Any] | None,
-        pipes: Any = None,
+        special: Any,
     ) -> None:
         super().__init__(file, protocol=5, buffer_callback=callback)
-        self._pipes = pipes
+        self._special = special
         self._reducers = reducers
         self._peer = peer
         self._seen = seen
@@ -118,8 +118,8 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
             return build_cached, (obj.__wrapped__, obj.cache_parameters())
         if kind is functools.cached_property:
             return build_cached_property, (obj.func, obj.attrname)
-        if self._pipes is not None and kind is self._pipes.kind:
-            return self._pipes.reduce(obj)
+        if kind in self._special:
+            return self._special[kind](obj)
         if kind is functools.singledispatchmethod:
             return build_dispatched_method, (obj.func, obj.dispatcher)
         if kind in _HINTS:
@@ -393,7 +393,11 @@ def set_class_state(cls: type, packed: tuple[Callable[[type, Any], Any], Any]) -
     """Receiving side: fill the class in, or bring it up to date; never a class of this process's own."""
     set_state, state = packed
     if cls in _foreign:
+        # What is replaced ends when the class is whole again: with an old `__del__` go the globals of its message, and
+        # in them perhaps an instance of this class, whose end then looks for `__del__` (3.11 crashes).
+        was = list(vars(cls).values())
         set_state(cls, state)
+        del was
 
 
 class _Noting(pickle.Unpickler):

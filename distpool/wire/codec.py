@@ -187,11 +187,11 @@ def dump(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] 
 
     Raises what the pickler or the user's code raises.
     """
-    pipes = _pipes()
+    special = _special()
     if not (_strangers() or by_value_modules()):
         start = len(seen) if seen is not None else 0
         try:
-            data = _dump_by_reference(obj, peer, seen, buffers, pipes)
+            data = _dump_by_reference(obj, peer, seen, buffers, special)
         except _TRY_BY_VALUE as error:
             # Deep recursion may surface as a PicklingError of our own reducers; there is no second try for it.
             if isinstance(cause_of(error), RecursionError):
@@ -203,18 +203,19 @@ def dump(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] 
             del seen[start:]
         if buffers is not None:
             buffers.clear()
-    return dump_by_value(obj, peer, seen, buffers, pipes)
+    return dump_by_value(obj, peer, seen, buffers, special)
 
 
 def dump_by_value(
-    obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] | None, pipes: Pipes | None = None
+    obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] | None, special: Special | None = None
 ) -> bytes:
-    """The pickle of `obj` by cloudpickle: what other processes cannot import travels by value. `pipes`: those of a
+    """The pickle of `obj` by cloudpickle: what other processes cannot import travels by value. `special`: that of a
     first try."""
     from distpool.wire.byvalue import ByValuePickler
 
     file = BytesIO()
-    ByValuePickler(file, _callback(buffers), _reducers, peer, seen, pipes or _pipes()).dump(obj)
+    special = _special() if special is None else special
+    ByValuePickler(file, _callback(buffers), _reducers, peer, seen, special).dump(obj)
     return file.getvalue()
 
 
@@ -227,8 +228,7 @@ class Pipes:
     and who waits for the end of the pipe waits for ever.
     """
 
-    def __init__(self, kind: type, reduce_fn: Callable[[Any], Any]) -> None:
-        self.kind = kind
+    def __init__(self, reduce_fn: Callable[[Any], Any]) -> None:
         self._reduce_fn = reduce_fn
         self._made: dict[int, tuple[Any, tuple[Any, ...]]] = {}  # by id; the first of the pair keeps that taken
 
@@ -240,11 +240,48 @@ class Pipes:
         return made[1]
 
 
-def _pipes() -> Pipes | None:
-    """For a new message; None: `multiprocessing.connection` is not there, so nobody can have one."""
+Special = dict[type, Callable[[Any], tuple[Any, ...]]]
+
+
+def _special() -> Special:
+    """What is reduced in our way in a new message: types of modules that are loaded here, else nobody can have one."""
+    special: Special = {}
     module: Any = sys.modules.get("multiprocessing.connection")
     reduce_fn = getattr(module, "reduce_connection", None)  # None also while the module is being loaded
-    return None if reduce_fn is None else Pipes(module.Connection, reduce_fn)
+    if reduce_fn is not None:
+        special[module.Connection] = Pipes(reduce_fn).reduce
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        array = getattr(numpy, "ndarray", None)
+        if array is not None and array not in copyreg.dispatch_table:
+            special[array] = reduce_array
+    return special
+
+
+def reduce_array(array: Any) -> Any:
+    """A numpy array, which arrives as a copy that may be written to, as from a process pool of the standard library.
+
+    numpy's own way says that the memory is read-only, if it is so here, and the unpickler makes the copy read-only as
+    well. So the pickler gets the same memory as plain bytes that may be written to, which nobody does: they are staged
+    or sent. (Tried: `ctypes`, which makes a type for each size, 20 us; pickling once more when the callback has seen
+    such a buffer, which runs the user's `__reduce__` twice.) Subclasses, objects and what is not contiguous are copied
+    into the pickle by numpy, and are not the business of this.
+    """
+    reduced = array.__reduce_ex__(PROTOCOL)
+    if not array.flags.writeable and type(reduced[1][0]) is pickle.PickleBuffer:
+        build, (buffer, *rest) = reduced
+        return build, (pickle.PickleBuffer(sys.modules["numpy"].asarray(_Memory(array, buffer))), *rest)
+    return reduced
+
+
+class _Memory:
+    """That of a contiguous array, for numpy: flat, and as if it could be written to. Lives as long as what is made of
+    it, and keeps the array's buffer."""
+
+    def __init__(self, array: Any, buffer: pickle.PickleBuffer) -> None:
+        self._buffer = buffer
+        data = array.__array_interface__["data"][0], False
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (array.nbytes,), "data": data}
 
 
 def receive_pipe(build: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -308,7 +345,7 @@ def _strangers() -> Any:
 
 
 def _dump_by_reference(
-    obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] | None, pipes: Pipes | None
+    obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] | None, special: Special
 ) -> bytes:
     file = BytesIO()
     pickler = pickle.Pickler(file, PROTOCOL, buffer_callback=_callback(buffers))
@@ -316,8 +353,7 @@ def _dump_by_reference(
     table: dict[type, Any] = dict(copyreg.dispatch_table)
     for type_, reduce_fn in _reducers.items():
         table[type_] = partial(reduce_for_peer, reduce_fn, peer, seen)
-    if pipes is not None:
-        table[pipes.kind] = pipes.reduce
+    table.update(special)
     pickler.dispatch_table = table
     pickler.dump(obj)
     return file.getvalue()
