@@ -11,7 +11,7 @@ from typing import Any
 from distpool.config import as_pid
 from distpool.node import node as nodes
 from distpool.refs import gc
-from distpool.refs.finalized import FINALIZED
+from distpool.refs.finalized import DEAD, FINALIZED, refuse_state
 from distpool.refs.gc import Handle, Loan
 from distpool.refs.lent import arrivals
 from distpool.refs.owner import RRID
@@ -25,6 +25,7 @@ def dead_future() -> RemoteFuture:
     future: RemoteFuture = object.__new__(RemoteFuture)
     future._handle = None
     future._call = None
+    refuse_state(future, DEAD)
     return future
 
 
