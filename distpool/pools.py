@@ -383,24 +383,24 @@ def default_worker_pool() -> WorkerPool:
     return found
 
 
-def set_default_worker_pool(pool: WorkerPool) -> WorkerPool:
-    """Make `pool` the default pool of the whole group; returns it. On a worker: no CachingPool (it cannot be sent).
+def set_default_worker_pool(p: WorkerPool) -> WorkerPool:
+    """Make `p` the default pool of the whole group; returns it. On a worker: no CachingPool (it cannot be sent).
 
     Example: `old = default_worker_pool(); set_default_worker_pool(WorkerPool([2])); ...; set_default_worker_pool(old)`
     """
-    if not isinstance(pool, WorkerPool):
-        raise TypeError(f"the default pool must be a WorkerPool, not {type(pool).__name__}")
+    if not isinstance(p, WorkerPool):
+        raise TypeError(f"the default pool must be a WorkerPool, not {type(p).__name__}")
     node = _node()
     if not node.is_master:
-        remotecall_fetch(set_default_worker_pool, 1, pool)
-        return pool
+        remotecall_fetch(set_default_worker_pool, 1, p)
+        return p
     old = default_worker_pool()
-    pool._do("fall_back", True)
-    if old != pool:
+    p._do("fall_back", True)
+    if old != p:
         with contextlib.suppress(ProcessExitedException):  # its owner has gone, and it with that
             old._do("fall_back", False)
-    node.default_pool = pool
-    return pool
+    node.default_pool = p
+    return p
 
 
 _default_lock = threading.RLock()  # two threads ask for the default pool for the first time
