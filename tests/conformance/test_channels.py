@@ -344,3 +344,21 @@ def test_factory_error(w: list[int]) -> None:
         RemoteChannel(lambda: 1 / 0, w[0])
     gc.collect()
     assert remotecall_fetch(ident, w[0], 1) == 1
+
+
+def test_a_put_that_timed_out_keeps_no_references(w: list[int]) -> None:
+    """They stayed until the next take, because the item waited in the queue of the channel."""
+
+    def try_to_put(channel: Any, owner: int) -> None:
+        with pytest.raises(TimeoutError):
+            channel.put(RemoteChannel(pid=owner), timeout=0.2)
+
+    local = Channel(1).put(0)
+    try_to_put(local, w[1])
+    for pid in (1, w[0]):
+        channel = RemoteChannel(lambda: Channel(1), pid).put(0)
+        try_to_put(channel, w[1])
+        remotecall_fetch(try_to_put, w[0], channel, w[1])
+        wait_until(lambda: not distpool.debug.refs(w[1]))
+        assert channel.take() == 0 and not channel.isready()
+    assert local.take() == 0 and not local.isready()
