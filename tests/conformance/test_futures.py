@@ -427,7 +427,8 @@ def test_a_finalized_future_refuses_any_use_however_it_was_made(w: list[int]) ->
         f = make()
         finalize(f)
         finalize(f)
-        for use in (fetch, wait, isready, lambda f: put(f, 1), lambda f: f.add_done_callback(print)):
+        helpers = (lambda f: wait_all([f], 30), lambda f: list(as_completed([f], 30)), lambda f: f.done())
+        for use in (fetch, wait, isready, lambda f: put(f, 1), lambda f: f.add_done_callback(print), *helpers):
             with pytest.raises(RuntimeError, match="finalized"):
                 use(f)
         with pytest.raises(distpool.SerializationError, match="finalized"):
