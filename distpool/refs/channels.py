@@ -441,7 +441,7 @@ def _same(channel: Any) -> Any:
 
 
 def declared(channel: Any) -> bytes | None:
-    """What `channel` says of the type of its items, for whoever has made it; None: it is to ask when it wants to know."""
+    """What `channel` says of the type of its items, for whoever has made it; None: nobody knows before he asks."""
     try:
         return codec.encode(getattr(channel, "eltype", object))[0]
     except Exception:  # of the user's code, or it cannot be sent
