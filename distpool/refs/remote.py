@@ -154,13 +154,19 @@ class RemoteFuture(Reference, Future[Any]):
             if outcome.status == RAISED_HERE:
                 answer = self._ask("fail", encode_exception(outcome.data, handle.where, seen=seen), [], seen)
             else:
-                data, buffers = codec.encode(outcome.data, handle.where, seen)
-                answer = self._ask("put", data, [bytes(part) for part in buffers], seen)
+                data, views = codec.encode(outcome.data, handle.where, seen)
+                buffers = [bytearray(part) for part in views]  # and not bytes: arrays made of them can be written
+                answer = self._ask("put", data, buffers, seen)
             if answer.status != VALUE:
                 raise RemoteException(handle.where, captured(answer.failure))
+            if outcome.status != RAISED_HERE and type(outcome.data) not in codec.SCALARS:
+                # What was sent and not the caller's object, which he may change: all have the same value. Its
+                # references are lent to us as to anyone who is sent it.
+                with refs.lending(seen, refs.node.pid):
+                    outcome = received(VALUE, data, buffers, handle.where)
         self._came(outcome)  # the owner's notice may have been quicker than its answer
-        if outcome.status != RAISED_HERE:
-            self._let_go()
+        if outcome.status == LOCAL_VALUE:
+            self._let_go()  # else when it is opened: should that fail, others have to get it from its owner
 
     def _set(self, result: Any, exception: BaseException | None) -> None:
         """`set_result` and `set_exception`: for whoever holds this reference, in whatever process."""

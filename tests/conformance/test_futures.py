@@ -141,6 +141,24 @@ def test_C020_put_is_seen_elsewhere(w: list[int]) -> None:
         assert value == "OK"
 
 
+def test_what_was_put_does_not_change_any_more(w: list[int], scale: float) -> None:
+    size = int(scale * (1 << 20))
+    value = [0, bytearray(size)]
+    f = Future(w[1]).put(value)
+    value.append(1)
+    value[1][:] = b"x" * size
+    assert remotecall_fetch(lambda f: fetch(f)[0], w[0], f) == 0
+    assert fetch(f) == fetch(remotecall(fetch, w[1], f)) == [0, bytearray(size)]
+
+
+def test_an_array_that_was_put_can_be_written(w: list[int], scale: float) -> None:
+    numpy = pytest.importorskip("numpy")
+    f = Future(w[1]).put(array := numpy.zeros(int(scale * 100_000)))
+    array[:] = 1
+    fetch(f)[0] = 5
+    assert fetch(f)[:2].tolist() == [5, 0]
+
+
 def test_C021_one_object_per_reference(w: list[int]) -> None:
     f = Future(w[0])
     back = remotecall_fetch(ident, w[1], f)
