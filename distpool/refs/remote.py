@@ -231,7 +231,10 @@ class RemoteFuture(Reference, Future[Any]):
             if not first:
                 return
             if handle.where == refs.node.pid:
-                refs.owner.touch(handle.rrid, handle.where)
+                entry = refs.owner.touch(handle.rrid, handle.where)
+                if self.travels_with_value and entry.outcome is None:
+                    # It was read here, and the table let go of it; where it cannot be sent along, others come for it.
+                    refs.owner.settle(entry, self.outcome())
             else:
                 change = [handle.rrid.whence, handle.rrid.id, refs.node.pid, 1]
                 refs.node.peers.send(handle.where, Kind.CLIENTS, structs.Clients([change]).pack())

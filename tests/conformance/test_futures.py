@@ -159,6 +159,17 @@ def test_an_array_that_was_put_can_be_written(w: list[int], scale: float) -> Non
     assert fetch(f)[:2].tolist() == [5, 0]
 
 
+def test_a_value_that_cannot_be_sent_does_not_hold_back_its_reference(w: list[int]) -> None:
+    for owner in both(w):
+        f = wait(remotecall(threading.Lock, owner))
+        assert remotecall_fetch(lambda f: f.where, w[1], f) == owner
+        with pytest.raises(RemoteException) as info:
+            remotecall_fetch(fetch, w[1], f)
+        assert "SerializationError" in str(info.value)
+    lock = fetch(f := remotecall(threading.Lock, 1))
+    assert remotecall_fetch(lambda f: f.isready(), w[0], f) and fetch(f) is lock
+
+
 def test_C021_one_object_per_reference(w: list[int]) -> None:
     f = Future(w[0])
     back = remotecall_fetch(ident, w[1], f)
