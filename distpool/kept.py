@@ -92,7 +92,7 @@ class KeptFuture(Future[Any]):
 
     def _bring(self, timeout: float | None) -> None:
         deadline = deadline_after(timeout)
-        if not self.done() and not self._await(timeout):
+        if not self._is_over and not self._await(timeout):
             raise TimeoutError
         if self._kept is not None:
             self._kept._have(None if deadline is None else max(0.0, deadline - time.monotonic()))

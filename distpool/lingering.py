@@ -68,7 +68,12 @@ class Watch:
         awaited: set[Any] = {number for pid in pids for number in node.peers.requests.pending(pid)}
         for found in node.refs.live.valuerefs() if node.refs is not None else ():
             future = found()
-            if future is not None and future.where in pids and getattr(future, "_of_call", False) and not future.done():
+            if (
+                future is not None
+                and future.where in pids
+                and getattr(future, "_of_call", False)
+                and not future._is_over
+            ):
                 awaited.add((future.whence, future.id))
         return awaited
 

@@ -205,7 +205,7 @@ def report_failed() -> None:
         loop = reference()
         if loop is None:
             continue
-        if not loop.done() and node.peers.dead.keys() >= set(loop._pids):
+        if not loop._is_over and node.peers.dead.keys() >= set(loop._pids):
             with contextlib.suppress(Exception):  # it takes longer: another thread cannot begin at this time, say
                 Future.exception(loop, max(0.0, deadline - time.monotonic()))
         loop._say()

@@ -97,36 +97,36 @@ def cluster_cookie(cookie: str | None = None) -> str:
     return node.cookie
 
 
-def set_output_hook(hook: OutputHook | None) -> None:
-    """Call `hook(pid, line)` for each line that a worker prints, on a library thread, in order: what it returns is
+def set_output_hook(f: OutputHook | None) -> None:
+    """Call `f(pid, line)` for each line that a worker prints, on a library thread, in order: what it returns is
     printed instead of the line with its prefix; nothing if that is None. `set_output_hook(None)` undoes it.
 
     RuntimeError on a worker. Example: `set_output_hook(lambda pid, line: f"[{pid}] {line}")`
     """
-    if hook is not None and not callable(hook):
-        raise TypeError(f"the hook must be callable, not {type(hook).__name__}")
-    _master_group("set_output_hook").output_hook = hook
+    if f is not None and not callable(f):
+        raise TypeError(f"the hook must be callable, not {type(f).__name__}")
+    _master_group("set_output_hook").output_hook = f
 
 
-def on_worker_started(function: Hook) -> Hook:
-    """Call `function(info)` when a worker has joined (also those of executors), on a library thread, in order.
+def on_worker_started(f: Hook) -> Hook:
+    """Call `f(info)` when a worker has joined (also those of executors), on a library thread, in order.
 
-    `info` has `pid`, `host`, `ospid`. Returns `function`, so it can decorate. RuntimeError on a worker.
+    `info` has `pid`, `host`, `ospid`. Returns `f`, so it can decorate. RuntimeError on a worker.
 
     Example: `on_worker_started(lambda info: print("new:", info.pid, info.host))`
     """
-    return _add_hook(_master_group("on_worker_started").started_hooks, function)
+    return _add_hook(_master_group("on_worker_started").started_hooks, f)
 
 
-def on_worker_exited(function: Hook) -> Hook:
-    """Call `function(info)` when a worker has gone, for whatever reason, on a library thread, in order.
+def on_worker_exited(f: Hook) -> Hook:
+    """Call `f(info)` when a worker has gone, for whatever reason, on a library thread, in order.
 
     `info` has `pid`, `host`, `ospid`, `exitcode` (negative: the signal; None: unknown) and `reason` (text). Returns
-    `function`, so it can decorate. RuntimeError on a worker.
+    `f`, so it can decorate. RuntimeError on a worker.
 
     Example: `on_worker_exited(lambda info: log.warning("worker %d: %s", info.pid, info.reason))`
     """
-    return _add_hook(_master_group("on_worker_exited").exited_hooks, function)
+    return _add_hook(_master_group("on_worker_exited").exited_hooks, f)
 
 
 def _add_hook(hooks: list[Callable[[WorkerInfo], object]], function: Hook) -> Hook:

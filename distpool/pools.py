@@ -292,7 +292,7 @@ class _Cache:
             self._entries.pop(key, None)
             entry = None
         if entry is None:
-            entry = self._entries.setdefault(key, _Kept(anchor, self._entries, key))  # atomic
+            entry = self._entries.setdefault(key, _Kept(anchor, self, key))  # atomic
         with entry.lock:
             reference = entry.references.get(pid)
             if reference is None:
@@ -304,13 +304,22 @@ class _Kept:
     """One function and where it is. `lock` protects `references`. Reentrant: to serialise a function may run code of
     the user's, which may use it here."""
 
-    def __init__(self, anchor: Any, entries: dict[Any, _Kept], key: Any) -> None:
+    def __init__(self, anchor: Any, cache: _Cache, key: Any) -> None:
+        found = weakref.ref(
+            cache
+        )  # weakly: in a cycle the workers' functions would outlive `clear` until the collector
+
+        def forget(gone: object) -> None:
+            there = found()
+            if there is not None:
+                there._entries.pop(key, None)
+
         self.references: dict[int, Future[Any]] = {}
         self.lock = threading.RLock()
         #: Gives the object; keeps the identity taken, or notices that it is not any more.
         self._anchor: Callable[[], Any] = lambda: anchor
         with contextlib.suppress(TypeError):  # it has no weak references
-            self._anchor = weakref.ref(anchor, lambda gone: entries.pop(key, None))
+            self._anchor = weakref.ref(anchor, forget)
 
     def is_of(self, anchor: Any) -> bool:
         """Whether this is about that very object."""
@@ -383,24 +392,24 @@ def default_worker_pool() -> WorkerPool:
     return found
 
 
-def set_default_worker_pool(pool: WorkerPool) -> WorkerPool:
-    """Make `pool` the default pool of the whole group; returns it. On a worker: no CachingPool (it cannot be sent).
+def set_default_worker_pool(p: WorkerPool) -> WorkerPool:
+    """Make `p` the default pool of the whole group; returns it. On a worker: no CachingPool (it cannot be sent).
 
     Example: `old = default_worker_pool(); set_default_worker_pool(WorkerPool([2])); ...; set_default_worker_pool(old)`
     """
-    if not isinstance(pool, WorkerPool):
-        raise TypeError(f"the default pool must be a WorkerPool, not {type(pool).__name__}")
+    if not isinstance(p, WorkerPool):
+        raise TypeError(f"the default pool must be a WorkerPool, not {type(p).__name__}")
     node = _node()
     if not node.is_master:
-        remotecall_fetch(set_default_worker_pool, 1, pool)
-        return pool
+        remotecall_fetch(set_default_worker_pool, 1, p)
+        return p
     old = default_worker_pool()
-    pool._do("fall_back", True)
-    if old != pool:
+    p._do("fall_back", True)
+    if old != p:
         with contextlib.suppress(ProcessExitedException):  # its owner has gone, and it with that
             old._do("fall_back", False)
-    node.default_pool = pool
-    return pool
+    node.default_pool = p
+    return p
 
 
 _default_lock = threading.RLock()  # two threads ask for the default pool for the first time

@@ -62,11 +62,14 @@ def serve(
 
         take_over(started_by)
     listener = listen(host, port)
+    if stderr_to_stdout:
+        out = as_it_is(out)
     redirect(close_stdin, stderr_to_stdout)
     # A clean `__main__`, as every worker has it: the caller's functions must not meet this program's names there.
     startup.prepare({"cwd": here(), "sys_path": sys.path, "own_path": False}, [])
     name = listener.getsockname()
     announce(out, f"distpool_worker:{name[1]}#{name[0]}\n")
+    del out  # whoever reads the header there, from the descriptor that we have kept, waits for its end perhaps
     startup.finish(startup.run(listener, {"cookie": cookie, "tls": tls}))
 
 
@@ -162,6 +165,17 @@ def redirect(close_stdin: bool, stderr_to_stdout: bool) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             sys.stderr.flush()
         os.dup2(1, 2)
+
+
+def as_it_is(out: Any) -> Any:
+    """A stream to where `out` goes now, should that be stderr: `redirect` leads it elsewhere."""
+    try:
+        if out.fileno() != 2:
+            return out
+        out.flush()
+    except (OSError, ValueError, AttributeError):  # it has no descriptor
+        return out
+    return os.fdopen(os.dup(2), "wb", buffering=0)  # closed when it is dropped: the header is all that goes there
 
 
 def announce(out: Any, header: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
+import pytest
 from told import ask, item, put
 
 from distpool.refs.channel import Channel
@@ -81,6 +83,25 @@ def test_who_has_given_up_gets_nothing() -> None:
     assert [ask(channel)[1].values for _ in range(2)] == [["a"], []]
     for each in (nothing, also, told):
         assert [type(value) for value in each.values] == [TimeoutError], "told so, once"
+
+
+class Item:
+    pass
+
+
+@pytest.mark.parametrize("how", ["withdraw", "expire", "forget_client"])
+def test_an_item_that_was_given_up_is_let_go_of(how: str) -> None:
+    """Its place in the queue kept it, and references in it, until the next take."""
+    channel = Channel(1)
+    put(channel, "a")
+    value = Item()
+    found = weakref.ref(value)
+    waiter = put(channel, value, pid=5)[0]
+    del value
+    assert found() is not None
+    getattr(channel, how)(5 if how == "forget_client" else waiter)
+    assert found() is None
+    assert [ask(channel)[1].values for _ in range(2)] == [["a"], []]
 
 
 def test_who_was_served_cannot_give_up() -> None:

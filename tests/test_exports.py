@@ -149,3 +149,30 @@ def test_import_costs_no_more_than_the_standard_librarys() -> None:
         ours.append(import_seconds("distpool"))
         theirs.append(import_seconds("concurrent.futures.process"))
     assert min(ours) <= 1.25 * min(theirs), f"{min(ours) * 1000:.1f} ms against {min(theirs) * 1000:.1f} ms"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("set_default_worker_pool", "p"),
+        ("set_output_hook", "f"),
+        ("on_worker_started", "f"),
+        ("on_worker_exited", "f"),
+        ("remotecall_eval", "module pids source"),
+        ("include", "path pids"),
+        ("splitrange", "first last n"),
+        ("clear", "names_or_pool pids mod"),
+        ("Future", "pid"),
+        ("RemoteChannel", "factory pid"),
+        ("Channel", "maxsize type"),
+        ("remote", "f pool"),
+        ("default_addprocs_params", "manager"),
+        ("init_worker", "cookie manager"),
+        ("start_worker", "out cookie close_stdin stderr_to_stdout"),
+        ("process_messages", "reader writer incoming"),
+    ],
+)
+def test_parameters_are_called_as_the_contract_says(name: str, parameters: str) -> None:
+    public = getattr(distpool, name)
+    public = public.__init__ if inspect.isclass(public) else public
+    assert [each for each in inspect.signature(public).parameters if each != "self"] == parameters.split()

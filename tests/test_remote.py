@@ -136,7 +136,47 @@ def test_a_notice_that_is_quicker_than_the_answer_to_a_put(cluster: Cluster) -> 
     future = new_future(2)
     assert not future.isready()
     future.put(Big(1))
-    assert cluster.table(2) == {} and future.fetch(5) == Big(1)
+    assert future.fetch(5) == Big(1) and cluster.table(2) == {}
+
+
+def test_what_was_put_does_not_change_any_more(cluster: Cluster) -> None:
+    """The putter kept its own object, and sent that on: each process had another value."""
+    value = [0]
+    future = new_future(2).put(value)
+    value.append(1)
+    assert future.done() and future.travels_with_value and future.wait(5) is future
+    assert cluster.pass_on(future, 1, 3).fetch(5) == [0]
+    assert future.fetch(5) == [0] and future.fetch(5) is future.fetch(5)
+    own = new_future(1).put(value)
+    assert own.fetch(5) is value, "a value of this process is shared"
+
+
+def test_what_was_put_is_opened_once_and_only_if_wanted(cluster: Cluster) -> None:
+    unread = new_future(2).put(Unreadable())
+    assert unread.wait(5) is unread
+    with pytest.raises(KeyError, match="cannot be rebuilt"):
+        unread.fetch(5)
+    there = cluster.pass_on(unread, 1, 3)
+    with cluster.on(3), pytest.raises(KeyError, match="cannot be rebuilt"):
+        there.fetch(5)
+
+
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("owner", [1, 2, 3])
+def test_references_in_what_was_put_are_counted(cluster: Cluster, owner: int, read: bool) -> None:
+    inner = new_future(owner)
+    future = new_future(2).put([inner])
+    cluster.run()
+    name = RRID(inner.whence, inner.id)
+    assert cluster.table(owner)[name] == {1, 2}
+    if read:
+        assert future.fetch(5) == [inner] and future.fetch(5)[0] is inner
+    del inner
+    cluster.run()
+    assert 1 in cluster.table(owner)[name]
+    del future
+    cluster.run()
+    assert name not in cluster.table(owner)
 
 
 def test_having_asked_keeps_nothing(cluster: Cluster) -> None:

@@ -86,6 +86,21 @@ def test_the_header_comes_behind_what_was_printed() -> None:
     assert done.stdout == "before header\n''\nerror\n" and done.stderr == ""
 
 
+@pytest.mark.parametrize("stream", ["sys.stderr", "sys.stderr.buffer", "open(2, 'wb', closefd=False)"])
+def test_the_header_goes_to_stderr_if_that_was_wanted(stream: str) -> None:
+    """It went to stdout: errors are redirected to there before."""
+    code = (
+        f"import sys; sys.path.insert(0, {REPO!r}); import distpool\n"
+        f"print('error', file=sys.stderr); distpool.start_worker({stream}, 'cookie')"
+    )
+    environment = {**os.environ, "DISTPOOL_WORKER_TIMEOUT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    first, header, *rest = done.stderr.splitlines()
+    assert first == "error" and rest == [] and parse_header(header) is not None
+    assert parse_header(done.stdout) is None and "could not connect" in done.stdout
+
+
 def test_streams_that_are_to_stay() -> None:
     code = (
         f"import sys; sys.path.insert(0, {REPO!r}); from distpool import standalone\n"

@@ -6,16 +6,19 @@ The processes are played (`fakes.Cluster`); over real links: `conformance/test_f
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import pickle
+import sys
+import threading
 from typing import Any
 
 import pytest
 from fakes import Big, Cluster
 
-from distpool.errors import SerializationError
+from distpool.errors import RemoteException, SerializationError
 from distpool.refs.refs import Future
 from distpool.refs.remote import RemoteFuture
-from distpool.refs.travel import dead_future, new_future
+from distpool.refs.travel import _can_be_pickled, dead_future, new_future
 
 
 @pytest.mark.parametrize("wrong", [True, 2.0, "2", [2]])
@@ -94,10 +97,10 @@ def test_who_waits_hears_that_it_was_finalized(cluster: Cluster) -> None:
     future = new_future(2)
     there = cluster.pass_on(future, 1, 2)
     told: list[bool] = []
-    future.add_done_callback(lambda done: told.append(done.done()))
+    future.add_done_callback(lambda done: told.append(done is future))
     future.finalize()
     cluster.run()
-    assert future.done() and told == [True] and not cluster.processes[1].refs.kept
+    assert told == [True] and not cluster.processes[1].refs.kept
     with cluster.on(2):
         there.put(1)
     with pytest.raises(RuntimeError, match="finalized"):
@@ -113,3 +116,57 @@ def test_a_dead_handle(cluster: Cluster) -> None:
         again = cluster.pass_on(dead, 1, 2)
         assert (again.where, again.id) == (0, 0)
         dead.finalize()
+
+
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_value_that_cannot_be_sent_does_not_hold_back_its_reference(
+    cluster: Cluster, by_hand: bool, read: bool
+) -> None:
+    """Owned by the sender it could not be sent at all, while others of its kind could."""
+    lock = threading.Lock()
+    future: Any = Future() if by_hand else new_future(1)
+    future.put(lock)
+    if read:
+        assert future.fetch(5) is lock
+    for _ in range(2):
+        there = cluster.pass_on(future, 1, 2)
+        with cluster.on(2), pytest.raises(RemoteException) as info:
+            there.fetch(5)
+        assert isinstance(info.value.captured.ex, SerializationError)
+    assert future.fetch(5) is lock
+    back = cluster.pass_on(there, 2, 1)
+    assert back is future and back.fetch(5) is lock
+
+
+def test_a_value_that_leads_to_its_own_future(cluster: Cluster) -> None:
+    first, second = new_future(1), new_future(1)
+    first.put([second])
+    second.put([first])
+    there = cluster.pass_on(first, 1, 2)
+    with cluster.on(2):
+        other = there.fetch(5)[0]
+        assert other.fetch(5)[0] is there
+
+
+def test_what_can_be_sent_is_tried_once(cluster: Cluster) -> None:
+    class Counted:
+        pickled = 0
+
+        def __reduce__(self) -> Any:
+            Counted.pickled += 1
+            return int, ()
+
+    future = new_future(1).put(Counted())
+    for number in range(3):
+        there = cluster.pass_on(future, 1, 2)
+        assert there.done() and Counted.pickled == number + 2
+
+
+def test_the_trial_lends_no_end_of_a_pipe(cluster: Cluster) -> None:
+    """Nobody would fetch that one, and who waits for the end of the pipe would wait for ever."""
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        assert _can_be_pickled([ours], 2) and not _can_be_pickled([ours, threading.Lock()], 2)
+        sharer = sys.modules.get("multiprocessing.resource_sharer")
+        assert sharer is None or not sharer._resource_sharer._cache  # type: ignore[attr-defined]

@@ -74,6 +74,11 @@ class Channel(ChannelCore):
         super().__init__(maxsize, type)
         self.tied: Tie = []  # see `refs.ahead`
 
+    @property
+    def eltype(self) -> Any:
+        """What items must be instances of: the `type` it was made with."""
+        return self.type
+
     # -- blocking methods --------------------------------------------------------------------------------------
 
     def put(self, value: Any, *, timeout: float | None = None) -> Channel:

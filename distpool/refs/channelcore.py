@@ -143,7 +143,10 @@ class ChannelCore:
         self._do(lambda: self._given_up(waiter, error))
 
     def _given_up(self, waiter: Waiter, error: BaseException | None = None) -> list[tuple[Waiter, Outcome]]:
-        return [(self._served(waiter), failed(error or TimeoutError()))] if waiter.live else []
+        if not waiter.live:
+            return []
+        waiter.item = None  # of a put: its place in the queue is found empty later, and the item may hold references
+        return [(self._served(waiter), failed(error or TimeoutError()))]
 
     def restore(self, item: Outcome) -> None:
         """An item that was served to somebody who had given up: it goes back to the head."""
@@ -242,7 +245,8 @@ class ChannelCore:
         due: list[tuple[Waiter, Outcome]] = []
         told: list[Due] = []
         if self._putters and not room.is_coming_free:
-            due = [(self._served(putter), failed(TimeoutError())) for putter in self._putters if putter.late]
+            late = [putter for putter in self._putters if putter.late]
+            due = [ended for putter in late for ended in self._given_up(putter)]
         if self._closed is not None or (self._putters and room.taken):
             told = room.call_back()
         if room.held and self._space(room) >= room.enough:
@@ -279,7 +283,7 @@ class ChannelCore:
         def change() -> list[tuple[Waiter, Outcome]]:
             for waiter in (*self._takers, *self._watchers, *self._putters):
                 if waiter.pid == pid:
-                    waiter.live = False
+                    self._served(waiter).item = None
             if self._room is None:
                 return []
             self._room.answered(pid)

@@ -16,6 +16,7 @@ such a channel is to live where it is read. There each item costs what it costs 
 from __future__ import annotations
 
 import contextlib
+import pickle
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -55,6 +56,9 @@ class RemoteChannel(Reference):
     #: What threads of this process wait for through this object, and how it is ended. Single operations.
     _waits: dict[Any, Callable[[BaseException], object]] | None = None
 
+    _eltype: Any = None  # once it is known
+    _declared: bytes | None = None  # the same as the owner has told it, when it had made the channel
+
     def __init__(self, factory: Callable[[], Any] | int | None = None, pid: int | None = None) -> None:
         factory = as_int(factory)
         if isinstance(factory, int | float) and pid is None:
@@ -85,7 +89,7 @@ class RemoteChannel(Reference):
         seen: list[Any] = []
         data, buffers = codec.encode(make, handle.where, seen)
         try:
-            self._perform("make", data, stable(buffers), None, 0, seen)
+            self._declared = self._perform("make", data, stable(buffers), None, 0, seen)
         except BaseException:
             handle.held = 0  # the owner has no entry of it, or will not have it for long (`_unmake`)
             raise
@@ -110,6 +114,15 @@ class RemoteChannel(Reference):
         """It does not wait any more."""
         if self._waits is not None:
             self._waits.pop(waiter, None)
+
+    @property
+    def eltype(self) -> Any:
+        """What items must be instances of: the `type` of the Channel, `object` for a class of your own that has no
+        `eltype`. May ask the owner, once; a dead handle has the type that was known where it was pickled."""
+        if self._eltype is None:
+            known = self._declared
+            self._eltype = codec.decode(known) if known is not None else self._do("eltype", (), None)
+        return self._eltype
 
     # -- operations --------------------------------------------------------------------------------------------
 
@@ -279,6 +292,13 @@ class RemoteChannel(Reference):
         """Requests that wait have failed already; later ones will."""
 
     def __reduce__(self) -> Any:
+        """Asks no other process, and does not fail for a type that cannot be pickled."""
+        handle = self._handle
+        known = self._eltype is not None or self._declared is not None
+        with contextlib.suppress(Exception):
+            if known or (handle is not None and handle.where == self._refs.node.pid):
+                pickle.dumps(self.eltype)
+                return dead_channel, (self.eltype,)
         return dead_channel, ()
 
 
@@ -361,6 +381,8 @@ def _channel_of_one() -> Channel:
 
 def run_here(node: Node, channel: Any, op: str, arguments: tuple[Any, ...], timeout: float | None) -> Any:
     """An operation on a channel of this process, in the caller's thread."""
+    if op == "eltype":
+        return getattr(channel, "eltype", object)
     if op == "bind":
         _bind(node, channel, arguments[0])
         return None
@@ -418,10 +440,19 @@ def _same(channel: Any) -> Any:
     return channel
 
 
-def dead_channel() -> RemoteChannel:
+def declared(channel: Any) -> bytes | None:
+    """What `channel` says of the type of its items, for whoever has made it; None: nobody knows before he asks."""
+    try:
+        return codec.encode(getattr(channel, "eltype", object))[0]
+    except Exception:  # of the user's code, or it cannot be sent
+        return None
+
+
+def dead_channel(eltype: Any = object) -> RemoteChannel:
     """What a pickle made outside of a distpool message gives."""
     channel: RemoteChannel = RemoteChannel.__new__(RemoteChannel)
     channel._handle = None
+    channel._eltype = eltype
     return channel
 
 
@@ -447,7 +478,7 @@ def arrive_channel(whence: int, ident: int, where: int) -> RemoteChannel:
 def _reduce(channel: RemoteChannel, peer: Any) -> tuple[Any, ...]:
     handle = channel._handle
     if handle is None:
-        return dead_channel, ()
+        return dead_channel, (channel._eltype,)
     channel._live()  # RuntimeError if it was finalized
     return codec.Reduced.of((arrive_channel, (*handle.rrid, handle.where)), Loan(channel, handle))
 

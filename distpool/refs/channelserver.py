@@ -15,7 +15,7 @@ from distpool.refs import gc
 from distpool.refs.ahead import is_open, on_revoke, settle_puts
 from distpool.refs.channel import Channel, by_callbacks, is_of_channel
 from distpool.refs.channelcore import Handed, Waiter
-from distpool.refs.channels import run_here
+from distpool.refs.channels import declared, run_here
 from distpool.refs.lent import carries_references, decode_lent
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome
@@ -282,7 +282,7 @@ class _Requests:
             if message.op == "make":
                 made = decode_lent(codec.decode, body, buffers)()
                 self._refs.owner.touch(RRID(message.whence, message.ident), pid).channel = made
-                value: Any = None
+                value: Any = declared(made)
             else:
                 if channel is None:
                     raise RuntimeError(_GONE)

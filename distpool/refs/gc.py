@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from distpool.logs import Log
-from distpool.refs.finalized import FINALIZED
+from distpool.refs.finalized import DEAD, FINALIZED
 from distpool.refs.lent import carries_references, references_in
 from distpool.refs.owner import RRID, Entry, Owner
 from distpool.refs.refs import Outcome
@@ -121,7 +121,7 @@ class Reference:
         if self._finalized:
             raise RuntimeError(FINALIZED)
         if self._handle is None:
-            raise RuntimeError("this is a dead handle: it was pickled outside of a distpool message")
+            raise RuntimeError(DEAD)
         return self._handle
 
     def _live(self) -> Handle:
@@ -190,7 +190,7 @@ class Refs:
                 future._on_settled = lambda outcome: self._own(entry, found(), outcome)
                 handle = future._handle = Handle(self, rrid, me, 1)
                 self.live[rrid] = future
-        if future.done():
+        if future._is_over:
             future._report()
         elif future._call is None:  # made by hand: whoever it is sent to may set it, too
             self.owner.watch(entry, lambda outcome: self._set_elsewhere(found(), outcome))

@@ -229,6 +229,11 @@ class Future(concurrent.futures.Future[T]):
         """Whether the call has ended or was cancelled."""
         return self._state in _DONE
 
+    @property
+    def _is_over(self) -> bool:
+        """As `done`, which a finalized future refuses."""
+        return self._state in _DONE
+
     def running(self) -> bool:
         """Whether the call has been handed to a worker and has not ended."""
         call = self._call
@@ -241,12 +246,12 @@ class Future(concurrent.futures.Future[T]):
     def cancel(self) -> bool:
         """Cancel the call if it has not started (it is recalled from the worker if it was sent ahead)."""
         if self._state in _DONE:
-            return self.cancelled()
+            return self._state is not FINISHED
         call = self._call
         if (not call.cancel()) if call is not None else self._state == RUNNING:
             return False
         if not self._finish(CANCELLED_AND_NOTIFIED):
-            return self.cancelled()
+            return self._state is not FINISHED
         self._after_finish(call)
         return True
 
@@ -295,7 +300,7 @@ class Future(concurrent.futures.Future[T]):
         import asyncio  # not before somebody awaits: it is a heavy import
 
         node = nodes.existing()
-        with contextlib.nullcontext() if node is None or self.done() else node.given_away():
+        with contextlib.nullcontext() if node is None or self._state in _DONE else node.given_away():
             return (yield from asyncio.wrap_future(self).__await__())
 
     def __repr__(self) -> str:
@@ -306,7 +311,7 @@ class Future(concurrent.futures.Future[T]):
             how = f"raised {type(error).__name__}" if error is not None else f"returned {type(self._result).__name__}"
             shown = f"finished {how if raw is None else ending(raw)}"
         else:
-            shown = "cancelled" if self.cancelled() else "running" if self.running() else "pending"
+            shown = "cancelled" if state in _DONE else "running" if Future.running(self) else "pending"
         return f"<{type(self).__name__} at {id(self):#x} state={shown}>"
 
     # -- as a remote reference (Julia's verbs) -----------------------------------------------------------------
@@ -339,7 +344,7 @@ class Future(concurrent.futures.Future[T]):
         """How it ended, for the owner's table."""
         if self._raw is not None:
             return self._raw
-        error = concurrent.futures.CancelledError() if self.cancelled() else self._exception
+        error = self._exception if self._state == FINISHED else concurrent.futures.CancelledError()
         if error is not None:
             return Outcome(RAISED_HERE, error, (), nodes.current().pid)
         return Outcome(LOCAL_VALUE, self._result, (), nodes.current().pid)
@@ -423,8 +428,8 @@ class Future(concurrent.futures.Future[T]):
             return self._sleep(deadline, None if node is None else node.loop)
         call.loop.check_wait()
         with call.waiting():
-            if call.loop.lead(self.done, deadline, call.brisk):
-                return self.done()
+            if call.loop.lead(lambda: self._state in _DONE, deadline, call.brisk):
+                return self._state in _DONE
             return self._sleep(deadline, call.loop)
 
     def _sleep(self, deadline: float | None, loop: IoLoop | None) -> bool:

@@ -19,7 +19,7 @@ from distpool.errors import ProcessExitedException, RemoteException
 from distpool.node import node as nodes
 from distpool.refs import gc
 from distpool.refs.ahead import settle_puts
-from distpool.refs.finalized import FINALIZED
+from distpool.refs.finalized import FINALIZED, refuse_state
 from distpool.refs.gc import Handle, Reference, Refs
 from distpool.refs.lent import received
 from distpool.refs.owner import RRID
@@ -111,7 +111,7 @@ class RemoteFuture(Reference, Future[Any]):
         try:
             self._usable()
             self._watch()
-            if not self.done() and not self._await(timeout):
+            if not self._is_over and not self._await(timeout):
                 raise TimeoutError
             raw = self._raw
             failed = raw is not None and raw.status not in (VALUE, LOCAL_VALUE, REMOTE_VALUE)
@@ -124,15 +124,15 @@ class RemoteFuture(Reference, Future[Any]):
     def isready(self) -> bool:
         """Whether the value is there; asks the owner if this process does not know, and is then told of the end."""
         self._usable()
-        if self.done():
+        if self._is_over:
             return True
         handle = self._live()
         self._watch()
-        if handle.where != self._refs.node.pid and not self.done():
+        if handle.where != self._refs.node.pid and not self._is_over:
             answer = self._ask("isready")
-            if codec.decode(answer.data) and not self.done():
+            if codec.decode(answer.data) and not self._is_over:
                 self._await(None)  # the notice is on its way, over the same link
-        return self.done()
+        return self._is_over
 
     def put(self, value: Any) -> RemoteFuture:
         """Set the value, once; `RuntimeError` (`RemoteException` if another process was first) the second time."""
@@ -143,7 +143,7 @@ class RemoteFuture(Reference, Future[Any]):
         """LOCAL_VALUE or RAISED_HERE, for this process and, through the owner, for all others."""
         handle = self._live()
         refs = self._refs
-        if self.done():
+        if self._is_over:
             raise RuntimeError(SET_TWICE)
         if handle.where == refs.node.pid:
             settle_puts()
@@ -154,13 +154,19 @@ class RemoteFuture(Reference, Future[Any]):
             if outcome.status == RAISED_HERE:
                 answer = self._ask("fail", encode_exception(outcome.data, handle.where, seen=seen), [], seen)
             else:
-                data, buffers = codec.encode(outcome.data, handle.where, seen)
-                answer = self._ask("put", data, [bytes(part) for part in buffers], seen)
+                data, views = codec.encode(outcome.data, handle.where, seen)
+                buffers = [bytearray(part) for part in views]  # and not bytes: arrays made of them can be written
+                answer = self._ask("put", data, buffers, seen)
             if answer.status != VALUE:
                 raise RemoteException(handle.where, captured(answer.failure))
+            if outcome.status != RAISED_HERE and type(outcome.data) not in codec.SCALARS:
+                # What was sent and not the caller's object, which he may change: all have the same value. Its
+                # references are lent to us as to anyone who is sent it.
+                with refs.lending(seen, refs.node.pid):
+                    outcome = received(VALUE, data, buffers, handle.where)
         self._came(outcome)  # the owner's notice may have been quicker than its answer
-        if outcome.status != RAISED_HERE:
-            self._let_go()
+        if outcome.status == LOCAL_VALUE:
+            self._let_go()  # else when it is opened: should that fail, others have to get it from its owner
 
     def _set(self, result: Any, exception: BaseException | None) -> None:
         """`set_result` and `set_exception`: for whoever holds this reference, in whatever process."""
@@ -187,6 +193,7 @@ class RemoteFuture(Reference, Future[Any]):
         super().finalize()
         if self._call is not None:  # pending: the owner's notice will find nobody, so who waits has to hear it here
             self._arrived(Outcome(RAISED_HERE, RuntimeError(FINALIZED), (), 0))
+        refuse_state(self, FINALIZED)
 
     # -- settling ----------------------------------------------------------------------------------------------
 
@@ -203,7 +210,7 @@ class RemoteFuture(Reference, Future[Any]):
         try:
             super().add_done_callback(fn)
         finally:  # Ctrl-C may come in the callback
-            if self.done():
+            if self._is_over:
                 self._refs.kept.discard(self)
 
     def _entry(self) -> Any:
@@ -224,14 +231,17 @@ class RemoteFuture(Reference, Future[Any]):
             if not first:
                 return
             if handle.where == refs.node.pid:
-                refs.owner.touch(handle.rrid, handle.where)
+                entry = refs.owner.touch(handle.rrid, handle.where)
+                if self.travels_with_value and entry.outcome is None:
+                    # It was read here, and the table let go of it; where it cannot be sent along, others come for it.
+                    refs.owner.settle(entry, self.outcome())
             else:
                 change = [handle.rrid.whence, handle.rrid.id, refs.node.pid, 1]
                 refs.node.peers.send(handle.where, Kind.CLIENTS, structs.Clients([change]).pack())
 
     def _watch(self) -> None:
         """Let the owner tell us when the value is there (once)."""
-        if self.done() or self._handle is None or self._finalized:
+        if self._is_over or self._handle is None or self._finalized:
             return
         self._live()
         if self._told:
@@ -300,7 +310,7 @@ class RemoteFuture(Reference, Future[Any]):
 
     def _link_lost(self) -> None:
         """Leader: the news of the end may be lost: ask once more. But if the call was, there will be none."""
-        if self.done() or not self._told or self._handle is None:
+        if self._is_over or not self._told or self._handle is None:
             return
         if self._of_call:
             text = f"its connection to process {self._refs.node.pid} was lost"
@@ -315,7 +325,7 @@ class RemoteFuture(Reference, Future[Any]):
         """Wait until the outcome itself is here; TimeoutError."""
         deadline = None if timeout is None else time.monotonic() + timeout
         self._bring(timeout)
-        if not self.done() and not self._await(timeout):
+        if not self._is_over and not self._await(timeout):
             raise TimeoutError
         # The notice may have been quicker than the value that was asked for.
         self._bring(None if deadline is None else max(0.0, deadline - time.monotonic()))

@@ -11,13 +11,14 @@ from typing import Any
 from distpool.config import as_pid
 from distpool.node import node as nodes
 from distpool.refs import gc
-from distpool.refs.finalized import FINALIZED
+from distpool.refs.finalized import DEAD, FINALIZED, refuse_state
 from distpool.refs.gc import Handle, Loan
 from distpool.refs.lent import arrivals
 from distpool.refs.owner import RRID
 from distpool.refs.refs import LOCAL_VALUE, Future, Outcome
 from distpool.refs.remote import RemoteFuture
 from distpool.wire import codec
+from distpool.wire.messages import VALUE
 
 
 def dead_future() -> RemoteFuture:
@@ -25,6 +26,7 @@ def dead_future() -> RemoteFuture:
     future: RemoteFuture = object.__new__(RemoteFuture)
     future._handle = None
     future._call = None
+    refuse_state(future, DEAD)
     return future
 
 
@@ -69,6 +71,58 @@ def arrive_value(whence: int, ident: int, where: int, value: Any) -> RemoteFutur
     return future
 
 
+def _can_be_pickled(value: Any, peer: Any) -> bool:
+    """As `codec.dump` does it, but that no end of a pipe is lent: nobody would fetch it."""
+    pipes = codec._pipes()
+    if pipes is not None:
+        pipes = codec.Pipes(pipes.kind, lambda connection: (int, ()))
+    try:
+        codec._dump_by_reference(value, peer, None, [], pipes)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        try:
+            codec.dump_by_value(value, peer, None, [], pipes)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            return False
+    return True
+
+
+class _Trial:
+    """Under way for a future."""
+
+    met = False  # its value leads to the future itself
+
+
+def _is_sendable(future: Any, peer: Any) -> bool:
+    """Whether the value of a future of this process can be pickled; asked once of each, by doing so.
+
+    A lock, say, is a value as any other as long as nobody fetches it from another process: the reference to it can be
+    sent all the same. (Thought of: to send the pickle of the trial. References in it would be out of reach of those
+    who drop a message unread.) What has come from another process has been pickled before.
+    """
+    raw = future._raw
+    if raw.status == VALUE if raw is not None else "_decoding" in vars(future) and not isinstance(future, RemoteFuture):
+        return True
+    value = future.result()
+    if any(type(value) is scalar for scalar in codec.SCALARS):  # and not `in`: a type may have no hash
+        return True
+    known: bool | _Trial | None = vars(future).get("_sendable")
+    if known is None:
+        trial = future._sendable = _Trial()
+        sendable = False
+        try:
+            sendable = _can_be_pickled(value, peer)
+        finally:
+            known = future._sendable = sendable and not trial.met
+    if isinstance(known, _Trial):
+        known.met = True
+        return False
+    return known
+
+
 def reduce_future(future: Any, peer: Any) -> tuple[Any, ...]:
     """How a future travels in a message: with its value if that is here, else as a reference."""
     handle = future._handle
@@ -78,7 +132,7 @@ def reduce_future(future: Any, peer: Any) -> tuple[Any, ...]:
         if isinstance(future, RemoteFuture):
             return dead_future, ()
         handle = gc.of(nodes.current()).adopt(future)
-    if future.travels_with_value:
+    if future.travels_with_value and (handle.where != gc.of(nodes.current()).node.pid or _is_sendable(future, peer)):
         return arrive_value, (*handle.rrid, handle.where, future.result())
     return codec.Reduced.of((arrive_future, (*handle.rrid, handle.where)), Loan(future, handle))
 

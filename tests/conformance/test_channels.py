@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -344,3 +345,50 @@ def test_factory_error(w: list[int]) -> None:
         RemoteChannel(lambda: 1 / 0, w[0])
     gc.collect()
     assert remotecall_fetch(ident, w[0], 1) == 1
+
+
+def test_a_put_that_timed_out_keeps_no_references(w: list[int]) -> None:
+    """They stayed until the next take, because the item waited in the queue of the channel."""
+
+    def try_to_put(channel: Any, owner: int) -> None:
+        with pytest.raises(TimeoutError):
+            channel.put(RemoteChannel(pid=owner), timeout=0.2)
+
+    local = Channel(1).put(0)
+    try_to_put(local, w[1])
+    for pid in (1, w[0]):
+        channel = RemoteChannel(lambda: Channel(1), pid).put(0)
+        try_to_put(channel, w[1])
+        remotecall_fetch(try_to_put, w[0], channel, w[1])
+        wait_until(lambda: not distpool.debug.refs(w[1]))
+        assert channel.take() == 0 and not channel.isready()
+    assert local.take() == 0 and not local.isready()
+
+
+def test_C052_eltype_is_the_declared_type(w: list[int]) -> None:
+    assert Channel(1).eltype is object and Channel(1, int).eltype is int
+    for pid in (1, w[0]):
+        for make, kind in ((lambda: Channel(2, str), str), (lambda: Channel(0, int | None), int | None)):
+            channel = RemoteChannel(make, pid)
+            assert channel.eltype == kind
+            assert remotecall_fetch(lambda c: c.eltype, w[1], channel) == kind
+        assert RemoteChannel(pid).eltype is object
+        assert RemoteChannel(DictChannel, pid).eltype is object
+
+
+def test_C059_a_dead_handle_keeps_the_type(w: list[int]) -> None:
+    class Local:
+        pass
+
+    for pid in (1, w[0]):
+        typed = RemoteChannel(lambda: Channel(1, int), pid)
+        assert pickle.loads(pickle.dumps(typed)).eltype is int
+        assert pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(typed)))).eltype is int
+        dead = pickle.loads(pickle.dumps(typed))
+        assert remotecall_fetch(lambda c: c.eltype, w[1], dead) is int
+        assert pickle.loads(pickle.dumps(RemoteChannel(lambda: Channel(1, Local), pid))).where == 0
+        typed.finalize()
+        assert pickle.loads(pickle.dumps(typed)).where == 0
+        with pytest.raises(RuntimeError, match="dead handle"):
+            dead.put(1)
+    assert distpool.channel_from_id(remoteref_id(typed := RemoteChannel(lambda: Channel(1, str)))).eltype is str

@@ -141,6 +141,35 @@ def test_C020_put_is_seen_elsewhere(w: list[int]) -> None:
         assert value == "OK"
 
 
+def test_what_was_put_does_not_change_any_more(w: list[int], scale: float) -> None:
+    size = int(scale * (1 << 20))
+    value = [0, bytearray(size)]
+    f = Future(w[1]).put(value)
+    value.append(1)
+    value[1][:] = b"x" * size
+    assert remotecall_fetch(lambda f: fetch(f)[0], w[0], f) == 0
+    assert fetch(f) == fetch(remotecall(fetch, w[1], f)) == [0, bytearray(size)]
+
+
+def test_an_array_that_was_put_can_be_written(w: list[int], scale: float) -> None:
+    numpy = pytest.importorskip("numpy")
+    f = Future(w[1]).put(array := numpy.zeros(int(scale * 100_000)))
+    array[:] = 1
+    fetch(f)[0] = 5
+    assert fetch(f)[:2].tolist() == [5, 0]
+
+
+def test_a_value_that_cannot_be_sent_does_not_hold_back_its_reference(w: list[int]) -> None:
+    for owner in both(w):
+        f = wait(remotecall(threading.Lock, owner))
+        assert remotecall_fetch(lambda f: f.where, w[1], f) == owner
+        with pytest.raises(RemoteException) as info:
+            remotecall_fetch(fetch, w[1], f)
+        assert "SerializationError" in str(info.value)
+    lock = fetch(f := remotecall(threading.Lock, 1))
+    assert remotecall_fetch(lambda f: f.isready(), w[0], f) and fetch(f) is lock
+
+
 def test_C021_one_object_per_reference(w: list[int]) -> None:
     f = Future(w[0])
     back = remotecall_fetch(ident, w[1], f)
@@ -427,7 +456,8 @@ def test_a_finalized_future_refuses_any_use_however_it_was_made(w: list[int]) ->
         f = make()
         finalize(f)
         finalize(f)
-        for use in (fetch, wait, isready, lambda f: put(f, 1), lambda f: f.add_done_callback(print)):
+        helpers = (lambda f: wait_all([f], 30), lambda f: list(as_completed([f], 30)), lambda f: f.done())
+        for use in (fetch, wait, isready, lambda f: put(f, 1), lambda f: f.add_done_callback(print), *helpers):
             with pytest.raises(RuntimeError, match="finalized"):
                 use(f)
         with pytest.raises(distpool.SerializationError, match="finalized"):

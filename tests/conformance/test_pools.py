@@ -505,6 +505,34 @@ def test_C160_module_function_clear(quiet: list[int]) -> None:
     assert remotecall_fetch(f, pool) in quiet
 
 
+def test_C160_clear_frees_without_the_collector(quiet: list[int]) -> None:
+    """The cache was a cycle: the function lived on the workers until this process collected garbage, or dropped f."""
+
+    class Captured:
+        pass
+
+    captured = Captured()
+    f = lambda: (myid(), captured)[0]  # noqa: E731
+
+    def alive(name: str) -> int:
+        gc.collect()
+        return sum(type(each).__name__ == name for each in gc.get_objects())
+
+    pool = CachingPool(quiet)
+    for _ in range(2):
+        assert remotecall_fetch(f, pool) in quiet
+    assert sum(remotecall_fetch(alive, pid, "Captured") for pid in quiet) == 2
+    gc.disable()
+    try:
+        pool.clear()
+        deadline = time.monotonic() + 10
+        while sum(remotecall_fetch(alive, pid, "Captured") for pid in quiet):
+            assert time.monotonic() < deadline
+    finally:
+        gc.enable()
+    assert f is not None
+
+
 def test_C161_pickled_once_per_worker(quiet: list[int]) -> None:
     captured = Counted()
     f = lambda i: (i, type(captured).__name__)  # noqa: E731
