@@ -136,13 +136,16 @@ def _add_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_SAID = {"true": "True", "false": "False", "none": "None"}
+
+
 def _option(text: str) -> tuple[str, Any]:
-    """A keyword and its value, which is a Python literal, or else plain text."""
+    """A keyword and its value, which is a Python literal (true, false and none in any case), or else plain text."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"not NAME=VALUE: {text!r}")
     try:
-        return name, ast.literal_eval(value)
+        return name, ast.literal_eval(_SAID.get(value.lower(), value))
     except (ValueError, SyntaxError):
         return name, value
 
