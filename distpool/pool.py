@@ -275,7 +275,8 @@ class DistPool(stdlib.Pool):
                 self._inputs.close()
 
     def terminate(self) -> None:
-        """Kill the workers and wait for their end; every `get()` that has no result yet raises `PoolTerminated`."""
+        """Kill the workers and wait for their end; every `get()` that has no result yet raises an error that is both a
+        `DistpoolError` and a `concurrent.futures.process.BrokenProcessPool`."""
         self._state = TERMINATE
         if not self._crew.is_here:
             return
