@@ -459,7 +459,9 @@ def test_directories_go_at_the_end_of_the_program() -> None:
         os.waitpid(child, 0)
         print(os.path.exists(own), flush=True)
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    # From 3.12 on, Python warns of `fork` in a program with threads.
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     own, other, *said = done.stdout.split()
     assert (said, done.stderr) == (["True", "True", str(1 << 20), "True"], "")
     assert own.rpartition("/")[2].startswith("distpool-") and own != other
