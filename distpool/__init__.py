@@ -270,6 +270,9 @@ def _at_exit() -> None:
     loops = sys.modules.get("distpool.loops")
     if loops is not None:
         loops.report_failed()  # also those that failed because their workers had to go
+    shm = sys.modules.get("distpool.transport.shm")
+    if shm is not None:
+        shm.remove_directories()
 
 
 atexit.register(_at_exit)

@@ -81,7 +81,7 @@ def _add_run(commands: Any) -> None:
         "run",
         help="add workers, then run a program",
         usage="python -m distpool run [-p N | --machine-file F | --hosts A,B] [-o NAME=VALUE] "
-        "(SCRIPT | -m MODULE | -c CODE) [ARGUMENT ...]",
+        "(SCRIPT | -m MODULE | -c CODE | -) [ARGUMENT ...]",
         description="Add workers, then run a Python program that uses them, as python itself would run it. Without -p, "
         "--machine-file and --hosts it starts alone.",
     )
@@ -93,7 +93,7 @@ def _add_run(commands: Any) -> None:
     # For the help text: `main` takes these, and what follows them, out first.
     run.add_argument("-m", metavar="MODULE", help="run this module")
     run.add_argument("-c", metavar="CODE", help="run this text")
-    run.add_argument("script", nargs="?", metavar="SCRIPT", help="a file, and its arguments")
+    run.add_argument("script", nargs="?", metavar="SCRIPT", help="a file, and its arguments; '-': the standard input")
     run.set_defaults(run=_run, usage_error=run.error)
 
 
@@ -136,13 +136,16 @@ def _add_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_SAID = {"true": "True", "false": "False", "none": "None"}
+
+
 def _option(text: str) -> tuple[str, Any]:
-    """A keyword and its value, which is a Python literal, or else plain text."""
+    """A keyword and its value, which is a Python literal (true, false and none in any case), or else plain text."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"not NAME=VALUE: {text!r}")
     try:
-        return name, ast.literal_eval(value)
+        return name, ast.literal_eval(_SAID.get(value.lower(), value))
     except (ValueError, SyntaxError):
         return name, value
 
@@ -226,23 +229,41 @@ def _run(options: argparse.Namespace) -> int:
     if not words:
         options.usage_error("a script, -m MODULE or -c CODE is needed")
     target, *arguments = words
+    if kind == "script" and target == "-":  # as of python: the text comes from the standard input
+        kind = "stdin"
+    if options.machine_file is not None:
+        options.machine_file = _machines_of(options.machine_file)
+        if options.machine_file is None:
+            return 1
     machines = next((x for x in (options.procs, options.machine_file, options.hosts) if x is not None), None)
+    if options.option and machines is None:
+        options.usage_error("-o is about workers: -p, --machine-file or --hosts is needed")
     return runner.run(runner.Program(kind, target, arguments), machines, dict(options.option))
 
 
 def _hosts(options: argparse.Namespace) -> int:
     from distpool import hostcheck
-    from distpool.managers.specs import load_machine_file
 
-    try:
-        machines = load_machine_file(options.file)
-    except (OSError, ValueError) as error:
-        return _complain(error)
-    if not machines:
-        return _complain(f"{options.file}: no machine in this file")
+    machines = _machines_of(options.file)
+    if machines is None:
+        return 1
     reports = hostcheck.check_hosts(machines, dict(options.option), options.timeout)
     print(hostcheck.table(reports))
     return 1 if any(report.error for report in reports) else 0
+
+
+def _machines_of(file: Path) -> list[Any] | None:
+    """The machines of a file; None: there are none, and it has been said why."""
+    from distpool.managers.specs import load_machine_file
+
+    try:
+        machines = load_machine_file(file)
+    except (OSError, ValueError) as error:
+        _complain(error)
+        return None
+    if not machines:
+        _complain(f"{file}: no machine in this file")
+    return machines or None
 
 
 # -- worker ------------------------------------------------------------------------------------------------------
@@ -256,6 +277,10 @@ def _worker(options: argparse.Namespace) -> int:
     from distpool import config, standalone
     from distpool.managers.surroundings import routable_address
 
+    try:
+        config.worker_timeout(), config.silent_seconds()  # whoever starts it hears of a bad one
+    except ValueError as error:
+        return _complain(error)
     cookie = options.worker if options.worker is not None else standalone.read_cookie()
     try:
         config.check_cookie(cookie)

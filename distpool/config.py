@@ -78,6 +78,23 @@ def as_bool(value: Any) -> Any:
     return bool(value) if kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_") else value
 
 
+def as_flag(name: str, value: Any) -> bool:
+    """The bool of a keyword that is on or off; TypeError for what merely counts as true, such as "no"."""
+    found = as_bool(value)
+    if not isinstance(found, int) or found not in (0, 1):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+    return bool(found)
+
+
+def as_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    """What is in an iterable; TypeError, with the name of the argument, for what is none."""
+    try:
+        parts = iter(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a tuple or another iterable: {error}") from None
+    return tuple(parts)
+
+
 def check_cookie(cookie: Any) -> None:
     """ValueError unless it can be a cookie: a secret, so not empty, and one line on the stdin of a worker."""
     if not isinstance(cookie, str) or not 1 <= len(cookie) <= MAX_COOKIE or not cookie.isascii():

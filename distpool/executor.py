@@ -89,7 +89,7 @@ class ClusterExecutor(Submitter):
             self._policy = make_policy(None, **limits)
             replace = on_worker_exit == "replace"
             # Without an initializer nobody looks at its arguments: None is as good, as with the standard library.
-            start = initializer, tuple(initargs) if initializer is not None else ()
+            start = initializer, config.as_tuple("initargs", initargs) if initializer is not None else ()
             self._crew = opening.make_crew(hosts, max_workers, addprocs_options, start, max_tasks_per_child, replace)
             self._future_class = submitting.future_class(self._crew, replace)
             opening.register(self._crew.node, type(self), ExecutorView)

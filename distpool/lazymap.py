@@ -12,6 +12,7 @@ results of what was taken before it.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,10 +36,10 @@ class LazyMap(Iterator[Any]):
 
     `look_ahead`: elements taken and not yet delivered. `ordered`: input order, else as they come. `deadline`: monotonic
     seconds after which `TimeoutError` is raised. `refilled`: the look-ahead is filled at once, and one more element is
-    taken before each result is waited for, as for the standard library's `buffersize`. `in_halves`: take half a
-    look-ahead at a time, so that elements can travel together. An element's exception is raised by `next` and does not
-    end the iteration, unless `stop_at_error`. `owner`: the executor, which lives as long as more may be fed; one that
-    nobody has any more is shut down.
+    taken before each result is waited for, as for the standard library's `buffersize`, and the `TimeoutError` is the
+    end. `in_halves`: take half a look-ahead at a time, so that elements can travel together. An element's exception is
+    raised by `next` and does not end the iteration, unless `stop_at_error`. `owner`: the executor, which lives as long
+    as more may be fed; one that nobody has any more is shut down.
     """
 
     def __init__(
@@ -81,7 +82,13 @@ class LazyMap(Iterator[Any]):
         return self
 
     def __next__(self) -> Any:
-        return self.next(self._deadline)
+        try:
+            return self.next(self._deadline)
+        except TimeoutError:
+            if self._refilled:  # the standard library's generator: it is at its end with what it raises
+                with contextlib.suppress(ValueError):  # another thread, which waits for the next one, comes here too
+                    self.close()
+            raise
 
     def next(self, deadline: float | None) -> Any:
         """The next result; `TimeoutError` after `deadline` (monotonic seconds), `StopIteration` at the end."""

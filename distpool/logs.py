@@ -47,7 +47,7 @@ def _write(name: str, method: str, args: tuple[Any, ...], options: dict[str, Any
     """Nothing that goes wrong here, in handlers above all, gets out of here."""
     try:
         import logging
-    except (ImportError, OSError):  # no descriptor or no memory left: what was to be logged is worse than no log
+    except Exception:  # no descriptor or no memory left (MemoryError): what was to be logged is worse than no log
         return
 
     def write() -> None:
@@ -111,7 +111,7 @@ def quiet_if_loaded() -> None:
     if "logging" in sys.modules:
         try:
             be_quiet()
-        except (ImportError, OSError):  # see `Log`
+        except Exception:  # see `_write`
             pass
 
 

@@ -15,6 +15,7 @@ from distpool.hints import Any
 from distpool.lazymap import open_entry
 from distpool.mapruns import Many, MapRun
 from distpool.refs.refs import Future
+from distpool.wire.functions import function_name
 
 
 def fed_results(run: MapRun, deadline: float | None, chunked: bool) -> Iterator[Any]:
@@ -156,7 +157,7 @@ def map_by_futures(
     source = _Input(zip(*iterables, strict=False))
     if chunksize > 1:
         chunks = iter(lambda: tuple(itertools.islice(source, chunksize)), ())
-        start: Iterator[Future[Any]] = (submit(run_chunk, fn, chunk) for chunk in chunks)
+        start: Iterator[Future[Any]] = (submit(run, chunk) for run in [OfChunks(fn)] for chunk in chunks)
     else:
         start = (submit(fn, *args) for args in source)
     futures = list(itertools.islice(start, buffersize))
@@ -198,6 +199,21 @@ def unordered_futures(
             future.cancel()
 
 
-def run_chunk(fn: Callable[..., Any], chunk: tuple[Any, ...]) -> list[Any]:
-    """On the worker: one chunk of a map."""
-    return [fn(*args) for args in chunk]
+class OfChunks:
+    """What runs a chunk of a map on the worker. It has the name of the user's function, which is what a time limit that
+    was exceeded, the log of retries and `stats` are about.
+
+    Example: `OfChunks(divmod)([(7, 2), (9, 3)])` is `[(3, 1), (3, 0)]`
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._fn = fn
+        self.__module__ = "builtins"  # the names of whose functions are shown without it
+        self.__qualname__ = function_name(fn)
+
+    def __reduce__(self) -> Any:
+        return OfChunks, (self._fn,)
+
+    def __call__(self, chunk: Iterable[tuple[Any, ...]]) -> list[Any]:
+        fn = self._fn
+        return [fn(*args) for args in chunk]

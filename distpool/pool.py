@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import CLOSE, INIT, RUN, TERMINATE
 
+from distpool import config
 from distpool.executor import ClusterExecutor
 
 TYPE_CHECKING = False  # not from `typing`: see `hints`
@@ -86,7 +87,8 @@ class DistPool(stdlib.Pool):
         self._ctx = context if context is not None else multiprocessing.get_context()
         self._maxtasksperchild = maxtasksperchild
         self._initializer = initializer
-        self._initargs = tuple(initargs) if initializer is not None else ()  # not looked at: None is as good
+        # Without an initializer it is not looked at: None is as good.
+        self._initargs = config.as_tuple("initargs", initargs) if initializer is not None else ()
         self._executor = ClusterExecutor(
             hosts,
             None,
@@ -273,7 +275,8 @@ class DistPool(stdlib.Pool):
                 self._inputs.close()
 
     def terminate(self) -> None:
-        """Kill the workers and wait for their end; every `get()` that has no result yet raises `PoolTerminated`."""
+        """Kill the workers and wait for their end; every `get()` that has no result yet raises an error that is both a
+        `DistpoolError` and a `concurrent.futures.process.BrokenProcessPool`."""
         self._state = TERMINATE
         if not self._crew.is_here:
             return

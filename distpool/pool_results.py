@@ -39,8 +39,8 @@ _LARGE = 1024  # elements of a chunk that is decoded when it comes: to wait for 
 class AsyncResult(stdlib.ApplyResult):  # type: ignore[type-arg]
     """The result of `apply_async`: `get(timeout)`, `wait(timeout)`, `ready()`, `successful()`; timeouts in seconds.
 
-    `get` raises what the call raised, `multiprocessing.TimeoutError` after `timeout` seconds, and `PoolTerminated` (a
-    `BrokenProcessPool`) if the pool was terminated first. Callbacks have run when `ready()` is true.
+    `get` raises what the call raised, `multiprocessing.TimeoutError` after `timeout` seconds, and if the pool was
+    terminated first a `DistpoolError` that is a `BrokenProcessPool` too. Callbacks have run when `ready()` is true.
 
     Example: `pool.apply_async(pow, (2, 10)).get() == 1024`
     """

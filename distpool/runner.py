@@ -1,6 +1,6 @@
 """`python -m distpool run`: workers first, then the user's program as `__main__` (layer 11).
 
-    arguments --> Program (script, -m module, -c code) --> sys.argv, sys.path[0] as `python` sets them
+    arguments --> Program (script, -m module, -c code, -) --> sys.argv, sys.path[0] as `python` sets them
               --> addprocs (inherits that sys.path) --> a fresh `__main__`, in which the program runs
 
 Runs on the main thread. The program ends as it would without us: its exit code, its traceback, its atexit hooks.
@@ -25,7 +25,7 @@ from distpool.errors import CompositeException
 
 @dataclass(frozen=True)
 class Program:
-    """What is to run: `kind` is "script", "module" or "code"; `target` its path, name or text."""
+    """What is to run: `kind` is "script", "module", "code" or "stdin"; `target` its path, name, text or "-"."""
 
     kind: str
     target: str
@@ -33,11 +33,11 @@ class Program:
 
     def announce(self) -> None:
         """`sys.argv` and `sys.path[0]` as `python` sets them for this program."""
-        names = {"script": self.target, "module": "-m", "code": "-c"}
-        sys.argv[:] = [names[self.kind], *self.arguments]
-        first = {"script": os.path.dirname(os.path.realpath(self.target)), "module": os.getcwd(), "code": ""}
+        names = {"module": "-m", "code": "-c"}
+        sys.argv[:] = [names.get(self.kind, self.target), *self.arguments]
+        first = {"script": os.path.dirname(os.path.realpath(self.target)), "module": os.getcwd()}
         if not sys.flags.safe_path:  # else sys.path[0] is nobody's
-            sys.path[0] = self.target if self.is_package else first[self.kind]
+            sys.path[0] = self.target if self.is_package else first.get(self.kind, "")
 
     @property
     def is_package(self) -> bool:
@@ -63,6 +63,9 @@ class Program:
         main.__dict__.update(__builtins__=builtins, __spec__=None)
         if self.kind == "code":
             exec(compile(self.target, "<string>", "exec", dont_inherit=True), main.__dict__)
+            return
+        if self.kind == "stdin":
+            exec(compile(sys.stdin.buffer.read(), "<stdin>", "exec", dont_inherit=True), main.__dict__)
             return
         main.__file__ = path = os.path.abspath(self.target)
         with io.open_code(path) as file:

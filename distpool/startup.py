@@ -338,20 +338,23 @@ def finish(code: int, main: bool = True) -> NoReturn:
             os._exit(code)
 
     try:
-        usual = threading.stack_size(_STACK)
         try:
-            _thread.start_new_thread(give_up, ())
-        finally:
-            threading.stack_size(usual)  # exit hooks may start threads
-        if main:
-            threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-    except BaseException:
-        sys.__excepthook__(*sys.exc_info())
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            pass  # the master is gone, or user code closed the stream
-    goes_on.release()
-    os._exit(code & 0xFF)
+            usual = threading.stack_size(_STACK)
+            try:
+                _thread.start_new_thread(give_up, ())
+            finally:
+                threading.stack_size(usual)  # exit hooks may start threads
+            if main:
+                threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+        except BaseException:
+            sys.__excepthook__(*sys.exc_info())
+        # The user's own first: they may write to ours.
+        for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
+            try:
+                getattr(sys, name).flush()
+            except BaseException:
+                pass  # the master is gone, or user code closed the stream, put None there, or what cannot flush
+        goes_on.release()
+    finally:
+        os._exit(code & 0xFF)

@@ -126,6 +126,25 @@ def ask_for_stacks(host: str, port: int) -> str:
     return answers[0]
 
 
+@pytest.mark.parametrize("name", ["DISTPOOL_WORKER_TIMEOUT", "DISTPOOL_SILENT_SECONDS"])
+def test_a_worker_with_a_bad_variable_says_so_in_one_line(name: str) -> None:
+    command = [*COMMAND, "worker", "--worker=abc"]
+    done = subprocess.run(command, env={**os.environ, name: "soon"}, capture_output=True, text=True, timeout=50)
+    said = f"distpool: {name} must be a number of seconds greater than 0, not 'soon'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        *(("true", True), ("FALSE", False), ("False", False), ("none", None), ("Null", "Null")),
+        *(("3", 3), ("[1, 2]", [1, 2]), ("/a/b", "/a/b"), ("", ""), ("'true'", "true")),
+    ],
+)
+def test_values_of_options(said: str, meant: Any) -> None:
+    assert cli._option(f"name={said}") == ("name", meant)
+
+
 def test_a_worker_with_its_cookie_from_stdin_serves() -> None:
     with worker_process("--bind-to", "127.0.0.1", cookie=nodes.current().cookie) as process:
         host, port = header(process)

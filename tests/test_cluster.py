@@ -19,6 +19,7 @@ import distpool
 import distpool.top
 from distpool import ProcessExitedException, RemoteChannel, cluster
 from distpool.cluster import addprocs, addprocs_async, end_workers, rmprocs
+from distpool.managers.local import LocalManager
 from distpool.managers.resources import GPU_VARIABLE
 from distpool.node import group as groups
 from distpool.node import node as nodes
@@ -76,6 +77,35 @@ def test_bad_arguments_start_nothing() -> None:
     with pytest.raises((TypeError, ValueError)):
         addprocs(object())  # type: ignore[arg-type]
     assert listed() == before
+
+
+@pytest.mark.parametrize("machines", [1, ["no-such-host"]])
+@pytest.mark.parametrize(
+    ("keyword", "value", "error"),
+    [
+        ("env", 5, TypeError),
+        ("env", [1], TypeError),
+        ("env", ["abc"], ValueError),
+        ("exename", 5, TypeError),
+        ("exeflags", 5, TypeError),
+        ("exeflags", [5], TypeError),
+        ("enable_threaded_blas", "x", TypeError),
+        ("enable_threaded_blas", 2, TypeError),
+    ],
+)
+def test_the_text_names_the_argument(machines: Any, keyword: str, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"^{keyword} must "):
+        addprocs(machines, **{keyword: value})
+
+
+@pytest.mark.parametrize("value", ["no", 3, 0.0, None])
+def test_what_is_neither_on_nor_off(value: Any) -> None:
+    for keyword in ("multiplex", "cmdline_cookie"):
+        with pytest.raises(TypeError, match=f"^{keyword} must be True or False, not {value!r}$"):
+            addprocs(["no-such-host"], **{keyword: value})
+    for start in (addprocs, distpool.ClusterExecutor, lambda n, **options: LocalManager(n, options["restrict"])):
+        with pytest.raises(TypeError, match=f"^restrict must be True or False, not {value!r}$"):
+            start(1, restrict=value)
 
 
 def test_the_endpoint_is_served_only_if_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

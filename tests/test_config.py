@@ -117,6 +117,8 @@ def test_what_says_that_it_is_an_int(given: Any, expected: Any) -> None:
 
 def test_bools() -> None:
     assert config.as_bool(np.True_) is True and config.as_bool(np.False_) is False and config.as_bool(True) is True
+    assert [config.as_flag("x", on) for on in (True, 1, np.True_)] == [True] * 3
+    assert [config.as_flag("x", off) for off in (False, 0, np.False_)] == [False] * 3
     assert config.as_bool("bool") == "bool" and config.as_bool(np.int8(1)) is not True
 
 

@@ -124,7 +124,7 @@ def test_other_arguments_are_checked() -> None:
 def test_arguments_of_no_initializer(make: Callable[..., ClusterExecutor]) -> None:
     """Nobody looks at them, in the standard library either."""
     assert make(1, initargs=None).submit(square, 3).result(PATIENCE) == 9
-    with pytest.raises(TypeError, match="not iterable"):
+    with pytest.raises(TypeError, match="^initargs must be .*: 'NoneType' object is not iterable$"):
         ClusterExecutor(1, initializer=print, initargs=None)  # type: ignore[arg-type]
 
 

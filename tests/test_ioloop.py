@@ -14,12 +14,13 @@ import sys
 import textwrap
 import threading
 import time
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from distpool.transport import polling
+from distpool.transport import ioloop, polling
 from distpool.transport.ioloop import IoLoop
 
 PATIENCE = 30.0
@@ -227,6 +228,39 @@ def test_what_is_thrown_into_the_io_thread_does_not_end_it(started: IoLoop, kind
         soon(started)
     assert thread.is_alive()
     assert len(crashes) >= 20 and {type(error) for error in crashes} == {kind}
+
+
+@pytest.mark.parametrize("fails", ["log", "on_crash", "both"])
+def test_no_memory_to_tell_of_an_error(started: IoLoop, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    """Those who wait are told before `logging` is loaded, and what telling and logging raise ends no thread."""
+
+    def no_memory(*args: Any, **options: Any) -> None:
+        raise MemoryError
+
+    crashes: list[BaseException] = []
+
+    def on_crash(error: BaseException) -> None:
+        crashes.append(error)
+        if fails != "log":
+            raise MemoryError
+
+    started.on_crash = on_crash
+    if fails != "on_crash":
+        monkeypatch.setattr(ioloop, "log", types.SimpleNamespace(error=no_memory, exception=no_memory))
+    thread = started._thread
+    assert thread is not None
+    started.call_soon(lambda: 1 / 0)
+    soon(started)
+    assert type(crashes[0]) is ZeroDivisionError
+
+    def tick() -> None:  # outside of handlers
+        started.on_tick = None
+        raise KeyError("tick")
+
+    started.on_tick = tick
+    soon(started)
+    soon(started)
+    assert "KeyError" in [type(error).__name__ for error in crashes] and thread.is_alive()
 
 
 def test_who_leads_hears_of_what_was_thrown_at_him(loop: IoLoop) -> None:

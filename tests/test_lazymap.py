@@ -121,6 +121,22 @@ def test_time_limit(office: Office) -> None:
     results.close()
 
 
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_its_time_limit_is_the_end_of_a_refilled_one(office: Office, chunk: int | None) -> None:
+    """As of the standard library's generator; who gives a limit to each `next` goes on after it."""
+    results = lazy(office, range(5), refilled=True, chunk=chunk, deadline=time.monotonic() + 0.05)
+    for late in (TimeoutError, StopIteration, StopIteration):
+        with pytest.raises(late):
+            next(results)
+    patient = lazy(office, range(5), ahead=1)
+    with pytest.raises(TimeoutError):
+        patient.next(time.monotonic())
+    robot = Robot(office)
+    assert next(patient) is not StopIteration
+    robot.end()
+    patient.close()
+
+
 def test_an_error_ends_it_unless_it_may_go_on(office: Office) -> None:
     worker = office.worker(2)
     for stop in (True, False):

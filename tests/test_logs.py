@@ -83,12 +83,13 @@ def test_the_import_does_not_load_logging_and_respects_what_is_there() -> None:
     subprocess.run([sys.executable, "-c", source], timeout=60, check=True)
 
 
-def test_a_log_that_cannot_be_loaded_costs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError()])
+def test_a_log_that_cannot_be_loaded_costs_nobody(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     real = builtins.__import__
 
     def without_logging(name: str, *args: Any, **kwargs: Any) -> Any:
         if name == "logging":
-            raise OSError(24, "Too many open files")
+            raise error
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_logging)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from pickle import dumps
+from pickle import dumps, loads
 from typing import Any
 
 import pytest
@@ -17,16 +18,17 @@ from fakes import PATIENCE, FakeWorker, Office, fresh
 from distpool import mapresults
 from distpool.dropped import WhenDropped
 from distpool.mapresults import (
+    OfChunks,
     _Input,
     check_map,
     fed_results,
     flattened,
     future_results,
     map_by_futures,
-    run_chunk,
     unordered_futures,
 )
 from distpool.refs.refs import LOCAL_VALUE, Future, Outcome
+from distpool.wire.functions import function_name
 
 SOON = 0.01
 
@@ -255,9 +257,20 @@ def test_maps_by_futures(chunksize: int, buffersize: int | None) -> None:
     assert len(submit.calls) == -(-10 // chunksize)
 
 
-def test_run_chunk() -> None:
-    assert run_chunk(divmod, ((7, 2), (9, 3))) == [(3, 1), (3, 0)]
-    assert run_chunk(divmod, ()) == []
+def test_what_runs_chunks() -> None:
+    run = OfChunks(divmod)
+    assert run(((7, 2), (9, 3))) == [(3, 1), (3, 0)]
+    assert run(()) == []
+    assert loads(dumps(run))([(7, 2)]) == [(3, 1)]
+
+
+@pytest.mark.parametrize(
+    "fn", [divmod, itertools.accumulate, functools.partial(dumps, protocol=4), test_what_runs_chunks]
+)
+def test_chunks_run_under_the_name_of_the_function(fn: Callable[..., Any]) -> None:
+    run = OfChunks(fn)
+    for each in (run, loads(dumps(run))):
+        assert function_name(each) == function_name(fn)
 
 
 # -- as they come ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import errno
 import mmap
 import os
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
@@ -208,15 +207,13 @@ def test_populating_changes_nothing_and_never_fails() -> None:
 # -- removing ------------------------------------------------------------------------------------------------------
 
 
-def test_only_files_of_that_process_are_discarded(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    names = [f"segment-{dead.pid}-a", f"segment-{dead.pid}-b", f"segment-{dead.pid}0-c", "else"]
-    for name in names:
-        (tmp_path / name).touch()
-    memfile.discard_files(str(tmp_path), dead.pid)
-    assert {path.name for path in tmp_path.iterdir()} == set(names[2:])
-    memfile.discard_files(str(tmp_path / "none"), dead.pid)
+def test_a_directory_goes_with_what_is_in_it(tmp_path: Path) -> None:
+    made = Path(memfile.private_directory())
+    file = memfile.create(10, str(made), memfd=False)
+    memfile.discard_directory(str(made))
+    assert not made.exists()
+    file.discard(free_pages=True)
+    memfile.discard_directory(str(tmp_path / "none"))
     memfile.unlink(str(tmp_path / "none"))
 
 

@@ -195,6 +195,7 @@ def test_bad_usage(tmp_path: Path) -> None:
         (("--machine-file", tmp_path / "none", "-c", ""), "no such file"),
         (("--hosts", "a:b:c", "-c", ""), "not a machine spec"),
         (("-o", "foo", "-c", ""), "not NAME=VALUE"),
+        (("-o", "foo=1", "-c", ""), "-p, --machine-file or --hosts is needed"),
     ]:
         done = run(*arguments)
         assert done.returncode == 2 and message in done.stderr, done.stderr
@@ -202,6 +203,29 @@ def test_bad_usage(tmp_path: Path) -> None:
     assert done.returncode == 2 and "no such file" in done.stderr
     done = run("-p", 1, "-o", "foo=1", "-c", "")
     assert done.returncode == 1 and done.stderr == "distpool: Invalid keyword argument foo\n"
+
+
+def test_a_program_from_the_standard_input() -> None:
+    code = "import sys, distpool\ndef f(x): return -x\n"
+    code += "print(sys.argv, sys.path[0], distpool.pmap(f, [1, 2]), '__file__' in dir())"
+    found = run("-p", 1, "-", "a", "-b", input=code)
+    assert (found.stdout, found.stderr, found.returncode) == ("['-', 'a', '-b']  [-1, -2] False\n", "", 0)
+    found = run("-", input="1 / 0\n")
+    assert found.returncode == 1 and 'File "<stdin>", line 1, in <module>' in found.stderr
+    assert "runner.py" not in found.stderr
+
+
+def test_machine_files_that_name_no_machine(tmp_path: Path) -> None:
+    path = tmp_path / "machines"
+    for content, message in [
+        (b"# none\n", "no machine in this file\n"),
+        (b"h\xe4st\n", "this file is no UTF-8 text: 'utf-8' codec can't decode byte 0xe4"),
+    ]:
+        path.write_bytes(content)
+        for words in (["run", "--machine-file", path, "-c", "print(5)"], ["hosts", path]):
+            found = subprocess.run([*COMMAND[:-1], *map(str, words)], capture_output=True, text=True, timeout=50)
+            assert (found.returncode, found.stdout) == (1, "")
+            assert found.stderr.startswith(f"distpool: {path}: {message}"), found.stderr
 
 
 def test_a_syntax_error(tmp_path: Path) -> None:

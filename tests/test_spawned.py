@@ -178,3 +178,26 @@ def test_nothing_lists_the_descriptors(ends: tuple[int, int, int], monkeypatch: 
     listed = spawned._inherited()
     monkeypatch.setattr(os, "listdir", refuse)
     assert ends[0] in spawned._inherited() == listed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="numbers above the limit cannot be closed with glibc")
+def test_a_limit_below_numbers_in_use() -> None:
+    """What may be inherited is none the less not: the pipe comes to its end."""
+    code = """if True:
+        import os, resource, sys
+        from distpool.managers.spawned import spawn
+        reader, writer = os.pipe()
+        os.dup2(writer, 251, inheritable=True)
+        os.close(writer)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+        process = spawn([sys.executable, "-c", "import signal; signal.pause()"], dict(os.environ), os.dup(1), os.dup(0))
+        os.close(251)
+        found = os.read(reader, 1)
+        process.kill()
+        print(found, process.wait())
+        from distpool import ClusterExecutor
+        with ClusterExecutor(1) as executor:
+            print(executor.submit(abs, -3).result(30))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.splitlines()[-2:], done.returncode) == (["b'' -9", "3"], 0), done

@@ -228,6 +228,17 @@ def test_an_error_at_the_end_does_not_hold_it_up() -> None:
     assert code == 6 and "ZeroDivisionError" in err
 
 
+@pytest.mark.parametrize(
+    "stream",
+    ["None", "object()", "type('Own', (), {'flush': lambda self: sys.exit('flushed')})()", "sys.stderr.close() or 5"],
+)
+def test_standard_output_that_the_user_has_replaced(stream: str) -> None:
+    """Nothing is said on the way out, and what was printed before comes all the same."""
+    found = outcome(f"print('before', end=''); sys.stdout = {stream}; startup.finish(6)")
+    assert found == (6, "before", "")
+    assert outcome(f"sys.stderr = {stream}; del sys.stdout; startup.finish(7)") == (7, "", "")
+
+
 def test_limits_that_may_not_be_had() -> None:
     """The rest is taken all the same."""
     code, out, err = outcome(

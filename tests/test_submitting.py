@@ -168,7 +168,7 @@ def test_maps_in_order(
     office: Office, robot: FakeWorker, source: Any, policy: Policy | None, chunksize: int, buffersize: int | None
 ) -> None:
     if policy is not None and not policy.plain:
-        chunksize = 1  # else it is a call of `run_chunk`, and the fake worker runs no function
+        chunksize = 1  # else it is a call of `OfChunks`, and the fake worker runs no function
     owner = Owner(office, policy)
     assert list(owner.map(fresh(), source, chunksize=chunksize, buffersize=buffersize)) == list(source)
 

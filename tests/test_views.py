@@ -108,15 +108,14 @@ def test_a_forked_child_goes_on_reading_what_its_parent_drops(side: Side) -> Non
 
 def test_private_mappings_share_memory_and_keep_their_own_writes(pool: SegmentPool) -> None:
     data = data_of(300_000)
-    lease = placed(pool.publish(data))
+    lease = placed(pool.put(data))
     first = map_private(lease.path, lease.size, lease.nbytes)
     second = map_private(lease.path, lease.size, lease.nbytes)
     array = np.frombuffer(first, "u1")
     array[:] = 7
     assert second == data
     assert not second.readonly
-    lease.release()
-    pool.trim()
+    lease.abandon()  # it is not used again
     for _ in range(3):
         placed(pool.put(bytes(300_000)))
     pool.close()

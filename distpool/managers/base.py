@@ -100,7 +100,7 @@ class ClusterManager:
     def from_url(cls, rest: str) -> ClusterManager:
         """The manager for `hosts="scheme://rest"`. The default takes nothing, or a number of workers.
 
-        ValueError: that is not what this manager takes. Example: `SlurmManager.from_url("8")`
+        ValueError: that is not what this manager takes. Example: `LocalManager.from_url("8")`
         """
         if not rest:
             return cls()

@@ -20,14 +20,14 @@ def command(exename: Any, exeflags: Any) -> tuple[list[str], bool]:
     """The interpreter's command, and whether it is another interpreter than this one.
 
     Our own gets the options that this program was started with (-O, -W, -X, as multiprocessing does it). A path
-    may be relative; a name is looked up in PATH.
+    may be relative; a name is looked up in PATH. TypeError, ValueError: they are none.
     """
-    flags = [exeflags] if isinstance(exeflags, str) else [os.fspath(flag) for flag in exeflags]
+    flags = [exeflags] if isinstance(exeflags, str) else _words(exeflags, "exeflags")
     if exename is None:
         if not sys.executable:
             raise ValueError("sys.executable is not known here: pass exename=")
         exename = sys.executable
-    argv = [os.fspath(exename)] if isinstance(exename, (str, os.PathLike)) else [os.fspath(part) for part in exename]
+    argv = [os.fspath(exename)] if isinstance(exename, (str, os.PathLike)) else _words(exename, "exename")
     if not argv:
         raise ValueError("exename must name a program")
     program = argv[0] if os.path.isabs(argv[0]) else _which(argv[0])
@@ -36,6 +36,13 @@ def command(exename: Any, exeflags: Any) -> tuple[list[str], bool]:
     if own:
         flags = [*_own_options(), *flags]
     return [*argv, *flags], not own
+
+
+def _words(value: Any, name: str) -> list[str]:
+    try:
+        return [os.fspath(part) for part in value]
+    except TypeError:
+        raise TypeError(f"{name} must be a str or a list of str, not {value!r}") from None
 
 
 _OPTIONS = (
@@ -65,7 +72,11 @@ def pairs(env: Any) -> dict[str, str]:
     """`env` as given by the user, a mapping or pairs, as a dict of texts."""
     if env is None:
         return {}
-    wanted = dict(env.items() if isinstance(env, Mapping) else env)
+    try:
+        wanted = dict(env.items() if isinstance(env, Mapping) else env)
+    except (TypeError, ValueError) as error:  # of `dict`, which names no argument
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"env must map str to str, not be {env!r}") from None
     for name, value in wanted.items():
         if not isinstance(name, str) or not isinstance(value, (str, os.PathLike)):
             raise TypeError(f"env must map str to str, not {name!r} to {value!r}")

@@ -36,7 +36,7 @@ class LocalManager(ClusterManager):
         if n < 0:
             raise ValueError(f"the number of workers must not be negative: {n}")
         self.n = n
-        self.restrict = restrict
+        self.restrict = config.as_flag("restrict", restrict)
 
     def __repr__(self) -> str:
         return "LocalManager()"
@@ -71,17 +71,18 @@ class LocalManager(ClusterManager):
             )
 
     def spec(self, params: Mapping[str, Any]) -> LaunchSpec:
-        """The order for the launcher. ValueError, TypeError: bad `env`, `exename` or `exeflags`."""
+        """The order for the launcher. ValueError, TypeError: bad `env`, `exename`, `exeflags` or `restrict`."""
         limit = wishes(params).memory
         argv, foreign = command(params.get("exename"), params.get("exeflags") or ())
         wanted = pairs(params.get("env"))
         directory = params.get("dir")
         cwd = os.path.abspath(os.path.expanduser(os.fspath(directory))) if directory is not None else here()
-        restrict = bool(params.get("restrict", self.restrict))
+        restrict = config.as_flag("restrict", params.get("restrict", self.restrict))
+        threaded = config.as_flag("enable_threaded_blas", params.get("enable_threaded_blas", False))
         return LaunchSpec(
             count=self.n,
             argv=argv,
-            env=environment(wanted, bool(params.get("enable_threaded_blas", False))),
+            env=environment(wanted, threaded),
             cwd=cwd,
             sys_path=import_path(wanted, foreign, moved=directory is not None),
             cookie=params["cookie"],

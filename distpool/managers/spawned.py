@@ -11,6 +11,7 @@ from __future__ import annotations
 
 # Not `signal`: its enums, which nobody here needs, take 1 ms.
 import _signal  # type: ignore[import-not-found]
+import errno
 import os
 import threading
 
@@ -86,17 +87,27 @@ def spawn(argv: list[str], env: dict[str, str], output: int, kept: int) -> Spawn
         ]
         return Spawned(start(argv[0], argv, env, file_actions=actions, setsid=True, setsigdef=_RESET))
     except (AttributeError, NotImplementedError):  # this C library has no such thing, or cannot begin a session with it
-        import subprocess
+        return _by_subprocess(argv, env, output, kept)
+    except OSError as error:
+        # A program may lower its limit (RLIMIT_NOFILE) below the numbers that it has in use, which glibc refuses to
+        # close then. Left out, they would be inherited, and a pipe among them never come to its end.
+        if error.errno != errno.EBADF:
+            raise
+        return _by_subprocess(argv, env, output, kept)
 
-        return subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=env,
-            pass_fds=[kept],
-            start_new_session=True,
-        )
+
+def _by_subprocess(argv: list[str], env: dict[str, str], output: int, kept: int) -> subprocess.Popen[bytes]:
+    import subprocess
+
+    return subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        env=env,
+        pass_fds=[kept],
+        start_new_session=True,
+    )
 
 
 def _inherited() -> list[int]:

@@ -87,7 +87,11 @@ def load_machine_file(path: str | os.PathLike[str], *, mpich: bool = False) -> l
     """
     machines: list[str | tuple[str, int | str]] = []
     with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a mark
-        for number, line in enumerate(file, 1):
+        try:
+            lines = list(file)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{os.fspath(path)}: this file is no UTF-8 text: {error}") from None
+        for number, line in enumerate(lines, 1):
             text = line.partition("#")[0].strip()
             if not text:
                 continue

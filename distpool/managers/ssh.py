@@ -110,6 +110,8 @@ class SSHManager(ClusterManager):
             raise ValueError(f"tunnel must be False, True or 'auto', not {params['tunnel']!r}")
         if params["encrypt"] not in (None, False, True):
             raise ValueError(f"encrypt must be None, False or True, not {params['encrypt']!r}")
+        for name in ("multiplex", "cmdline_cookie", "enable_threaded_blas"):
+            config.as_flag(name, params[name])
         if params["shell"] not in SHELLS:
             raise ValueError(f"shell must be one of {', '.join(SHELLS)}, not {params['shell']!r}")
         parallel = config.as_int(params["max_parallel"])

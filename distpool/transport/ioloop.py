@@ -404,10 +404,16 @@ class IoLoop:
 
     def _crashed(self, error: BaseException) -> None:
         """A handler has not come to its end: what it had in hand is lost. (Not only by defects: a program may have an
-        exception thrown into any of its threads, to end what that does.)"""
-        log.error("internal error in the I/O loop", exc_info=error)
-        if self.on_crash is not None:
-            self.on_crash(error)
+        exception thrown into any of its threads, to end what that does.)
+
+        Who waits hears of it first: there may be no memory to load `logging` with."""
+        try:
+            if self.on_crash is not None:
+                self.on_crash(error)
+        except Exception:  # short of memory as well; nobody else is to pay for it, whoever leads
+            log.exception("not everybody could be told of an internal error in the I/O loop")
+        finally:
+            log.error("internal error in the I/O loop", exc_info=error)
         if not isinstance(error, Exception) and self._thread is not threading.current_thread():
             raise error  # for the one who leads
 
@@ -429,7 +435,8 @@ class IoLoop:
             except Exception as error:  # a defect of ours, or descriptors closed under us: who waits must hear of it
                 crashes += 1
                 if not self._stopped:
-                    self._crashed(error)
+                    with contextlib.suppress(Exception):  # of the log, say: this thread goes on
+                        self._crashed(error)
             except BaseException:  # thrown in by the program, while no handler had anything in hand
                 log.warning("an exception was thrown into the I/O thread", exc_info=True)
 

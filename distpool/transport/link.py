@@ -243,11 +243,6 @@ class Link:
         return self._closed or not (self._queue or self._outbox or self._sending)
 
     @property
-    def backlog(self) -> int:
-        """Bytes accepted and not yet in the kernel."""
-        return sum(len(part) for part in list(self._outbox)) if self._outbox else 0
-
-    @property
     def acknowledged(self) -> bool:
         """Whether the peer's kernel says that it has all that ours has sent."""
         return acknowledged(self._sock)

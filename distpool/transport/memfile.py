@@ -10,9 +10,9 @@ No thread of its own; every function may run on any thread.  `shm` (buffers) and
 
 Why a path, and not a descriptor passed over the socket: it works over any stream and from any thread, and a receiver
 that cannot open it says so in words.  Its price: the path ends with the process, so a receiver attaches while it reads
-the message, not when somebody asks for the value.  What a death leaves: nothing for memfds; named files carry the
-ospid of their maker in their name, so whoever reaps that process calls `discard_files`, and the owner of the directory
-removes it at the end.
+the message, not when somebody asks for the value.  What a death leaves: nothing for memfds. Named files
+go with their segments, and their directory at the end of its maker's program (`shm.remove_directories`); a process that
+is killed leaves both, under names that begin with "distpool-" and, the files, carry its ospid.
 
 Why nobody meets SIGBUS: every page that is ever read or written through a mapping was allocated before, by a call
 which reports "full" as an error (`write_at`, `allocate`); a mapping is never the first to touch a page.  That matters
@@ -80,7 +80,7 @@ def create(size: int, directory: str | None = None, *, memfd: bool = True) -> Me
             failure = error
     if directory is None:
         raise failure
-    path = os.path.join(directory, f"{_file_prefix(os.getpid())}{os.urandom(8).hex()}")
+    path = os.path.join(directory, f"segment-{os.getpid()}-{os.urandom(8).hex()}")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     file = MemoryFile(os.open(path, flags, 0o600), path, named=True)
     return _sized(file, size)
@@ -218,15 +218,14 @@ def private_directory() -> str:
         return tempfile.mkdtemp(prefix="distpool-")
 
 
-def discard_files(directory: str, ospid: int) -> None:
-    """Remove the named segments which the dead process `ospid` left in `directory` (memfds leave nothing)."""
+def discard_directory(directory: str) -> None:
+    """Remove what `private_directory` made, with the named segments in it."""
     try:
-        names = os.listdir(directory)
-    except OSError:
-        return
-    for name in names:
-        if name.startswith(_file_prefix(ospid)):
+        for name in os.listdir(directory):
             unlink(os.path.join(directory, name))
+        os.rmdir(directory)
+    except OSError:
+        pass  # gone already; or, on Windows, still open
 
 
 def unlink(path: str) -> None:
@@ -235,7 +234,3 @@ def unlink(path: str) -> None:
         os.unlink(path)
     except OSError:
         pass
-
-
-def _file_prefix(ospid: int) -> str:
-    return f"segment-{ospid}-"

@@ -50,7 +50,7 @@ class Lease:
 
     __slots__ = ("_count", "_pool", "_reusable", "_segment", "nbytes", "path", "segment_id", "size")
 
-    def __init__(self, pool: SegmentPool, segment: _Segment, nbytes: int, reusable: bool) -> None:
+    def __init__(self, pool: SegmentPool, segment: _Segment, nbytes: int) -> None:
         self.segment_id = segment.segment_id
         self.path = segment.file.path
         self.size = segment.size
@@ -58,7 +58,7 @@ class Lease:
         self._pool = pool
         self._segment = segment
         self._count = 1
-        self._reusable = reusable
+        self._reusable = True
 
     def retain(self) -> None:
         """One more holder; `ValueError` when the lease has ended."""
@@ -136,9 +136,9 @@ class SegmentPool:
     """Sending side, one per process: `put(buffer)` gives a `Lease`, or `None`: then send the bytes inline.
 
     `directory`: private directory for named files where memfd and /proc are missing (without it one is made, and
-    removed by `close`).  `limit`: bytes that all segments together may take; default: 4 GiB, or a quarter of the
-    memory if that is less.  `bytes_held` (all segments), `bytes_in_use` (leased ones), `created`, `reused` and
-    `refused` count.
+    removed by `close`, or when the program ends).  `limit`: bytes that all segments together may take; default: 4 GiB,
+    or a quarter of the memory if that is less.  `bytes_held` (all segments), `bytes_in_use` (leased ones), `created`,
+    `reused` and `refused` count.
 
     Example: `lease = pool.put(array); message = (lease.segment_id, lease.path, lease.size, lease.nbytes)`
     """
@@ -156,18 +156,28 @@ class SegmentPool:
         self._closed = False
         self._ospid = os.getpid()
         # Protects everything above and the counts of leases; never held while bytes are copied or files made.
-        # Reentrant: a `__del__` that the collector runs inside may give leases back; it is given none (`_place`).
+        # Reentrant: a `__del__` that the collector runs inside may give leases back; it is given none (`put`).
         self._lock: Any = threading.RLock()
         #: Free segments as (size, -idle_since, segment_id, segment): best fit, the most recently used of equal ones.
         self._free: list[tuple[int, float, int, _Segment]] = []
 
     def put(self, buffer: Any) -> Lease | None:
         """Copy a contiguous buffer into a segment that one receiver after the other reads through `SegmentViews`."""
-        return self._place(buffer, reusable=True)
-
-    def publish(self, buffer: Any) -> Lease | None:
-        """The same for `map_private`: the segment is never used again, so what receivers have mapped stays true."""
-        return self._place(buffer, reusable=False)
+        if self._lock._is_owned():
+            return None
+        with PickleBuffer(buffer).raw() as data:
+            segment = self._take(data.nbytes) if data.nbytes else None
+            if segment is None:
+                return None
+            try:
+                segment.fill(data)
+            except BaseException as error:  # also a KeyboardInterrupt: the segment is half written, not lost
+                self._give_back(segment, reusable=True)
+                if isinstance(error, (OSError, MemoryError)):
+                    self._refuse()
+                    return None
+                raise
+            return Lease(self, segment, data.nbytes)
 
     def trim(self, keep: float = 0.0) -> None:
         """Free the segments that have been idle for longer than `keep` seconds."""
@@ -186,26 +196,7 @@ class SegmentPool:
             directory, self._own_directory = self._own_directory, None
         self.trim()
         if directory is not None:
-            import shutil
-
-            shutil.rmtree(directory, ignore_errors=True)
-
-    def _place(self, buffer: Any, reusable: bool) -> Lease | None:
-        if self._lock._is_owned():
-            return None
-        with PickleBuffer(buffer).raw() as data:
-            segment = self._take(data.nbytes) if data.nbytes else None
-            if segment is None:
-                return None
-            try:
-                segment.fill(data)
-            except BaseException as error:  # also a KeyboardInterrupt: the segment is half written, not lost
-                self._give_back(segment, reusable=True)
-                if isinstance(error, (OSError, MemoryError)):
-                    self._refuse()
-                    return None
-                raise
-            return Lease(self, segment, data.nbytes, reusable)
+            _remove(directory)
 
     def _take(self, nbytes: int) -> _Segment | None:
         """A free segment that fits, else a new one; `None` when there is no room for it."""
@@ -265,6 +256,7 @@ class SegmentPool:
         with self._lock:
             if self._own_directory is None and not self._closed:
                 self._own_directory = memfile.private_directory()
+                _directories[self._own_directory] = os.getpid()
             directory = self._own_directory
         return memfile.create(size, directory, memfd=False)
 
@@ -285,6 +277,22 @@ class SegmentPool:
                 self.bytes_held -= segment.size
         if not keep:
             segment.discard(free_pages=reusable)
+
+
+_directories: dict[str, int] = {}  # what pools have made for themselves -> ospid of the maker
+
+
+def remove_directories() -> None:
+    """At the end of the program: `distpool/__init__.py` has this called when the workers are gone. (Not a hook of
+    `atexit` of its own: it would run before those which the user registered earlier, and they may use the workers.)
+    Not in a forked child: they are its parent's."""
+    for directory in list(_directories):
+        _remove(directory)
+
+
+def _remove(directory: str) -> None:
+    if _directories.pop(directory, 0) == os.getpid():
+        memfile.discard_directory(directory)
 
 
 def rounded(nbytes: int) -> int:

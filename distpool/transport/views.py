@@ -128,7 +128,8 @@ def _liveness() -> Any:
 
 
 def map_private(path: str, size: int, nbytes: int) -> memoryview:
-    """Map what `SegmentPool.publish` has placed: shared until somebody writes, and writes stay in this process.
+    """Map a segment whose lease lasts for as long as the view: shared until somebody writes, and writes stay in this
+    process.
 
     Nobody is told when it ends; for a lease that is to be given back, use `SegmentViews.view(private=True)`.
     `OSError` when it cannot be opened.  The memory is unmapped when nothing uses the view any more.
