@@ -74,9 +74,10 @@ PROXIES = b"multiprocessing.managers"
 def check_references(node: Node, references: Iterable[Any]) -> None:
     """SerializationError for references that the workers of an executor which was made in a task cannot use: they are a
     group of their own, in which the processes of ours have no numbers, but this one."""
+    members = node.group.members if node.group is not None else ()  # the first of them are being launched
     for loan in () if node.is_master else references:
         handle = getattr(loan, "handle", None)
-        if handle is not None and handle.where != node.pid and handle.where not in node.group.members:
+        if handle is not None and handle.where != node.pid and handle.where not in members:
             raise SerializationError(
                 f"a reference to process {handle.where} cannot be sent to the workers of an executor that was made in a"
                 f" task of worker {node.pid}: those are a process group of their own"

@@ -73,16 +73,14 @@ def arrive_value(whence: int, ident: int, where: int, value: Any) -> RemoteFutur
 
 def _can_be_pickled(value: Any, peer: Any) -> bool:
     """As `codec.dump` does it, but that no end of a pipe is lent: nobody would fetch it."""
-    pipes = codec._pipes()
-    if pipes is not None:
-        pipes = codec.Pipes(pipes.kind, lambda connection: (int, ()))
+    special = codec.special_types(pipes=False)
     try:
-        codec._dump_by_reference(value, peer, None, [], pipes)
+        codec._dump_by_reference(value, peer, None, [], special)
     except KeyboardInterrupt:
         raise
     except BaseException:
         try:
-            codec.dump_by_value(value, peer, None, [], pipes)
+            codec.dump_by_value(value, peer, None, [], special)
         except KeyboardInterrupt:
             raise
         except BaseException:

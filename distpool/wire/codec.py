@@ -187,7 +187,7 @@ def dump(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] 
 
     Raises what the pickler or the user's code raises.
     """
-    special = _special()
+    special = special_types()
     if not (_strangers() or by_value_modules()):
         start = len(seen) if seen is not None else 0
         try:
@@ -214,7 +214,7 @@ def dump_by_value(
     from distpool.wire.byvalue import ByValuePickler
 
     file = BytesIO()
-    special = _special() if special is None else special
+    special = special_types() if special is None else special
     ByValuePickler(file, _callback(buffers), _reducers, peer, seen, special).dump(obj)
     return file.getvalue()
 
@@ -243,13 +243,14 @@ class Pipes:
 Special = dict[type, Callable[[Any], tuple[Any, ...]]]
 
 
-def _special() -> Special:
-    """What is reduced in our way in a new message: types of modules that are loaded here, else nobody can have one."""
+def special_types(pipes: bool = True) -> Special:
+    """What is reduced in our way in a new message: types of modules that are loaded here, else nobody can have one.
+    Without `pipes`, ends of pipes are left out of a pickle that nobody will receive."""
     special: Special = {}
     module: Any = sys.modules.get("multiprocessing.connection")
     reduce_fn = getattr(module, "reduce_connection", None)  # None also while the module is being loaded
     if reduce_fn is not None:
-        special[module.Connection] = Pipes(reduce_fn).reduce
+        special[module.Connection] = Pipes(reduce_fn).reduce if pipes else lambda connection: (int, ())
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
         array = getattr(numpy, "ndarray", None)
