@@ -305,9 +305,8 @@ class _Kept:
     the user's, which may use it here."""
 
     def __init__(self, anchor: Any, cache: _Cache, key: Any) -> None:
-        found = weakref.ref(
-            cache
-        )  # weakly: in a cycle the workers' functions would outlive `clear` until the collector
+        # Weakly: in a cycle, the workers' functions would outlive `clear` until the collector runs here.
+        found = weakref.ref(cache)
 
         def forget(gone: object) -> None:
             there = found()
