@@ -126,7 +126,7 @@ def test_whatever_follows_the_program_is_its_own(tmp_path: Path) -> None:
     (tmp_path / "modx.py").write_text(show)
     for program in (["-c", show], ["-c" + show], ["-m", "modx"], ["-mmodx"], ["modx.py"], ["--", "modx.py"]):
         for rest in (REST, ["--", "b"], ["--"]):
-            done = run("-o", "exeflags=()", *program, *rest, cwd=tmp_path)
+            done = run(*program, *rest, cwd=tmp_path)
             assert (done.stdout, done.stderr) == (f"{rest}\n", ""), program
 
 
