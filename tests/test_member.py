@@ -101,6 +101,7 @@ class World:
         self.loop.leads = True
         self.events: list[Any] = []
         node = SimpleNamespace(
+            pid=1,
             loop=self.loop,
             threads=ThreadCache("member"),
             links=set(),
