@@ -270,9 +270,10 @@ def _at_exit() -> None:
     loops = sys.modules.get("distpool.loops")
     if loops is not None:
         loops.report_failed()  # also those that failed because their workers had to go
-    shm = sys.modules.get("distpool.transport.shm")
-    if shm is not None:
-        shm.remove_directories()
+    nodes = sys.modules.get("distpool.node.node")
+    node = nodes.existing() if nodes is not None else None
+    if node is not None:
+        node.segments.close()
 
 
 atexit.register(_at_exit)

@@ -41,6 +41,7 @@ __all__ = [
 
 _CAUSE: Any = vars(BaseException)["__cause__"]
 _TRACEBACK: Any = vars(BaseException)["__traceback__"]
+_NAME, _QUALNAME, _MODULE = (vars(type)[f"__{name}__"] for name in ("name", "qualname", "module"))
 
 
 # A class of the user's may have a property, a `__getattribute__` or a `__setattr__` that stands before these and
@@ -62,6 +63,28 @@ def set_cause(error: BaseException, cause: BaseException | None) -> None:
 def traceback_of(error: BaseException) -> Any:
     """The `__traceback__` of any error, without running code of its class."""
     return _TRACEBACK.__get__(error)
+
+
+def name_of(error: BaseException) -> str:
+    """The name of the class of any error, without running code of that class's metaclass."""
+    return str(_NAME.__get__(type(error)))
+
+
+def names_of(kind: type) -> tuple[str, str]:
+    """The module ("": it has none) and the qualified name of any class, without running code of its metaclass."""
+    try:
+        module = _MODULE.__get__(kind)
+    except AttributeError:
+        module = ""
+    return module if type(module) is str else "", str(_QUALNAME.__get__(kind))
+
+
+def text_of(error: BaseException) -> str:
+    """What any error says of itself; an exact `str`, since a class of the user's may not be known elsewhere."""
+    try:
+        return str.__str__(str(error))
+    except BaseException:
+        return "(its text raised an error)"
 
 
 class DistpoolError(Exception):

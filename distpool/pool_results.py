@@ -190,7 +190,7 @@ class ApplyResult(AsyncResult):
             return open_entry(raw)
         if self._future.cancelled():
             raise PoolTerminated("the call was cancelled")
-        if self._future._exception is not None:  # opened already, see `settling.Soon`
+        if self._future._exception is not None:  # opened already, see `soon.Soon`
             raise self._future._exception
         return self._future._result
 

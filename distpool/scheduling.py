@@ -49,7 +49,7 @@ class Scheduler:
         self.node = node
         self.loop = node.loop
         self.deliveries = Deliveries(node)
-        self.opening = 0  # leader: results that are being opened (`settling.Soon`), for which workers have to stay
+        self.opening = 0  # leader: results that are being opened (`soon.Soon`), for which workers have to stay
         self.slots: dict[int, Slot] = {}  # pid -> worker that may run calls; changed on the leader
         self.closing = False  # no new calls; workers go when everything is done
         self.failure: Callable[[], BaseException] | None = None  # broken: every call fails with this

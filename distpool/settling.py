@@ -7,13 +7,10 @@ RESULTS, journal (leader) -> settle_records -> one record: Call or Element.settl
 Scalars that consecutive calls returned come as one pickled list. Settling a call by itself makes an `Outcome`, takes a
 lock and leaves the value to be decoded by whoever wants it: 2 us of the 5 that a tiny call then costs this process.
 Exact scalars run no user code when they are decoded, so the leader may do that, for all of them at once.
-
-What others hold only until the call has ended (`Soon`) is opened soon, by a library thread.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from pickle import loads
@@ -21,84 +18,18 @@ from pickle import loads
 from distpool.hints import TYPE_CHECKING, Any
 from distpool.mapruns import Element
 from distpool.refs.lent import carries_references, received
-from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Future, Outcome, open_outcome, set_values
+from distpool.refs.refs import LOCAL_VALUE, RAISED_HERE, Outcome, set_values
 from distpool.slots import Slot
+from distpool.soon import cannot_wait, open_soon
 from distpool.wire import records
 from distpool.wire.frames import Frame
 from distpool.wire.records import ENTRUSTED
-from distpool.work import PROXIES, Call
+from distpool.work import Call
 
 if TYPE_CHECKING:
     from distpool.scheduling import Scheduler
 
 _SIZE = records.RESULT.size
-
-#: In the pickle of an end of a pipe (`codec.receive_pipe`), which a process can have only while its sender lives, as it
-#: can have proxies (`PROXIES`) only while somebody else has one.
-_PIPES = b"receive_pipe"
-#: In both. Looked for first: 0.3 ms for each megabyte of a pickle, whose loading takes a hundred times as long.
-_EITHER = b"multiprocessing."
-
-
-class Soon(Outcome):
-    """A value that cannot wait for somebody who asks: a manager forgets an object when the last proxy of it ends, and
-    those of the arguments end with the call; a pipe's end is fetched from the worker. So a library thread opens it, as
-    those of the standard library's executors do, or whoever asks before it; all of them get the same value."""
-
-    raw: Any
-    kept: Any  # the call's things, until then
-    lock: Any
-    found: Any
-
-    @classmethod
-    def of(cls, raw: Outcome, kept: Any) -> Soon:
-        """`raw`, to be opened soon, while `kept` lives."""
-        made = cls(*raw)
-        made.raw, made.kept, made.lock, made.found = raw, kept, threading.RLock(), None
-        return made
-
-    def decoded(self) -> Any:
-        """For `open_outcome`: the value, or what kept it from being opened is raised."""
-        if self.lock._is_owned():
-            raise RuntimeError("this value is just being opened, by this very thread: a finalizer cannot have it")
-        with self.lock:
-            if self.found is None:
-                self.found = open_outcome(self.raw)
-                self.raw = self.kept = None
-        value, error = self.found
-        try:
-            if error is not None:
-                raise error
-            return value
-        finally:
-            del error  # no cycle of exception and frame
-
-
-def _soon(scheduler: Scheduler, entry: Any, raw: Outcome) -> Outcome:
-    """`raw`, which is to be opened soon, unless this process only passes it on."""
-    future = entry.future if type(entry) is Call else None
-    if future is not None and (getattr(type(future), "passes_on", False) or "_on_settled" in future.__dict__):
-        return raw
-    soon = Soon.of(raw, getattr(entry.buffers, "kept", None))
-    run = None if future is not None else entry.run
-
-    def work() -> None:
-        try:
-            if run is None or not (run.closed or run.unwanted):
-                open_outcome(soon)
-            if isinstance(future, Future) and future._raw is soon:
-                future._decode()  # who is sent the future later gets the value, not this pickle, which has been used up
-        finally:
-            scheduler.loop.call_soon(lambda: _opened(scheduler))
-
-    scheduler.opening += 1
-    scheduler.loop.call_soon(lambda: scheduler.deliveries.run(work))  # the call's own callbacks go first
-    return soon
-
-
-def _opened(scheduler: Scheduler) -> None:
-    scheduler.opening -= 1
-    scheduler.check_done()
 
 
 def settle_alone(slot: Slot, frame: Frame) -> Any:
@@ -150,7 +81,7 @@ def settle_records(scheduler: Scheduler, slot: Slot, body: Any, raw_buffers: lis
         timing = entry.timing
         outcome: Any
         data = bytes(payload)
-        held = status == records.VALUE and _EITHER in data and (PROXIES in data or _PIPES in data)
+        held = status == records.VALUE and cannot_wait(data)
         if type(entry) is Call:
             outcome = received(status, data, buffers[:parts], pid)
             if status == records.UNLOADABLE and scheduler.on_unloadable is not None:
@@ -165,7 +96,7 @@ def settle_records(scheduler: Scheduler, slot: Slot, body: Any, raw_buffers: lis
             plain = status == records.VALUE and not (parts or held) and not carries_references(data)
             outcome = data if plain else received(status, data, buffers[:parts], pid)
         del buffers[:parts]
-        scheduler.settle(entry, index, _soon(scheduler, entry, outcome) if held else outcome)
+        scheduler.settle(entry, index, open_soon(scheduler, entry, outcome) if held else outcome)
         slot.count(status)
     slot.load -= done
     slot.recent = True

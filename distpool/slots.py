@@ -191,7 +191,7 @@ class Slot:
         self.load += sequence - first
         if self._remaining is not None:
             self._remaining = max(0, self._remaining - (sequence - first))
-        link.send(Kind.CALLS, messages.CALLS.pack(first, len(records)), b"".join(records), buffers, True)
+        link.send(Kind.CALLS, messages.CALLS.pack(first, len(records)), b"".join(records), buffers, roomy=True)
 
     def send_alone(self, scheduler: Scheduler, call: Call) -> None:
         """Send a call without a policy to this idle worker: `send` without what only others need. Somebody waits."""
@@ -207,7 +207,7 @@ class Slot:
         self._next = sequence + 1
         self.load += 1
         record = call.record if call.arguments is None else plain_record([call])
-        link.send(Kind.CALLS, messages.CALLS.pack(sequence, 1), record, (), True)  # `pump` has looked
+        link.send(Kind.CALLS, messages.CALLS.pack(sequence, 1), record, roomy=True)  # `pump` has looked
 
     def pinned_turn(self, scheduler: Scheduler) -> None:
         """Send calls that only this worker may run, as far as there is room."""

@@ -125,7 +125,7 @@ class Worker:
             text = f"Master process (id 1) could not connect within {timeout} seconds."
             self._end(lambda: print(text, flush=True))
 
-    def _end(self, last_words: Callable[[], object]) -> NoReturn:
+    def _end(self, last_words: Callable[[], object], status: int = _LOST_MASTER) -> NoReturn:
         """This process is of no use any more. Whoever reads its output may be gone, or leave it in a full pipe,
         with a print of the user's in front: that must not keep us here."""
         said = threading.Event()
@@ -140,14 +140,14 @@ class Worker:
 
         self.node.deliver(say)
         said.wait(_FAREWELL)
-        os._exit(_LOST_MASTER)
+        os._exit(status)
 
     def _on_crash(self, error: BaseException) -> None:
         """Leader: a handler has not come to its end, so what it had in hand is lost. (As a rule a call has replaced
         something of the interpreter that everybody uses.) Whoever waits sees the end of this process instead."""
         try:
             text = f"internal error of distpool in worker {self.node.pid}:\n{nodes.whole_text(error)}"
-            self._end(lambda: print(text, file=sys.stderr, flush=True))
+            self._end(lambda: print(text, file=sys.stderr, flush=True), _CRASHED)
         finally:
             os._exit(_CRASHED)
 

@@ -434,7 +434,7 @@ def test_directories_go_at_the_end_of_the_program() -> None:
         if hasattr(os, "memfd_create"):
             del os.memfd_create
         import distpool, numpy
-        from distpool.transport import shm
+        from distpool.node import node
         def ask(pid):  # what a function has captured is kept in a segment
             captured = numpy.zeros(1 << 20, "u1")
             return distpool.remotecall_fetch(lambda: len(captured), pid)
@@ -447,10 +447,10 @@ def test_directories_go_at_the_end_of_the_program() -> None:
             node.existing().segments._memfd = False
             os.__dict__.pop("memfd_create", None)
             assert ask(1) == 1 << 20
-            return list(shm._directories)
-        (other,) = distpool.remotecall_fetch(on_worker, 2)
+            return node.existing().segments._own_directory
+        other = distpool.remotecall_fetch(on_worker, 2)
         ask(2)
-        (own,) = shm._directories
+        own = node.existing().segments._own_directory
         print(own, other, os.path.exists(other), flush=True)
         child = os.fork()
         if not child:

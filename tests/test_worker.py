@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import concurrent.futures
 import os
+import queue
 import re
 import signal
 import socket
@@ -19,6 +20,7 @@ import psutil
 import pytest
 from faults.helpers import Gate, arrive, hold
 
+import distpool
 from distpool import ClusterExecutor
 
 PATIENCE = 30.0
@@ -237,6 +239,17 @@ def test_a_call_that_breaks_the_interpreter_costs_its_worker(make: Callable[...,
     for future in broken:
         assert isinstance(future.exception(PATIENCE), Exception | None)
     assert executor.submit(abs, -9).result(PATIENCE) == 9
+
+
+def test_a_worker_whose_loop_has_crashed_says_so(make: Callable[..., ClusterExecutor]) -> None:
+    """With an exit status of its own, and the traceback as its last words."""
+    ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    executor = make(1)
+    pid = executor.submit(distpool.myid).result(PATIENCE)
+    distpool.on_worker_exited(lambda info: ended.put(info) if info.pid == pid else None)
+    assert executor.submit(replace_builtin, "isinstance").result(PATIENCE) == 1
+    assert executor.submit(abs, -1).result(PATIENCE) == 1
+    assert ended.get(timeout=PATIENCE).exitcode == 70
 
 
 def test_a_worker_ends_with_its_master() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 import threading
 from collections.abc import Callable, Iterable
 
@@ -71,8 +70,10 @@ def _first_pid(own: int) -> int:
     worker's calls to the other 2 went to its own, whose end it then told everybody.)"""
     if own == 1:
         return 2
-    half = own if own < 1 << 15 else random.choice([half for half in range(1 << 15, 1 << 16) if half != own >> 16])
-    return (half << 16) + 2  # it has to fit into 32 bits
+    half = own  # of 32 bits
+    if own >= 1 << 15:  # a task within a task: all that counts is that its two groups differ
+        half = 1 << 15 | (own >> 16 == 1 << 15)
+    return (half << 16) + 2
 
 
 class Group:

@@ -30,7 +30,7 @@ from distpool.config import deadline_after
 from distpool.hints import TYPE_CHECKING, Any, Protocol, T
 from distpool.logs import Log
 from distpool.node import node as nodes
-from distpool.refs.conditions import take
+from distpool.refs.conditions import HOLDERS, take
 from distpool.refs.finalized import dead_handle, end_waits, refuse_uses
 from distpool.refs.outcomes import LOCAL_VALUE as LOCAL_VALUE
 from distpool.refs.outcomes import RAISED_HERE as RAISED_HERE
@@ -110,6 +110,8 @@ class Future(concurrent.futures.Future[T]):
     _watched = False
     _handle: Any = None  # what makes it a remote reference: on first need (`where`, `id`, sending it)
     _finalized = False
+    #: Whether this process does not open the value, but sends it on as it came.
+    passes_on = False
     _on_settled: Callable[[Outcome], object] | None = None
 
     def __new__(cls, pid: Any = None, *rest: Any) -> Any:
@@ -461,6 +463,9 @@ class Future(concurrent.futures.Future[T]):
 
     def __reduce__(self) -> Any:
         return dead_handle, ()
+
+
+HOLDERS.update((Future._finish.__code__, Future._announce.__code__))
 
 
 def _release(sleeper: threading.Lock) -> None:

@@ -72,19 +72,12 @@ def arrive_value(whence: int, ident: int, where: int, value: Any) -> RemoteFutur
 
 
 def _can_be_pickled(value: Any, peer: Any) -> bool:
-    """As `codec.dump` does it, but that no end of a pipe is lent: nobody would fetch it."""
-    special = codec.special_types(pipes=False)
     try:
-        codec._dump_by_reference(value, peer, None, [], special)
+        codec.dump(value, peer, None, [], codec.special_types(pipes=False))
     except KeyboardInterrupt:
         raise
     except BaseException:
-        try:
-            codec.dump_by_value(value, peer, None, [], special)
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
-            return False
+        return False
     return True
 
 

@@ -10,9 +10,9 @@ No thread of its own; every function may run on any thread.  `shm` (buffers) and
 
 Why a path, and not a descriptor passed over the socket: it works over any stream and from any thread, and a receiver
 that cannot open it says so in words.  Its price: the path ends with the process, so a receiver attaches while it reads
-the message, not when somebody asks for the value.  What a death leaves: nothing for memfds. Named files
-go with their segments, and their directory at the end of its maker's program (`shm.remove_directories`); a process that
-is killed leaves both, under names that begin with "distpool-" and, the files, carry its ospid.
+the message, not when somebody asks for the value.  What a death leaves: nothing for memfds. Named files go
+with their segments, and their directory at the end of its maker's program (`SegmentPool.close`); a process that is
+killed leaves both, under names that begin with "distpool-" and, the files, carry its ospid.
 
 Why nobody meets SIGBUS: every page that is ever read or written through a mapping was allocated before, by a call
 which reports "full" as an error (`write_at`, `allocate`); a mapping is never the first to touch a page.  That matters

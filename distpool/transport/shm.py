@@ -136,7 +136,7 @@ class SegmentPool:
     """Sending side, one per process: `put(buffer)` gives a `Lease`, or `None`: then send the bytes inline.
 
     `directory`: private directory for named files where memfd and /proc are missing (without it one is made, and
-    removed by `close`, or when the program ends).  `limit`: bytes that all segments together may take; default: 4 GiB,
+    removed by `close`).  `limit`: bytes that all segments together may take; default: 4 GiB,
     or a quarter of the memory if that is less.  `bytes_held` (all segments), `bytes_in_use` (leased ones), `created`,
     `reused` and `refused` count.
 
@@ -195,8 +195,8 @@ class SegmentPool:
             self._closed = True
             directory, self._own_directory = self._own_directory, None
         self.trim()
-        if directory is not None:
-            _remove(directory)
+        if directory is not None and self._ospid == os.getpid():  # else it is of the process that forked this one
+            memfile.discard_directory(directory)
 
     def _take(self, nbytes: int) -> _Segment | None:
         """A free segment that fits, else a new one; `None` when there is no room for it."""
@@ -256,7 +256,6 @@ class SegmentPool:
         with self._lock:
             if self._own_directory is None and not self._closed:
                 self._own_directory = memfile.private_directory()
-                _directories[self._own_directory] = os.getpid()
             directory = self._own_directory
         return memfile.create(size, directory, memfd=False)
 
@@ -277,22 +276,6 @@ class SegmentPool:
                 self.bytes_held -= segment.size
         if not keep:
             segment.discard(free_pages=reusable)
-
-
-_directories: dict[str, int] = {}  # what pools have made for themselves -> ospid of the maker
-
-
-def remove_directories() -> None:
-    """At the end of the program: `distpool/__init__.py` has this called when the workers are gone. (Not a hook of
-    `atexit` of its own: it would run before those which the user registered earlier, and they may use the workers.)
-    Not in a forked child: they are its parent's."""
-    for directory in list(_directories):
-        _remove(directory)
-
-
-def _remove(directory: str) -> None:
-    if _directories.pop(directory, 0) == os.getpid():
-        memfile.discard_directory(directory)
 
 
 def rounded(nbytes: int) -> int:

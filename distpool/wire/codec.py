@@ -24,7 +24,7 @@ from io import BytesIO
 from types import ModuleType
 
 from distpool.config import OUT_OF_BAND
-from distpool.errors import SerializationError, as_both, cause_of
+from distpool.errors import SerializationError, as_both, cause_of, name_of, names_of, text_of
 from distpool.hints import Any
 
 __all__ = [
@@ -182,12 +182,15 @@ def decode_args(data: Any, buffers: Buffers = ()) -> tuple[tuple[Any, ...], dict
     return args, kwargs
 
 
-def dump(obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] | None) -> bytes:
-    """The pickle of `obj`, by the cheapest pickler that does it right; with `buffers=None` all in band.
+def dump(
+    obj: Any, peer: Any, seen: list[Any] | None, buffers: list[memoryview] | None, special: Special | None = None
+) -> bytes:
+    """The pickle of `obj`, by the cheapest pickler that does it right; with `buffers=None` all in band. `special`:
+    default `special_types()`.
 
     Raises what the pickler or the user's code raises.
     """
-    special = special_types()
+    special = special_types() if special is None else special
     if not (_strangers() or by_value_modules()):
         start = len(seen) if seen is not None else 0
         try:
@@ -429,7 +432,7 @@ def serialization_error(obj: Any, error: BaseException, what: str = "") -> Seria
     if issubclass(type(error), SerializationError):
         text = str(error)
     else:
-        text = f"{type(error).__name__}: {_text(error)}"
+        text = f"{name_of(error)}: {text_of(error)}"
     subject = f"{what}, {describe(obj)}," if what else describe(obj)
     return SerializationError(f"{subject} cannot be serialised: {text}")
 
@@ -437,8 +440,9 @@ def serialization_error(obj: Any, error: BaseException, what: str = "") -> Seria
 def describe(obj: Any) -> str:
     """A short name of any object for messages: its type, and a repr that runs no code of the user's."""
     kind = type(obj)
-    plain = kind.__module__ in ("builtins", "__main__", "__mp_main__")
-    name = kind.__qualname__ if plain else f"{kind.__module__}.{kind.__qualname__}"
+    module, name = names_of(kind)
+    if module not in ("builtins", "__main__", "__mp_main__", ""):
+        name = f"{module}.{name}"
     if issubclass(kind, (tuple, list, dict, set, frozenset)):
         return f"a {name} of {len(obj)}" if kind.__len__ in _BUILTIN_LENGTHS else f"a {name}"
     if kind is int:
@@ -446,15 +450,8 @@ def describe(obj: Any) -> str:
     if any(kind is scalar for scalar in SCALARS):  # and not `in`: a type may have no hash
         shown = repr(obj[:60]) if isinstance(obj, (str, bytes)) else f"{obj!r:.60}"
         return f"{name} {shown}"
-    qualname = getattr(obj, "__qualname__", None) if callable(obj) and kind.__module__ == "builtins" else None
+    qualname = getattr(obj, "__qualname__", None) if callable(obj) and module == "builtins" else None
     return f"{name} {qualname}" if isinstance(qualname, str) else f"an object of type {name}"
 
 
 _BUILTIN_LENGTHS = frozenset((tuple.__len__, list.__len__, dict.__len__, set.__len__, frozenset.__len__))
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except BaseException:
-        return "(its text raised an error)"

@@ -15,7 +15,16 @@ import pickle
 from collections.abc import Callable
 
 from distpool import errors
-from distpool.errors import CapturedException, DistpoolError, RemoteException, set_cause, traceback_of
+from distpool.errors import (
+    CapturedException,
+    DistpoolError,
+    RemoteException,
+    name_of,
+    names_of,
+    set_cause,
+    text_of,
+    traceback_of,
+)
 from distpool.hints import Any
 from distpool.wire import codec
 
@@ -59,10 +68,10 @@ def encode_exception(
         payload = codec.dump(exc, peer, seen, None)
     except BaseException as error:
         # KeyboardInterrupt too: the task has ended already, its outcome must not be lost to a late interrupt.
-        reason = f"it cannot be serialised: {_name_in(type(error))}: {_text(error)}"
+        reason = f"it cannot be serialised: {name_of(error)}: {text_of(error)}"
         if seen is not None:
             del seen[start:]
-    return pickle.dumps((_type_name(type(exc)), _text(exc), text, payload, reason), codec.PROTOCOL)
+    return pickle.dumps((_type_name(type(exc)), text_of(exc), text, payload, reason), codec.PROTOCOL)
 
 
 def let_go(exc: BaseException) -> None:
@@ -86,7 +95,7 @@ def pass_on(data: Any, peer: Any, seen: list[Any]) -> bytes:
         if exc is not None:
             payload = codec.dump(exc, peer, seen, None)
     except BaseException as error:  # as in `encode_exception`
-        reason = f"it cannot be serialised: {_name_in(type(error))}: {_text(error)}"
+        reason = f"it cannot be serialised: {name_of(error)}: {text_of(error)}"
         seen.clear()
     return pickle.dumps((info.type_name, info.message, info.traceback, payload, reason), codec.PROTOCOL)
 
@@ -132,7 +141,7 @@ def _rebuild(info: FailureInfo) -> tuple[BaseException | None, str]:
     except BaseException as error:  # also SystemExit of a strange __init__
         if issubclass(type(error), KeyboardInterrupt):
             raise  # for whoever waits for the result, which can be asked for again
-        return None, f"{_name_in(type(error))}: {_text(error)}"
+        return None, f"{name_of(error)}: {text_of(error)}"
     if not issubclass(type(exc), BaseException):
         return None, f"its pickle gives an object of type {_type_name(type(exc))}, not an exception"
     return exc, ""
@@ -157,24 +166,9 @@ def traceback_text(exc: BaseException, skip_frames: int = 0) -> str:
             skip_frames -= 1
         return "".join(traceback.format_exception(type(exc), exc, frames))
     except BaseException as error:
-        return f"{_type_name(type(exc))}: {_text(exc)}\n(no traceback: formatting it gave {_name_in(type(error))})\n"
-
-
-#: What `type` itself says: a metaclass of the user's may say nothing, or raise.
-_name_in, _qualname_in, _module_in = (type.__dict__[f"__{name}__"].__get__ for name in ("name", "qualname", "module"))
+        return f"{_type_name(type(exc))}: {text_of(exc)}\n(no traceback: formatting it gave {name_of(error)})\n"
 
 
 def _type_name(kind: type) -> str:
-    name = _qualname_in(kind)
-    try:
-        module = _module_in(kind)
-    except AttributeError:
-        return str(name)
-    return f"{module}.{name}" if type(module) is str and module != "builtins" else str(name)
-
-
-def _text(exc: BaseException) -> str:
-    try:
-        return str.__str__(str(exc))  # not an object of a class of the user's, which may not be known elsewhere
-    except BaseException:
-        return "(its text raised an error)"
+    module, name = names_of(kind)
+    return name if module in ("builtins", "") else f"{module}.{name}"
