@@ -219,8 +219,11 @@ class Tracer:
                 self._add(member)
         for crew in list(node.crews):  # what has been sent ahead will be timed as well
             for pid, slot in list(crew._slots.items()):
-                for sequence, entry in list(slot.inflight.items()):
-                    if pid in self.tracks:
+                if pid in self.tracks:
+                    waiting = list(slot.inflight.items())
+                    # What was answered before is over, should the worker not say so itself.
+                    self.tracks[pid].answered = waiting[0][0] + waiting[0][1].done - 1 if waiting else slot.last
+                    for sequence, entry in waiting:
                         self.sent(pid, sequence, [entry])
 
     def _add(self, member: Member) -> None:

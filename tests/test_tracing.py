@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -194,6 +195,27 @@ def test_only_what_was_sent_in_it(tmp_path: Path) -> None:
             ex.submit(nap, 0).result()
         list(ex.map(abs, range(100)))
     assert len(calls(path)) == 1
+
+
+def test_a_worker_that_does_not_answer_has_not_run_what_it_ran_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last call, which had ended before the trace began, stood there as one that runs, without a name."""
+    monkeypatch.setattr(importlib.import_module("distpool.tracing"), "_PATIENCE", 0.5)
+    path = tmp_path / "trace.json"
+    with distpool.ClusterExecutor(2) as ex:
+        ready(ex, 2)
+        list(ex.map(abs, range(100)))
+        (idle, _), (_, ran) = [(pid, ex.options(pids=[pid]).submit(os.getpid).result()) for pid in ex.workers]
+        ospid = ex.options(pids=[idle]).submit(os.getpid).result()
+        try:
+            with distpool.trace(path):
+                busy = [pid for pid in ex.workers if pid != idle]
+                assert ex.options(pids=busy).submit(os.getpid).result() == ran
+                os.kill(ospid, signal.SIGSTOP)
+        finally:
+            os.kill(ospid, signal.SIGCONT)
+    assert [event["args"]["function"] for event in calls(path)] == ["posix.getpid"]
 
 
 def test_calls_sent_ahead_before_it_began_have_names(tmp_path: Path) -> None:
