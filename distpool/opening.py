@@ -43,9 +43,12 @@ def make_crew(
         from distpool.borrowing import BorrowedCrew
 
         return BorrowedCrew(node, plan.borrowed, initializer=code, replace=replace)
+    group = groups.of(node)
     claims = not plan.params.keys().isdisjoint(("topology", "lazy"))
-    if claims:  # an executor that does not care takes what there is
-        groups.of(node).claim_topology(plan.params.get("topology", "all_to_all"), plan.params.get("lazy", True))
+    if claims:
+        group.claim_topology(plan.params.get("topology", "all_to_all"), plan.params.get("lazy", True))
+    else:  # an executor that does not care
+        group.accept_topology()
     crew = Crew(
         node, plan.places, plan.params, plan.cap, initializer=code, max_tasks=max_tasks, replace=replace
     )  # fmt: skip

@@ -21,10 +21,12 @@ NOTHING = None, ()
 
 
 @pytest.fixture
-def claims(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Topologies that were asked for."""
-    found: list[tuple[Any, ...]] = []
-    group = SimpleNamespace(claim_topology=lambda *arguments: found.append(arguments))
+def claims(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Topologies that were asked for; "any" by who takes what there is."""
+    found: list[Any] = []
+    group = SimpleNamespace(
+        claim_topology=lambda *arguments: found.append(arguments), accept_topology=lambda: found.append("any")
+    )
     monkeypatch.setattr(opening.groups, "of", lambda node: group)
     return found
 
@@ -49,7 +51,7 @@ def test_a_crew_of_local_workers_is_not_started(crew: Any, claims: list[Any]) ->
     made = crew(3, tasks=5)
     assert type(made) is Crew and made.node is nodes.current() and not made.members
     assert made._initializer is None and made._max_tasks == 5
-    assert claims == [] and made.claims_topology is False
+    assert claims == ["any"] and made.claims_topology is False
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,12 @@ class Group:
             self._claims -= 1
             self._reset_topology()
 
+    def accept_topology(self) -> None:
+        """For who takes what there is: what others hold, and else the usual one, even where who is on the way out had
+        something else. Any thread."""
+        with self._claiming:
+            self._reset_topology()
+
     def _is_free(self) -> bool:
         """Whether nobody holds the topology; `_claiming` is held.
 
@@ -242,7 +248,7 @@ class Group:
     def _reset_topology(self) -> None:
         """Forget the topology when nobody is left to whom it was promised; `_claiming` is held."""
         if self._is_free():
-            self.topology = "all_to_all"
+            self.topology, self.lazy = "all_to_all", True
 
     def may_connect(self, one: int, other: int) -> bool:
         """Whether the topology lets these two processes have a link."""

@@ -15,7 +15,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from distpool.errors import ProcessExitedException, RemoteException
+from distpool.errors import ProcessExitedException, RemoteException, TopologyError
 from distpool.node import node as nodes
 from distpool.refs import gc
 from distpool.refs.ahead import settle_puts
@@ -72,6 +72,7 @@ class RemoteFuture(Reference, Future[Any]):
     _told = False  # the owner will tell us when it is done
     _of_call = False  # ... of the call that was sent with it
     _transfer: Future[Any] | None = None
+    _unreachable = False  # what it ended with is not the owner's answer, but that there is no way to ask it
 
     @classmethod
     def make(cls, refs: Refs, rrid: RRID, where: int, held: int, watched: bool = False) -> RemoteFuture:
@@ -122,17 +123,23 @@ class RemoteFuture(Reference, Future[Any]):
             del self
 
     def isready(self) -> bool:
-        """Whether the value is there; asks the owner if this process does not know, and is then told of the end."""
+        """Whether the value is there; asks the owner if this process does not know, and is then told of the end.
+        TopologyError: this process has no link to the owner."""
         self._usable()
-        if self._is_over:
+        if self._is_known:
             return True
         handle = self._live()
         self._watch()
-        if handle.where != self._refs.node.pid and not self._is_over:
+        if handle.where != self._refs.node.pid and not self._is_known:
             answer = self._ask("isready")
             if codec.decode(answer.data) and not self._is_over:
                 self._await(None)  # the notice is on its way, over the same link
         return self._is_over
+
+    @property
+    def _is_known(self) -> bool:
+        """Whether it has ended, as far as its owner is concerned."""
+        return self._is_over and not self._unreachable  # in this order: what ends it is noted first
 
     def put(self, value: Any) -> RemoteFuture:
         """Set the value, once; `RuntimeError` (`RemoteException` if another process was first) the second time."""
@@ -280,6 +287,7 @@ class RemoteFuture(Reference, Future[Any]):
     def _watch_answered(self, status: int, data: Any, buffers: Any) -> None:
         """The owner will tell; or it cannot be reached, and nothing else would say so to who only waits."""
         if status == RAISED_HERE:
+            self._unreachable = isinstance(data, TopologyError)
             self._arrived(Outcome(RAISED_HERE, data, (), self.where))
 
     def _arrived(self, outcome: Outcome) -> None:
@@ -377,6 +385,8 @@ class RemoteFuture(Reference, Future[Any]):
         self._send("fetch", answer, b"", [])
 
     def _fetched(self, status: int, data: Any, buffers: Any) -> None:
+        if status == RAISED_HERE:
+            self._unreachable = isinstance(data, TopologyError)
         outcome = received(status, data, buffers, self.where)
         self._came(outcome)
         if self._transfer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import re
 import socket
@@ -276,6 +277,18 @@ def test_C238_C239_topology_while_workers_live() -> None:
         addprocs(1, lazy=False)
 
 
+@pytest.mark.parametrize("before", [{"lazy": False}, {"topology": "master_worker"}])
+def test_C238_what_was_said_of_earlier_workers_is_over(before: dict[str, Any]) -> None:
+    """An executor that asks for nothing got what those had, and kept it for everybody who came later."""
+    pids = addprocs(2, **before)
+    gone = rmprocs(pids, waitfor=0)
+    with distpool.ClusterExecutor(1) as executor:
+        assert executor.submit(distpool.myid).result(50) == executor.workers[0]
+        gone.result(50)
+        (pid,) = addprocs(1)
+        assert remotecall_fetch(remotecall_fetch, pid, distpool.myid, executor.workers[0]) == executor.workers[0]
+
+
 def test_C233_master_worker() -> None:
     one, two = addprocs(2, topology="master_worker")
     with pytest.raises(distpool.RemoteException) as info:
@@ -299,6 +312,23 @@ def test_C233_references_between_unconnected_workers() -> None:
     assert remotecall_fetch(lambda *refs: refs, two, rc, unset) == (rc, unset)
     assert rc.take() == 5 and unset.put(7).fetch() == 7
     assert remotecall_fetch(lambda ref: ref.fetch(), two, unset) == 7, "with its value"
+
+
+def test_C233_isready_raises_also_when_it_is_known_that_there_is_no_way() -> None:
+    """It said True where another use, or its own question to be told, had just heard that nobody can be asked."""
+    one, two = addprocs(2, topology="master_worker")
+
+    def ask(known: distpool.Future, fresh: distpool.Future) -> list[bool]:
+        with pytest.raises(distpool.TopologyError):
+            known.fetch()
+        fresh.add_done_callback(lambda future: None)
+        concurrent.futures.wait([fresh], 30)
+        for future in (known, known, fresh, fresh):
+            with pytest.raises(distpool.TopologyError, match=f"peer {one} is not connected to {two}"):
+                future.isready()
+        return [known.done(), fresh.done()]
+
+    assert remotecall_fetch(ask, two, distpool.Future(one), distpool.Future(one)) == [True, True]
 
 
 @pytest.mark.parametrize("operation", ["put", "take", "fetch", "wait", "isready", "isopen", "close", "future"])
