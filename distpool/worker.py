@@ -47,6 +47,8 @@ _FAREWELL = 1.0  # seconds in which the master, or who reads our output, may tak
 _PRESS = 0.25  # seconds before, and between two, interrupts of a call that must end
 _RESERVE = 16  # threads of a worker that cannot start any: so many calls at a time beside the main one
 _HASTE = 1.0  # seconds that remote calls on other threads have to end then
+_GONE = ConnectionResetError, BrokenPipeError
+"""The other side has died, or has closed with something unread: before it said who it is, nobody here need know."""
 
 
 class Worker:
@@ -208,7 +210,7 @@ class Worker:
         if link is not self.node.master_link:
             if self.node.peers.on_closed(link, reason):
                 return
-            if reason is not None:
+            if reason is not None and not isinstance(reason, _GONE):
                 self._complain(str(reason))
             return
         if self._segments is not None:

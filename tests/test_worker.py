@@ -9,6 +9,7 @@ import queue
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -180,6 +181,19 @@ def test_strangers_are_sent_away_and_the_worker_waits_on() -> None:
                 except ConnectionError:
                     pass
         assert worker.process.poll() is None
+
+
+def test_who_dies_before_it_says_who_it_is_is_no_stranger() -> None:
+    """A worker that is killed while it connects to another one; there it was reported as one with bad credentials."""
+    with ByHand(DISTPOOL_WORKER_TIMEOUT="20") as worker:
+        address = worker.address()
+        with socket.create_connection(address, PATIENCE) as killed:
+            killed.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
+        with socket.create_connection(address, PATIENCE) as stranger:
+            stranger.sendall(os.urandom(200))
+            assert worker.process.stdout is not None
+            line = worker.process.stdout.readline()
+        assert line.startswith("Invalid connection credentials: ") and "Errno" not in line
 
 
 def test_an_interrupt_ends_what_runs_and_nothing_else(make: Callable[..., ClusterExecutor], gate: Gate) -> None:
