@@ -337,11 +337,13 @@ class Sequence:
                 possible += [self.read_future] * 2
             if self.channels:
                 possible += [self.use_channel] * 3
+            faulthandler.dump_traceback_later(1.5 * PATIENCE, exit=True)
             self.some(possible)()
             self.check()
 
     def end(self) -> None:
         """Everything that is let go of goes: workers, and values at their owners (within 10 s, C28)."""
+        faulthandler.dump_traceback_later(1.5 * PATIENCE, exit=True)
         for executor in self.executors:
             executor.shutdown()
         for pool in self.pools:
@@ -369,7 +371,6 @@ class Sequence:
 
 
 def main(seed: int, steps: int = 60, verbose: bool = False) -> None:
-    faulthandler.dump_traceback_later(4 * PATIENCE, exit=True)
     sequence = Sequence(seed, verbose)
     try:
         sequence.run(steps)
