@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-pytest.register_assert_rewrite("faults.helpers", "faults.programs", "faults.runners")
-
-from .helpers import Gate  # noqa: E402
-from .runners import KINDS, Runner  # noqa: E402
+from .helpers import Gate
+from .runners import KINDS, Runner
 
 if sys.platform == "win32":
     collect_ignore_glob = ["test_*.py"]  # signals, fork and POSIX limits are what these tests are made of
