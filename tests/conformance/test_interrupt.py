@@ -187,7 +187,7 @@ def waiting_calls(w: list[int]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", ["take", "take of its own", "put", "fetch", "wait", "call", "map"])
-def test_C262_waits_of_the_library_end_at_once_on_every_thread(w: list[int], how: str) -> None:
+def test_C262_waits_of_the_library_end_at_once_on_every_thread(w: list[int], how: str, scale: float) -> None:
     """One of the calls runs on the worker's main thread, the others beside it."""
     started = distpool.RemoteChannel(lambda: distpool.Channel(10))
     call = waiting_calls(w)[how]
@@ -198,7 +198,8 @@ def test_C262_waits_of_the_library_end_at_once_on_every_thread(w: list[int], how
     begin = time.monotonic()
     interrupt(w[0])
     assert all(ends_with_interrupt(future) for future in futures)
-    assert time.monotonic() - begin < 2
+    # The answers have tracebacks: a byte at a time, they took 2.5 s once, with 25 processes for 2 processors.
+    assert time.monotonic() - begin < (2 if scale == 1 else 10)
     interrupt()  # what `call` and `map` left running elsewhere
     all_have_heard()
 
