@@ -170,7 +170,8 @@ class MapRun:
     """One running map: elements in, outcomes by index out.
 
     A user's thread calls `feed`, `wait_for`, `next_ready`, `close`; the scheduler `take`, `put_back`, `settle`.
-    `results` maps index -> Outcome, or the bare pickle (bytes) of a plain value. Its operations are atomic.
+    `results` maps index -> Outcome, the bare pickle (bytes) of a plain value, or `Many` (if the consumer `takes_many`).
+    Its operations are atomic; as long as nothing is taken out, `len(results) + joined` elements have ended.
     """
 
     def __init__(
@@ -196,10 +197,11 @@ class MapRun:
         self.settled = 0
         self.results: dict[int, Any] = {}
         self.ready: collections.deque[int] | None = None if ordered else collections.deque()
-        self.on_settled: Callable[[int], object] | None = None  # leader: called with each index
+        self.on_settled: Callable[[int], object] | None = None  # leader: called with each index in `results`
         self.closed = False
         self.unwanted = False  # it runs to its end, but nobody will ask for its values: None takes their place
         self.takes_many = False  # the consumer understands `Many` in `results`
+        self.joined = 0  # so many elements have no entry of their own, but are the second or later of a `Many`; leader
         self.queued = False  # in the scheduler's queue
         self._blocks: collections.deque[Any] = collections.deque()  # protected by the scheduler's lock, except append
         self._urgent: collections.deque[Any] = collections.deque()  # the same; elements fed again: they go first
@@ -401,14 +403,17 @@ class MapRun:
 
     # -- results -----------------------------------------------------------------------------------------------
 
-    def settle(self, index: int, outcome: Any) -> None:
-        """Element `index` has ended (leader; or the feeding thread, if it could not be serialised)."""
+    def settle(self, index: int, outcome: Any, count: int = 1) -> None:
+        """Element `index` has ended, or (leader) `count` from there on. (One: also the feeding thread, which could not
+        serialise it.)"""
         if self.closed:
             return
         self.results[index] = outcome
         if self.unwanted:  # looked at after the store, and set before what is stored is looked at
             self.results[index] = None
-        self.settled += 1
+        self.settled += count
+        if count > 1:
+            self.joined += count - 1
         if self.ready is not None:
             self.ready.append(index)
         if self.on_settled is not None:
@@ -421,12 +426,7 @@ class MapRun:
         if self.closed:
             return
         if self.takes_many:
-            self.results[index] = Many(data, count)
-            if self.unwanted:  # as in `settle`
-                self.results[index] = None
-            self.settled += count
-            if self._sleepers:
-                self.wake()
+            self.settle(index, Many(data, count), count)
             return
         for value in data if isinstance(data, list) else loads(data):  # exact scalars: no user code
             self.settle(index, Outcome(LOCAL_VALUE, value, (), 0))

@@ -23,7 +23,7 @@ from distpool.dropped import WhenDropped
 from distpool.errors import cause_of
 from distpool.flag import Flag
 from distpool.logs import Log
-from distpool.mapruns import MapRun
+from distpool.mapruns import Many, MapRun
 from distpool.pool_callbacks import Callbacks, PoolTerminated, open_entry, park_at_exit
 from distpool.pool_input import Feed
 from distpool.progress import Progress
@@ -217,6 +217,8 @@ class MapResult(AsyncResult, stdlib.MapResult):  # type: ignore[type-arg]
         super().__init__(callbacks, callback, error_callback, watched=bar is not None)
         self._run = run
         self._results: dict[int, Any] = run.results if run is not None else {}
+        if run is not None:
+            run.takes_many = True
         self._dropped = WhenDropped(run.disown) if run is not None else None
         self._entries = entries
         self._chunksize = chunksize
@@ -230,9 +232,14 @@ class MapResult(AsyncResult, stdlib.MapResult):  # type: ignore[type-arg]
         elif self._event is not None:
             callbacks.put(self._finish)
 
+    def _ended(self) -> int:
+        """How many entries have ended."""
+        run = self._run  # gone when the outcome has been made
+        return self._entries if run is None else len(run.results) + run.joined
+
     def _on_settled(self, index: int) -> None:
         """Leader, or the feeding thread for what could not be serialised: only count."""
-        done = len(self._results)
+        done = self._ended()
         if self._bar is not None:
             bar, total = self._bar
             step = done * min(self._entries, _STEPS) // self._entries
@@ -256,7 +263,7 @@ class MapResult(AsyncResult, stdlib.MapResult):  # type: ignore[type-arg]
         super()._finish()
 
     def _settled(self) -> bool:
-        return self._run is None or len(self._results) >= self._entries
+        return self._ended() >= self._entries
 
     def _await(self, deadline: float | None) -> bool:
         return self._run is None or self._run.wait_until(self._settled, deadline)
@@ -296,14 +303,20 @@ class MapResult(AsyncResult, stdlib.MapResult):  # type: ignore[type-arg]
         values: list[Any] = []
         extend, append = values.extend, values.append
         decode, chunked = codec.decode, self._chunksize > 1
-        for index in range(self._entries):
+        following = 0
+        while following < self._entries:
             value: Any
+            index, following = following, following + 1
             if index in opened:
                 success, value = opened[index]
                 if not success:
                     raise value
             else:
                 raw = results[index]
+                if type(raw) is Many:
+                    extend(raw.values())
+                    following += raw.length - 1
+                    continue
                 value = decode(raw) if type(raw) is bytes else open_entry(raw)
             if chunked:
                 extend(value)

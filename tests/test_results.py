@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
+import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +60,11 @@ class FakeLink:
         return seen
 
 
+def values_in(body: bytes, decode: Callable[[bytes], Any] = pickle.loads) -> list[tuple[int, Any]]:
+    """Sequence numbers and values of single records."""
+    return [(sequence, decode(bytes(payload))) for sequence, _, _, payload, _ in messages.result_records(body)]
+
+
 class Desk:
     def __init__(self, journal: Journal) -> None:
         self.link = FakeLink()
@@ -69,7 +77,7 @@ class Desk:
 
     def journaled(self) -> list[int]:
         """Sequence numbers of what the master would find if this process were killed now."""
-        return [record[0] for record in messages.result_records(self.journal.read_from(0))]
+        return [sequence for sequence, _ in values_in(self.journal.read_from(0), lambda data: None)]
 
 
 @pytest.fixture
@@ -114,6 +122,82 @@ def test_consecutive_scalars_go_as_one_list(desk: Desk) -> None:
     [(_, _, _, records, _)] = desk.link.frames
     assert [record[:3] for record in records] == [(10, 6, messages.VALUES)]
     assert pickle.loads(records[0][3]) == [1, "two", None, b"4", True, 0.5]
+
+
+NUMBERS = [
+    *(0, -1, 255, -(2**63), 2**63 - 1, 2**63, -(2**63) - 1, 10**40),
+    *(0.0, -0.0, 1.5, -1e300, 5e-324, math.inf, math.nan),
+]
+
+
+def test_numbers_are_results_like_others(desk: Desk) -> None:
+    for number, value in enumerate(NUMBERS):
+        desk.writer.number(10 + number, value)
+        assert len(desk.journaled()) == number + 1, "at once"
+    desk.writer.scalar(10 + len(NUMBERS), "and others behind them")
+    desk.writer.number(11 + len(NUMBERS), 3)
+    sent = [*NUMBERS, "and others behind them", 3]
+    # By their texts, which tell apart what `==` does not.
+    assert repr(values_in(desk.journal.read_from(0))) == repr(list(enumerate(sent, 10)))
+    desk.writer.flush()
+    [(_, _, _, [record], _)] = desk.link.frames
+    assert record[:3] == (10, len(sent), messages.VALUES) and repr(pickle.loads(record[3])) == repr(sent)
+
+
+def test_numbers_where_the_ring_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "JOURNAL_SIZE", 5_003)  # no number of records fills it
+    journal = Journal.create()
+    desk = Desk(journal)
+    chance = random.Random(7)
+    unsent: list[tuple[int, Any]] = []
+    offset = 0
+    for number in range(3_000):
+        value = chance.choice([number, number / 2, 2**64 + number])
+        frames = len(desk.link.frames)
+        desk.writer.number(number, value)
+        if len(desk.link.frames) > frames:  # it was full
+            unsent, offset = [], desk.link.frames[-1][0]
+        unsent.append((number, value))
+        assert values_in(journal.read_from(offset)) == unsent
+        if chance.random() < 0.02:
+            desk.writer.flush()
+            unsent, offset = [], journal.written
+    desk.writer.flush()
+    assert len(desk.link.values()) == 3_000 and journal.written > 10 * journal.capacity
+    journal.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_numbers_of_a_process_that_is_killed() -> None:
+    chance = random.Random()
+    ended = 0
+    for _ in range(100):
+        journal = Journal.create()
+        here, there = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                desk = Desk(Journal.attach(journal.path, journal.size))
+                os.write(there, b"!")
+                for number in range(1, 5_000):  # fewer than the ring holds
+                    desk.journal.set_started(number)
+                    desk.writer.number(number, number if number % 2 else number / 4)
+                time.sleep(60)
+            finally:
+                os._exit(1)
+        assert os.read(here, 1) == b"!"
+        threading.Event().wait(chance.random() * 0.008)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        os.close(here)
+        os.close(there)
+        found = values_in(journal.read_from(0))
+        assert found == [(n, n if n % 2 else n / 4) for n in range(1, len(found) + 1)], "whole, and without a gap"
+        assert journal.started - len(found) in (0, 1)
+        ended += len(found)
+        journal.close()
+    assert ended > 100
 
 
 def test_what_does_not_continue_the_list_sends_it(desk: Desk) -> None:
@@ -191,7 +275,8 @@ def test_buffers_are_staged_and_sent_at_once(desk: Desk) -> None:
 def test_where_nobody_sees_the_journal_each_result_is_out_at_once(remote: Desk) -> None:
     remote.writer.scalar(1, 1)
     remote.writer.succeed(2, [2])
-    assert remote.link.values() == {1: 1, 2: [2]} and remote.link.drains == 2
+    remote.writer.number(3, 3)
+    assert remote.link.values() == {1: 1, 2: [2], 3: 3} and remote.link.drains == 3
 
 
 def failure(desk: Desk) -> tuple[int, BaseException]:
@@ -267,8 +352,10 @@ def test_threads_lose_nothing_and_send_nothing_twice(desk: Desk) -> None:
         for number in range(first, first + 500):
             if number % 7 == 3:
                 desk.writer.succeed(number, [number])
-            else:
+            elif number % 7 == 5:
                 desk.writer.scalar(number, number)
+            else:
+                desk.writer.number(number, number)
 
     def flush() -> None:
         while not over.is_set():

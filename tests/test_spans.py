@@ -93,8 +93,8 @@ class Runner:
 
     def __init__(self) -> None:
         self.results: Any = SimpleNamespace(
-            scalar=lambda sequence, value: self.told.append((sequence, "scalar", value)),
-            succeed=lambda sequence, value, function: self.told.append((sequence, "value", value)),
+            number=lambda sequence, value: self.told.append((sequence, "number", value)),
+            returned=lambda sequence, value, function: self.told.append((sequence, "value", value)),
             fail=lambda sequence, error: self.told.append((sequence, "error", error)),
             flush=self.flush,
             flushed=0.0,
@@ -157,7 +157,7 @@ def test_argument_tuples_and_kinds_of_results(runner: Runner) -> None:
     item = span(3, SPAN)
     item.arguments = [(2, 3), ([1],), ()]
     run(runner, item, lambda *args: args[0] if args else None)
-    assert runner.told == [(FIRST, "scalar", 2), (FIRST + 1, "value", [1]), (FIRST + 2, "scalar", None)]
+    assert runner.told == [(FIRST, "number", 2), (FIRST + 1, "value", [1]), (FIRST + 2, "value", None)]
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), SystemExit(3), KeyboardInterrupt()], ids=lambda error: repr(error))
@@ -249,5 +249,5 @@ def test_nothing_of_a_call_is_alive_when_the_next_one_runs(runner: Runner) -> No
         return big
 
     runner.results.fail = lambda sequence, error: runner.told.append((sequence, "error", str(error)))
-    runner.results.succeed = lambda sequence, value, function: runner.told.append((sequence, "value", None))
+    runner.results.returned = lambda sequence, value, function: runner.told.append((sequence, "value", None))
     assert run(runner, span(4), call) == [(0, None), (1, "1"), (2, None), (3, "3")]

@@ -19,7 +19,6 @@ from collections.abc import Callable
 
 from distpool import config
 from distpool.hints import TYPE_CHECKING, Any
-from distpool.node.results import SCALARS
 from distpool.wire import codec
 from distpool.wire.functions import decode_function
 from distpool.wire.messages import SPAN_OF_SCALARS, SPANS
@@ -139,7 +138,7 @@ class Item:
 def run_span(runner: TaskRunner, item: Item, function: Any, begin: float) -> None:
     """Run the elements of `item` one by one. `begin`: from when on the time is not yet accounted for."""
     results, clock, lock, interrupts = runner.results, time.perf_counter, runner.lock, runner.interrupts
-    scalar, words, single = results.scalar, runner.journal.words, item.flags == SPAN_OF_SCALARS
+    number, words, single = results.number, runner.journal.words, item.flags == SPAN_OF_SCALARS
     on_main = threading.current_thread() is threading.main_thread()
     arguments, first = item.arguments, item.sequence
     assert arguments is not None
@@ -176,15 +175,12 @@ def run_span(runner: TaskRunner, item: Item, function: Any, begin: float) -> Non
             results.fail(sequence, error)
             del error
         else:
-            try:
-                plain = type(value) in SCALARS
-            except TypeError:  # a type without a hash: not all of the span is to blame
-                plain = False
-            if plain:
-                scalar(sequence, value)
+            kind = type(value)
+            if kind is int or kind is float:
+                number(sequence, value)
             else:
-                results.succeed(sequence, value, function)
-            del value
+                results.returned(sequence, value, function)
+            del kind, value
         index += 1
         ran += 1
         now = clock()

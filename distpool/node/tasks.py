@@ -31,7 +31,7 @@ from distpool.hints import Any
 from distpool.node.givingback import give_up, last_calls, listed_calls
 from distpool.node.interrupts import CALLERS, Interrupts
 from distpool.node.offers import Offers
-from distpool.node.results import SCALARS, ResultWriter
+from distpool.node.results import ResultWriter
 from distpool.node.spans import Item, Received, decode_item, run_span
 from distpool.transport.journal import Journal
 from distpool.transport.link import Link
@@ -457,10 +457,7 @@ class TaskRunner:
             raise KeyboardInterrupt
         value = self.interrupts.call(function, args, kwargs)
         del args, kwargs
-        if type(value) in SCALARS:
-            self.results.scalar(item.sequence, value)
-        else:
-            self.results.succeed(item.sequence, value, function)
+        self.results.returned(item.sequence, value, function)
 
     def leave(self) -> None:
         """Leader: this process is removed. What has not begun does not, but remote calls do; all have until `hurry`."""

@@ -50,8 +50,8 @@ class Journal:
     """
 
     __slots__ = (
-        "_capacity", "_data", "_file", "_mapping", "_reserved", "_written",
-        "path", "shared", "size", "words",
+        "_data", "_file",
+        "capacity", "end", "mapping", "path", "reserved", "shared", "size", "words",
     )  # fmt: skip
 
     def __init__(self, mapping: mmap.mmap, path: str, file: memfile.MemoryFile | None, shared: bool) -> None:
@@ -59,12 +59,13 @@ class Journal:
         self.size = len(mapping)
         self.shared = shared
         self._file = file
-        self._mapping = mapping
-        self._capacity = self.size - HEADER
+        self.mapping = mapping
+        self.capacity = self.size - HEADER  # of the ring: the largest record, and the most that can be unsent
         self._data = memoryview(mapping)
         self.words = self._data[:HEADER].cast("Q")
-        self._written = self.words[WRITTEN]  # writer
-        self._reserved = self.words[RESERVED]  # writer
+        # The writer's, who reads these more cheaply than words; it may write a record out by itself, as `append` does.
+        self.end = self.words[WRITTEN]
+        self.reserved = self.words[RESERVED]
 
     @classmethod
     def create(cls, directory: str | None = None, capacity: int = 0) -> Journal:
@@ -104,11 +105,6 @@ class Journal:
             self._file.discard(free_pages=False)
 
     @property
-    def capacity(self) -> int:
-        """Bytes of the ring: the largest record, and the most that can be unsent."""
-        return self._capacity
-
-    @property
     def started(self) -> int:
         """Number of the last call that was started."""
         return self.words[STARTED]
@@ -136,33 +132,32 @@ class Journal:
     @property
     def is_full(self) -> bool:
         """Writer: whether more than half of it is not sent."""
-        return self._written - self.words[SENT] > self._capacity // 2
+        return self.end - self.words[SENT] > self.capacity // 2
 
     def append(self, record: bytes) -> bool:
         """Add a record; `False` when there is no room: send what is there, `mark_sent` first (or it is too large)."""
-        # The words are for the reader; the writer has the same numbers as attributes, which are cheaper to read.
-        start = self._written
+        start = self.end
         length = len(record)
         end = start + length
-        if end > self._reserved and not self._reserve(end):
+        if end > self.reserved and not self.reserve(end):
             return False
-        place = HEADER + start % self._capacity
+        place = HEADER + start % self.capacity
         stop = place + length
         if stop <= self.size:
-            self._mapping[place:stop] = record
+            self.mapping[place:stop] = record
         else:
             first = self.size - place
             self._data[place:] = record[:first]
-            self._data[HEADER : stop - self._capacity] = record[first:]
-        self.words[WRITTEN] = self._written = end
+            self._data[HEADER : stop - self.capacity] = record[first:]
+        self.words[WRITTEN] = self.end = end
         return True
 
-    def _reserve(self, end: int) -> bool:
+    def reserve(self, end: int) -> bool:
         """Say that the ring will be written up to `end` and a little more, so that the next few need not."""
-        most = self.words[SENT] + self._capacity
+        most = self.words[SENT] + self.capacity
         if end > most:
             return False
-        self.words[RESERVED] = self._reserved = min(end + _RESERVE, most)
+        self.words[RESERVED] = self.reserved = min(end + _RESERVE, most)
         return True
 
     def pending(self) -> bytes:
@@ -188,27 +183,27 @@ class Journal:
         written = self.words[WRITTEN]
         if offset > written:
             raise ValueError(f"offset {offset} is beyond the end, {written}")
-        if offset < self.words[RESERVED] - self._capacity:
+        if offset < self.words[RESERVED] - self.capacity:
             raise ValueError(f"the records from offset {offset} on are overwritten; {written} are written")
         return self._between(offset, written)
 
     def snapshot(self, offset: int) -> bytes:
         """Master, while the worker lives: complete records from `offset` on; none if it writes over them just now."""
         written = self.words[WRITTEN]
-        data = self._between(offset, written) if 0 < written - offset <= self._capacity else b""
-        return data if offset >= self.words[RESERVED] - self._capacity else b""
+        data = self._between(offset, written) if 0 < written - offset <= self.capacity else b""
+        return data if offset >= self.words[RESERVED] - self.capacity else b""
 
     def close(self) -> None:
         """Unmap; may be called twice.  Nothing else works afterwards (`ValueError`)."""
         self.words.release()
         self._data.release()
-        self._mapping.close()
+        self.mapping.close()
         if self._file is not None:
             self._file.discard(free_pages=False)
 
     def _between(self, start: int, end: int) -> bytes:
-        place = HEADER + start % self._capacity
+        place = HEADER + start % self.capacity
         stop = place + end - start
         if stop <= self.size:
             return bytes(self._data[place:stop])
-        return b"".join((self._data[place:], self._data[HEADER : stop - self._capacity]))
+        return b"".join((self._data[place:], self._data[HEADER : stop - self.capacity]))

@@ -19,6 +19,8 @@ CALLS = struct.Struct("<QI")  # first sequence number, number of records
 CALL = struct.Struct("<IIQHB")  # function number, elements, payload bytes, buffers, flags
 RESULTS = struct.Struct("<QdI")  # absolute journal offset behind these records, seconds of running time, calls run
 RESULT = struct.Struct("<QIQHB")  # sequence number, elements, payload bytes, buffers, status
+INT_RESULT = struct.Struct("<QIQHBIqB")  # a RESULT with its payload: see INT_PICKLE
+FLOAT_RESULT = struct.Struct("<QIQHBHB"), struct.Struct(">dB")  # the same; pickles have floats the other way round
 SEQUENCE = struct.Struct("<Q")
 TIMED = struct.Struct("<QIIqqB")  # sequence number, element of a chunk, lane, begin and duration in ns, how it ended
 
@@ -34,6 +36,11 @@ MAPPED = (*SPANS, *CHUNKS)  # what maps send
 #: Status of a RESULT record. UNSENDABLE: the call returned, but its value could not be serialised.
 #: UNLOADABLE: the function or its arguments could not be rebuilt on the worker.
 VALUE, ERROR, VALUES, UNSENDABLE, PLAIN_ERROR, UNLOADABLE = range(6)
+#: What makes a pickle of the eight bytes of a number: length of the whole, PROTO 5, LONG1 of eight bytes (for up to 64
+#: bits) or BINFLOAT, and STOP. For a number by itself the pickler takes twice as long.
+INT_PICKLE = 13, 0x088A0580
+FLOAT_PICKLE = 12, 0x0580, ord("G")
+STOP = ord(".")
 #: Added to a status: before the payload stand the references in it that third processes own (`pack_entrusted`).
 ENTRUSTED = 0x80
 _COUNT = struct.Struct("<I")
