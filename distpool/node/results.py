@@ -39,6 +39,7 @@ from distpool.wire.records import FLOAT_PICKLE, FLOAT_RESULT, INT_PICKLE, INT_RE
 
 SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
 _JOURNALED = config.JOURNAL_SIZE // 4  # larger results are sent at once
+_FEW = 64  # values of a chunk
 _pack = RESULT.pack
 _pack_int = INT_RESULT.pack_into
 _LARGER = INT_RESULT.size  # bytes; one more than a float takes
@@ -109,8 +110,8 @@ class ResultWriter:
         try:
             seen: list[Any] = []
             buffers: list[Any] = []
-            if many and type(value[0]) in SCALARS and set(map(type, value)) <= SCALARS:
-                data = dumps(value, 5)  # as `encode`, in two thirds of the time
+            if many and len(value) <= _FEW and type(value[0]) in SCALARS and set(map(type, value)) <= SCALARS:
+                data = dumps(value, 5)  # as `encode`, in half the time; to look at each of many would double it
             else:
                 data, buffers = codec.encode(value, self.link.peer, seen)
             rows = self.entrust(seen) if seen else None
