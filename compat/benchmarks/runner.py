@@ -61,6 +61,7 @@ SKIP = {(peer, "W9") for peer in ("dask", "ray", "joblib", "pathos", "mpire")}
 SKIP |= {("ppe-forkserver", "W8"), ("dask", "W4"), ("dask", "W6")}
 CLOSE = {(peer, "W1") for peer in ("ppe", "loky", "distpool")}
 CLOSE |= {(peer, workload) for peer in ("pool", "distpool", "distpool-pool") for workload in ("W4", "W7")}
+CLOSE |= {("distpool", "J1"), ("distpool", "J2")}
 """Cells of which a full run takes two looks per turn: their targets are close to what is found, and one process differs
 from the next by a quarter (W4 of `pool`: 2.4 to 3.9 million items/s within an hour)."""
 TIMEOUT = 60.0
