@@ -266,7 +266,7 @@ FAILING = [
     pytest.param("import sys; print('one'); print('two'); sys.exit(3)", ["two", "exit code 3"], id="exits"),
     pytest.param("for i in range(1001): print('line', i)\nimport time; time.sleep(60)", ["line 1000", "1000 lines"],
                  id="talks"),
-    pytest.param("import time; print('hello', flush=True); time.sleep(60)", ["hello", "within 1.5 seconds"],
+    pytest.param("import time; print('hello', flush=True); time.sleep(60)", ["hello", "within 4 seconds"],
                  id="silent"),
     pytest.param("import os; os.kill(os.getpid(), 9)", ["signal 9"], id="killed"),
 ]  # fmt: skip
@@ -277,7 +277,7 @@ def test_C199_commands_that_are_no_workers(code: str, texts: list[str]) -> None:
     manager = ByCommand(1, [sys.executable, "-u", "-c", code])
     begin = time.monotonic()
     with pytest.raises(distpool.CompositeException) as info:
-        addprocs(manager, timeout=1.5 if "silent" in str(texts) or "hello" in texts else 30)
+        addprocs(manager, timeout=4 if "hello" in texts else 30)
     assert time.monotonic() - begin < 20
     first = info.value.exceptions[0]
     assert isinstance(first, distpool.LaunchWorkerError)
@@ -374,8 +374,8 @@ def test_C241_idents_that_never_come() -> None:
                 yield config
 
     manager = Lonely(1)
-    with pytest.raises(RuntimeError, match=r"peer workers did not connect within 3 seconds"):
-        addprocs(manager, topology="custom", timeout=3)
+    with pytest.raises(RuntimeError, match=r"peer workers did not connect within 10 seconds"):
+        addprocs(manager, topology="custom", timeout=10)  # in 3, with three suites at a time, it did not even join
     wait_until(lambda: others() == [])
     assert manager.processes[0].wait(10) == 0
     wait_until(lambda: [op for op, _ in manager.told] == ["register", "deregister", "finalize"])
