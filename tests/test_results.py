@@ -60,9 +60,9 @@ class FakeLink:
         return seen
 
 
-def values_in(body: bytes, decode: Callable[[bytes], Any] = pickle.loads) -> list[tuple[int, Any]]:
+def values_in(body: bytes) -> list[tuple[int, Any]]:
     """Sequence numbers and values of single records."""
-    return [(sequence, decode(bytes(payload))) for sequence, _, _, payload, _ in messages.result_records(body)]
+    return [(sequence, pickle.loads(payload)) for sequence, _, _, payload, _ in messages.result_records(body)]
 
 
 class Desk:
@@ -77,7 +77,7 @@ class Desk:
 
     def journaled(self) -> list[int]:
         """Sequence numbers of what the master would find if this process were killed now."""
-        return [sequence for sequence, _ in values_in(self.journal.read_from(0), lambda data: None)]
+        return [record[0] for record in messages.result_records(self.journal.read_from(0))]
 
 
 @pytest.fixture

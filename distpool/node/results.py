@@ -42,7 +42,7 @@ _JOURNALED = config.JOURNAL_SIZE // 4  # larger results are sent at once
 _FEW = 64  # values of a chunk
 _pack = RESULT.pack
 _pack_int = INT_RESULT.pack_into
-_LARGER = INT_RESULT.size  # bytes; one more than a float takes
+_ROOM = INT_RESULT.size  # bytes that a number takes at most; a float takes one less
 _INT, _INT_BEGIN = INT_PICKLE
 _pack_head, _pack_float = (part.pack_into for part in FLOAT_RESULT)
 _HEAD = FLOAT_RESULT[0].size
@@ -163,8 +163,8 @@ class ResultWriter:
         try:
             values, start = self._values, journal.end
             if sequence == self._first + len(values) if values else start == self._sent and journal.shared:
-                end, place = start + _LARGER, RING + start % journal.capacity
-                if place + _LARGER <= journal.size and (end <= journal.reserved or journal.reserve(end)):
+                end, place = start + _ROOM, RING + start % journal.capacity
+                if place + _ROOM <= journal.size and (end <= journal.reserved or journal.reserve(end)):
                     if type(value) is int:
                         _pack_int(journal.mapping, place, sequence, 1, _INT, 0, VALUE, _INT_BEGIN, value, STOP)
                     else:

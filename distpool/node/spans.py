@@ -176,7 +176,7 @@ def run_span(runner: TaskRunner, item: Item, function: Any, begin: float) -> Non
             del error
         else:
             kind = type(value)
-            if kind is int or kind is float:
+            if kind is int or kind is float:  # `returned` would see to it, for one more call
                 number(sequence, value)
             else:
                 results.returned(sequence, value, function)

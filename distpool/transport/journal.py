@@ -153,7 +153,8 @@ class Journal:
         return True
 
     def reserve(self, end: int) -> bool:
-        """Say that the ring will be written up to `end` and a little more, so that the next few need not."""
+        """Writer: say that the ring will be written up to `end` and a little more, so that the next few need not.
+        `False` when there is no room."""
         most = self.words[SENT] + self.capacity
         if end > most:
             return False
