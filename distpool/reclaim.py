@@ -24,6 +24,7 @@ All of it runs on the leader, but for `watch`.
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Callable
 from pickle import loads
 
@@ -60,7 +61,7 @@ class Reclaims:
     def consider_stealing(self) -> None:
         """Some worker idles."""
         scheduler = self._scheduler
-        if not self._stealing and any(slot.load > 1 for slot in scheduler.slots.values()):
+        if not self._stealing and any(slot.load > 1 or slot.pinned for slot in scheduler.slots.values()):
             self._stealing = True
             scheduler.loop.call_later(_STEAL_DELAY, self._steal)
 
@@ -69,8 +70,13 @@ class Reclaims:
         self._stealing = False
         scheduler = self._scheduler
         slots = [slot for slot in scheduler.slots.values() if slot.usable or slot.load]
-        if scheduler.waiting or not any(slot.load == 0 and slot.usable for slot in slots):
+        idle = [slot for slot in slots if slot.load == 0 and slot.usable]
+        if scheduler.waiting or not idle:
             return
+        if any(slot.pinned for slot in slots):
+            self._hand_over(idle, slots)
+            if all(slot.load for slot in idle):
+                return
         victims = [slot for slot in slots if slot.load > 1 and not slot.recalling]
         if victims:
             victim = max(victims, key=lambda slot: slot.load)
@@ -78,6 +84,20 @@ class Reclaims:
             victim.recall(messages.Recall(max(1, victim.load // 2), []))
         elif any(slot.recalling for slot in slots):
             self.consider_stealing()
+
+    def _hand_over(self, idle: list[Slot], slots: list[Slot]) -> None:
+        """Calls that wait here for a busy worker and that an idle one may run as well (`options(pids=)`): it gets the
+        last half of them."""
+        with self._scheduler.lock:
+            for slot, other in itertools.product(idle, slots):
+                if slot.pinned:
+                    continue
+                common = [call for call in other.pinned if slot.pid in call.policy.pids and not call.cancelled]
+                if taken := common[len(common) // 2 :]:
+                    gone = set(map(id, taken))
+                    other.pinned = collections.deque(call for call in other.pinned if id(call) not in gone)
+                    slot.pinned.extend(taken)
+        self._scheduler.pump()
 
     # -- from those that are given back ------------------------------------------------------------------------
 

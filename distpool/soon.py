@@ -3,8 +3,8 @@
     settling: a result that `cannot_wait` -> open_soon -> Soon -> future, or map
                                                            `---> a library thread opens it, unless somebody was quicker
 
-As a rule a value stays serialised until somebody wants it. But proxies of managers and ends of pipes can be had only
-while others hold them, who do so only until the call has ended.
+As a rule a value stays serialised until somebody wants it. But proxies of managers, ends of pipes and sockets can be
+had only while others hold them, who do so only until the call has ended.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from distpool.work import PROXIES, Call
 if TYPE_CHECKING:
     from distpool.scheduling import Scheduler
 
-#: In the pickle of an end of a pipe (`codec.receive_pipe`), which a process can have only while its sender lives, as it
-#: can have proxies (`PROXIES`) only while somebody else has one.
-_PIPES = b"receive_pipe"
+#: In the pickle of an end of a pipe or of a socket (`codec.receive_descriptor`), which a process can have only while
+#: its sender lives, as it can have proxies (`PROXIES`) only while somebody else has one.
+_DESCRIPTORS = b"receive_descriptor"
 #: In both. Looked for first: 0.3 ms for each megabyte of a pickle, whose loading takes a hundred times as long.
 _EITHER = b"multiprocessing."
 
 
 def cannot_wait(data: bytes) -> bool:
     """Whether a result with this pickle is to be opened soon."""
-    return _EITHER in data and (PROXIES in data or _PIPES in data)
+    return _EITHER in data and (PROXIES in data or _DESCRIPTORS in data)
 
 
 class Soon(Outcome):
     """A value that cannot wait for somebody who asks: a manager forgets an object when the last proxy of it ends, and
-    those of the arguments end with the call; a pipe's end is fetched from the worker. So a library thread opens it, as
-    those of the standard library's executors do, or whoever asks before it; all of them get the same value."""
+    those of the arguments end with the call; a pipe's end or a socket is fetched from the worker. So a library thread
+    opens it, as those of the standard library's executors do, or whoever asks before it; all of them get the same
+    value."""
 
     raw: Any
     kept: Any  # the call's things, until then

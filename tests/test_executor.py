@@ -15,6 +15,7 @@ import operator
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -1582,6 +1583,50 @@ def test_a_connection_beside_what_travels_by_value_is_lent_once(shared: ClusterE
         assert ours.poll(PATIENCE)
         with pytest.raises(EOFError):
             ours.recv()
+
+
+def answer(sock: socket.socket) -> socket.socket:
+    sock.sendall(sock.recv(100).upper())
+    return sock
+
+
+@pytest.mark.parametrize("timeout", [None, PATIENCE])
+def test_sockets_travel_as_with_pools_of_the_standard_library(shared: ClusterExecutor, timeout: float | None) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(PATIENCE)
+        theirs.settimeout(timeout)
+        ours.sendall(b"there")
+        back = shared.submit(answer, theirs).result(PATIENCE)
+        assert ours.recv(100) == b"THERE"
+        with back:
+            assert back.gettimeout() == timeout and (back.family, back.type) == (theirs.family, theirs.type)
+            ours.sendall(b"and back")
+            assert back.recv(100) == b"and back"
+        ours.sendall(b"captured")
+        shared.submit(lambda: theirs.sendall(theirs.recv(100))).result(PATIENCE)
+        assert ours.recv(100) == b"captured"
+    gone = shared.submit(answer, theirs).exception(PATIENCE)
+    assert isinstance(gone, SerializationError) and "argument 1, an object of type socket.socket" in str(gone)
+    assert shared.submit(abs, -1).result(PATIENCE) == 1
+
+
+def test_a_server_whose_connections_are_answered_by_workers(shared: ClusterExecutor) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        futures = []
+        clients = [socket.create_connection(server.getsockname(), PATIENCE) for _ in range(4)]
+        for number, client in enumerate(clients):
+            client.sendall(b"client %d" % number)
+        for _ in clients:
+            connection, _address = server.accept()
+            with connection:
+                futures.append(shared.submit(answer, connection))
+        for future in futures:
+            future.result(PATIENCE).close()
+        for number, client in enumerate(clients):
+            with client:
+                assert client.recv(100) == b"CLIENT %d" % number
+                assert client.recv(100) == b"", "nobody holds it any more"
 
 
 def test_connections_of_multiprocessing_travel_as_themselves(shared: ClusterExecutor) -> None:

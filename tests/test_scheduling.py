@@ -581,6 +581,28 @@ def test_pids(office: Office) -> None:
     assert all(isinstance(future.exception(PATIENCE), Exception) for future in waiting)
 
 
+def test_an_idle_worker_gets_what_waits_here_for_another_one_of_its_pids(office: Office) -> None:
+    busy, idle, stranger = (office.worker(pid) for pid in (2, 3, 4))
+    either, one = Policy(pids=frozenset([2, 3])), Policy(pids=frozenset([2]))
+    for_both = [office.submit(number, policy=either) for number in range(8)]
+    for_one = [office.submit(number, policy=one) for number in (8, 9)]
+    assert items(busy) == [0, 2] and items(idle) == [1, 3]
+    assert for_both[6].cancel()
+    busy.start()
+    for number in (1, 3, 5, 7):
+        assert office.finish(idle) == number
+    idle.wait(lambda: idle.inbox, "the idle one gets what was not sent to the busy one")
+    assert office.finish(idle) == 4
+    busy.wait(lambda: busy.recalls, "and it is asked for what was")
+    office.recalled(busy, [sequence for sequence, item in busy.inbox if item == 2])
+    idle.wait(lambda: idle.inbox, "which goes to the idle one")
+    assert office.finish(idle) == 2
+    assert [for_both[number].result(0) for number in (1, 2, 3, 4, 5, 7)] == [1, 2, 3, 4, 5, 7]
+    assert not idle.inbox and not stranger.inbox
+    office.lost(busy)
+    assert all(isinstance(future.exception(PATIENCE), OSError) for future in (for_both[0], *for_one))
+
+
 # -------------------------------------------------------------------------------------------------------------- the end
 
 

@@ -1,8 +1,9 @@
-"""Results that cannot wait for somebody who asks: proxies of managers, ends of pipes."""
+"""Results that cannot wait for somebody who asks: proxies of managers, ends of pipes, sockets."""
 
 from __future__ import annotations
 
 import multiprocessing
+import socket
 import threading
 import weakref
 from collections.abc import Iterator
@@ -27,6 +28,13 @@ def _pipe(number: int = 0) -> Any:
     mine, other = multiprocessing.Pipe()
     _ends.append(mine)
     mine.send(number)
+    return other
+
+
+def _socket() -> socket.socket:
+    mine, other = socket.socketpair()
+    _ends.append(mine)
+    mine.sendall(b"late")
     return other
 
 
@@ -58,7 +66,7 @@ def test_a_proxy_that_is_fetched_late(manager: Any) -> None:
     assert [list(proxy) for proxy in results] == [list(proxy) for proxy in chunks] == [[0], [1], [2]]
 
 
-def test_the_end_of_a_pipe_that_is_fetched_when_the_workers_are_gone() -> None:
+def test_descriptors_that_are_fetched_when_the_workers_are_gone() -> None:
     called: list[Any] = []
     with ClusterExecutor(1) as executor:
         future = executor.submit(_pipe, 5)
@@ -66,10 +74,13 @@ def test_the_end_of_a_pipe_that_is_fetched_when_the_workers_are_gone() -> None:
         other.add_done_callback(lambda ended: called.append(ended.result()))
         results = executor.map(_pipe, range(3))
         retried = executor.options(retries=2).submit(_pipe, 7)
+        connected = executor.submit(_socket)
     assert future.result().recv() == 5
     assert called == [other.result()] and called[0].recv() == 6
     assert [end.recv() for end in results] == [0, 1, 2]
     assert retried.result().recv() == 7
+    with connected.result() as sock:
+        assert sock.recv(100) == b"late"
 
 
 def test_results_of_a_pool_that_are_fetched_late(manager: Any) -> None:

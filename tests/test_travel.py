@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import pickle
+import socket
 import sys
 import threading
 from typing import Any
@@ -163,10 +164,12 @@ def test_what_can_be_sent_is_tried_once(cluster: Cluster) -> None:
         assert there.done() and Counted.pickled == number + 2
 
 
-def test_the_trial_lends_no_end_of_a_pipe(cluster: Cluster) -> None:
+def test_the_trial_lends_no_end_of_a_pipe_and_no_socket(cluster: Cluster) -> None:
     """Nobody would fetch that one, and who waits for the end of the pipe would wait for ever."""
     ours, theirs = multiprocessing.Pipe()
-    with ours, theirs:
-        assert _can_be_pickled([ours], 2) and not _can_be_pickled([ours, threading.Lock()], 2)
+    with ours, theirs, socket.socket() as sock:
+        assert (
+            _can_be_pickled([ours], 2) and _can_be_pickled(sock, 2) and not _can_be_pickled([ours, threading.Lock()], 2)
+        )
         sharer = sys.modules.get("multiprocessing.resource_sharer")
         assert sharer is None or not sharer._resource_sharer._cache  # type: ignore[attr-defined]

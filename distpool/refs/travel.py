@@ -73,7 +73,7 @@ def arrive_value(whence: int, ident: int, where: int, value: Any) -> RemoteFutur
 
 def _can_be_pickled(value: Any, peer: Any) -> bool:
     try:
-        codec.dump(value, peer, None, [], codec.special_types(pipes=False))
+        codec.dump(value, peer, None, [], codec.special_types(descriptors=False))
     except KeyboardInterrupt:
         raise
     except BaseException:

@@ -218,14 +218,18 @@ def dump_by_value(
 
     file = BytesIO()
     special = special_types() if special is None else special
+    sockets: Any = sys.modules.get("socket")
+    if hasattr(sockets, "socket"):  # here and not in `special_types`: a microsecond for each message
+        special.setdefault(sockets.socket, Descriptors(_reduce_socket).reduce)
     ByValuePickler(file, _callback(buffers), _reducers, peer, seen, special).dump(obj)
     return file.getvalue()
 
 
-class Pipes:
-    """Ends of a `multiprocessing.Pipe` in one message. They are sent as its own messages send them: its resource sharer
-    passes the descriptor on, between processes of one machine. Plain pickle writes down the descriptor's number; the
-    receiver would read, write and close whatever of its own has that number, such as the link to its master.
+class Descriptors:
+    """Ends of a `multiprocessing.Pipe`, or sockets, in one message. They are sent as those of multiprocessing are: its
+    resource sharer passes the descriptor on, between processes of one machine. Plain pickle writes down the number of a
+    pipe's; the receiver would read, write and close whatever of its own has that number, such as the link to its
+    master. (Of a socket it writes nothing.)
 
     Each is lent once, if a second pickler follows the first one as well: a descriptor that nobody fetches stays open,
     and who waits for the end of the pipe waits for ever.
@@ -235,25 +239,27 @@ class Pipes:
         self._reduce_fn = reduce_fn
         self._made: dict[int, tuple[Any, tuple[Any, ...]]] = {}  # by id; the first of the pair keeps that taken
 
-    def reduce(self, connection: Any) -> tuple[Any, ...]:
+    def reduce(self, obj: Any) -> tuple[Any, ...]:
         """For a pickler's table of reducers."""
-        made = self._made.get(id(connection))
+        made = self._made.get(id(obj))
         if made is None:
-            made = self._made[id(connection)] = connection, (receive_pipe, self._reduce_fn(connection))
+            made = self._made[id(obj)] = obj, (receive_descriptor, self._reduce_fn(obj))
         return made[1]
 
 
 Special = dict[type, Callable[[Any], tuple[Any, ...]]]
 
 
-def special_types(pipes: bool = True) -> Special:
+def special_types(descriptors: bool = True) -> Special:
     """What is reduced in our way in a new message: types of modules that are loaded here, else nobody can have one.
-    Without `pipes`, ends of pipes are left out of a pickle that nobody will receive."""
+    Without `descriptors`, ends of pipes and sockets are left out of a pickle that nobody will receive."""
     special: Special = {}
     module: Any = sys.modules.get("multiprocessing.connection")
     reduce_fn = getattr(module, "reduce_connection", None)  # None also while the module is being loaded
     if reduce_fn is not None:
-        special[module.Connection] = Pipes(reduce_fn).reduce if pipes else lambda connection: (int, ())
+        special[module.Connection] = Descriptors(reduce_fn).reduce if descriptors else _left_out
+    if not descriptors and "socket" in sys.modules:
+        special[sys.modules["socket"].socket] = _left_out
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
         array = getattr(numpy, "ndarray", None)
@@ -288,12 +294,37 @@ class _Memory:
         self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (array.nbytes,), "data": data}
 
 
-def receive_pipe(build: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Receiving side: the connection. ValueError: somebody else has taken it, or its sender is on another machine."""
+def _left_out(obj: Any) -> tuple[Any, ...]:
+    return int, ()
+
+
+def _reduce_socket(sock: Any) -> tuple[Any, ...]:
+    """As multiprocessing does it, and with its time-out: whether reads and writes block belongs to the descriptor,
+    which both sides share, and what to do then to the object."""
+    import multiprocessing.resource_sharer
+
+    sharer: Any = multiprocessing.resource_sharer
+    lent = sharer.DupSocket(sock) if sys.platform == "win32" else sharer.DupFd(sock.fileno())
+    return _build_socket, (type(sock), lent, (sock.family, sock.type, sock.proto), sock.gettimeout())
+
+
+def _build_socket(kind: Any, lent: Any, what: tuple[Any, ...], timeout: float | None) -> Any:
+    made = lent.detach()
+    if type(made) is int:
+        made = kind(*what, made)
+    made.settimeout(timeout)
+    return made
+
+
+def receive_descriptor(build: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Receiving side: the connection or socket. ValueError: somebody else has taken it, or its sender is gone, or on
+    another machine."""
     try:
         return build(*args)
     except (EOFError, OSError) as error:
-        raise ValueError("a multiprocessing Connection can be received once, and on its own machine") from error
+        raise ValueError(
+            "a multiprocessing Connection or a socket can be received once, while its sender lives, and on its machine"
+        ) from error
 
 
 #: Modules that travel by value until their import has ended.

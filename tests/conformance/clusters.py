@@ -108,11 +108,12 @@ class Unpollable(io.RawIOBase):
 class OverStreams(Recording):
     """Workers that connect to a Unix socket of ours: no header line, no listening worker."""
 
-    def __init__(self, n: int = 1, serve: str = WHOLE, pair: bool = False) -> None:
+    def __init__(self, n: int = 1, serve: str = WHOLE, pair: bool = False, known: bool = True) -> None:
         super().__init__()
         self.n = n
         self.serve = serve
         self.pair = pair
+        self.known = known  # whether it tells which processes they are
         self.sockets: dict[int, socket.socket] = {}
         self.streams: dict[int, Any] = {}
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -133,7 +134,8 @@ class OverStreams(Recording):
             os.unlink(path)
             os.rmdir(directory)
             connected.settimeout(None)
-            configs.append(WorkerConfig(io=process.stdout, process=process, userdata=connected))
+            known = process if self.known else None
+            configs.append(WorkerConfig(io=process.stdout, process=known, userdata=connected))
         return configs
 
     def connect(self, pid: int, config: WorkerConfig) -> Any:

@@ -241,7 +241,7 @@ def test_C062_the_owner_of_a_channel_between_workers_dies(fresh: Any, w: list[in
     os.kill(remotecall_fetch(ospid, owner), signal.SIGKILL)
     for taker in takers:
         with pytest.raises(RemoteException) as info:
-            taker.result(15)
+            taker.result(30)
         assert isinstance(info.value.captured.ex, ProcessExitedException)
     with pytest.raises(ProcessExitedException):
         take(channel)
@@ -260,7 +260,7 @@ def test_C244_C257_idle_and_busy_workers_are_removed(fresh: Any) -> None:
     assert time.monotonic() - begin < 10
     assert all(gone(number) for number in numbers) and not set(pids) & set(workers())
     with pytest.raises((ProcessExitedException, RemoteException)):
-        busy.result(5)
+        busy.result(30)
     with pytest.raises(ProcessExitedException) as info:
         remotecall(myid, pids[1])
     assert info.value.worker_id == pids[1]
