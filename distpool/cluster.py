@@ -244,8 +244,9 @@ def end_workers(node: Node, patience: float) -> None:
 def interrupt(*pids: int | Iterable[int]) -> None:
     """Raise KeyboardInterrupt in every call that runs on these workers (default: on all). An idle worker is unharmed.
 
-    `interrupt(1)` does nothing. ValueError: no such process; ProcessExitedException: it is gone; RuntimeError: called
-    on a worker.
+    `interrupt(1)` does nothing. Managers of your own have been told when it returns, as Julia's have, unless that takes
+    more than 5 seconds. ValueError: no such process; ProcessExitedException: it is gone;
+    RuntimeError: called on a worker.
 
     Example: `interrupt(2)` ends a `remotecall(time.sleep, 2, 60)`.
     """
@@ -264,6 +265,12 @@ def interrupt(*pids: int | Iterable[int]) -> None:
         if member.link is not None:
             member.link.send(Kind.INTERRUPT, messages.Interrupt().pack())
         member.tell("interrupt")
+    told = [member.notices for member in members if member.tells and not member.notices.is_mine]
+    if node is not None and told and node.loop.may_wait:
+        deadline = time.monotonic() + _PATIENCE
+        with node.loop.following():
+            for notices in told:
+                notices.join(max(0.0, deadline - time.monotonic()))
 
 
 def _flat(pids: Iterable[Any]) -> list[int]:

@@ -133,6 +133,7 @@ class SerialQueue:
         self._active = threading.Lock()
         self._called = False  # a thread is on its way; only saves calling more of them
         self.ran = 0  # functions; whether it gets on
+        self._thread = 0  # which one works
 
     def put(self, function: Callable[[], object]) -> None:
         """Run `function()` after all that were put before."""
@@ -153,6 +154,7 @@ class SerialQueue:
         self._called = False
         if not self._active.acquire(blocking=False):
             return  # who works looks again
+        self._thread = threading.get_ident()
         while self._waiting:
             function = self._waiting.popleft()
             try:
@@ -161,8 +163,14 @@ class SerialQueue:
                 log.exception("error while handing something to the user")
             del function
             self.ran += 1
+        self._thread = 0
         self._active.release()
         self._start()
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this very thread works: what it puts runs after it, so it must not wait for that."""
+        return self._thread == threading.get_ident()
 
     def join(self, timeout: float) -> bool:
         """Wait until everything put so far has run; False after `timeout` seconds, or if it never will."""

@@ -15,7 +15,7 @@ import distpool
 from distpool import ClusterExecutor, addprocs, interrupt, rmprocs, workers
 from distpool.calls import remotecall, remotecall_fetch
 
-from .clusters import OverStreams, others
+from .clusters import ByCommand, OverStreams, others
 from .conftest import wait_until
 
 
@@ -166,6 +166,30 @@ def test_the_manager_is_told_and_calls_beside_the_main_thread_end(pids: list[int
     interrupt(pid)
     assert ends_with_interrupt(future)
     assert manager.ops(pid) == ["register", "interrupt"]
+    rmprocs(pid)
+
+
+def test_a_manager_has_been_told_when_interrupt_returns(pids: list[int]) -> None:
+    class Slow(ByCommand):
+        """Takes its time, and interrupts once more itself, which waits for nobody."""
+
+        took = 0.0
+
+        def manage(self, pid: int, config: Any, op: str) -> None:
+            if op == "interrupt":
+                time.sleep(0.3)
+            super().manage(pid, config, op)
+            if op == "interrupt" and not self.took:
+                begin = time.monotonic()
+                interrupt(pid)
+                self.took = time.monotonic() - begin
+
+    manager = Slow()
+    (pid,) = addprocs(manager)
+    for number in (1, 3):
+        interrupt(pid)
+        assert len(manager.ops(pid)) > number
+    assert 0 < manager.took < 4
     rmprocs(pid)
 
 
