@@ -108,6 +108,9 @@ class PoolCarrier:
 
     def abandon(self) -> None:
         self._closed = True
+        lane, self._lane = self._lane, None  # they know each other: the pool would stay until the collector comes
+        if lane is not None:
+            lane.end()
         self.results.clear()
         self.failed.clear()
 
@@ -132,8 +135,9 @@ class PoolCarrier:
                     break
                 self._asked += 1
             self._ask_for_one(elsewhere)
-        if self._lane is not None:
-            self._lane.look()
+        lane = self._lane
+        if lane is not None:
+            lane.look()
 
     def _ask_for_one(self, elsewhere: bool) -> None:
         try:
@@ -335,6 +339,7 @@ class _Lane:
         self._busy = False
         self._lock = threading.Lock()  # protects _busy, and the end of `_pid`
         self._seen = -1  # messages sent, at the last look
+        self._timer: Any = None
         node = carrier._node
         if node.pid in carrier._members and carrier._pool._do("has", node.pid):
             self._pid = node.pid
@@ -342,7 +347,12 @@ class _Lane:
             node.loop.call_soon(self._wait)
 
     def _wait(self) -> None:
-        self._carrier._node.loop.call_later(_PATIENCE, self._consider)
+        self._timer = self._carrier._node.loop.call_later(_PATIENCE, self._consider)
+
+    def end(self) -> None:
+        """The map is over. Any thread; a timer that is set this very moment finds that out by itself."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _consider(self) -> None:
         """Leader: open if the map has made no progress for a while."""

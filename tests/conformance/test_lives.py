@@ -38,6 +38,7 @@ from distpool import (
     remotecall,
     remotecall_fetch,
     remotecall_wait,
+    remoteref_id,
     rmprocs,
     take,
     wait,
@@ -225,8 +226,9 @@ def test_C037_a_dead_worker_has_dropped_its_references(fresh: Any, w: list[int])
     ref = remotecall_wait(make_noticed, w[0], "held by the victim")
     remotecall_fetch(keep, victim, "ref", ref)
     assert remotecall_fetch(lambda: kept("ref").where, victim) == w[0]
+    key = remoteref_id(ref)
     del ref
-    wait_until(lambda: list(distpool.debug.refs(w[0]).values()) == [{victim}])
+    wait_until(lambda: distpool.debug.refs(w[0]).get(key) == {victim})
     os.kill(remotecall_fetch(ospid, victim), signal.SIGKILL)
     wait_until(lambda: own_nothing([w[0]]))
     forget("ref")

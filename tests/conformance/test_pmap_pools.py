@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import threading
@@ -416,3 +417,16 @@ def test_references_in_results(pool: Any) -> None:
             lambda i: RemoteChannel(lambda: Channel(1)).put((i, myid())), range(6), pool=pool, batch_size=batch
         )
         assert [channel.take(timeout=30)[0] for channel in channels] == list(range(6))
+
+
+def test_a_pool_that_was_made_for_a_map_goes_with_it(team: list[int]) -> None:
+    """Without the collector, which may never run in a worker that idles: the map and its lane knew each other."""
+    before = set(distpool.debug.refs(team[0]))
+    remotecall_fetch(gc.disable, team[0])
+    try:
+        for _ in range(3):
+            squares = remotecall_fetch(lambda: pmap(lambda x: x * x, range(20), pool=WorkerPool(team)), team[0])
+            assert squares == [x * x for x in range(20)]
+        wait_until(lambda: set(distpool.debug.refs(team[0])) <= before)
+    finally:
+        remotecall_fetch(gc.enable, team[0])
