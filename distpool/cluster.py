@@ -245,8 +245,8 @@ def interrupt(*pids: int | Iterable[int]) -> None:
     """Raise KeyboardInterrupt in every call that runs on these workers (default: on all). An idle worker is unharmed.
 
     `interrupt(1)` does nothing. Managers of your own have been told when it returns, as Julia's have, unless that takes
-    more than 5 seconds. ValueError: no such process; ProcessExitedException: it is gone;
-    RuntimeError: called on a worker.
+    more than 5 seconds. ValueError: no such process; ProcessExitedException: it is gone; RuntimeError: called on a
+    worker.
 
     Example: `interrupt(2)` ends a `remotecall(time.sleep, 2, 60)`.
     """
