@@ -1,6 +1,7 @@
 """Calls that are taken from workers which have too many, or do not answer (layer 7).
 
-    some worker idles, queue empty -> RECALL half of what the busiest has not started -> it goes to the queue
+    some worker idles, queue empty -> half of what waits here for a busy one (`options(pids=)`), if it may run that
+                                   -> RECALL half of what the busiest has not started -> it goes to the queue
 
     RECALL -> no RECALLED within 50 ms -> RECALL of everything; the calls not yet started are revoked in the journal
            -> 10 ms later: what has finished is read from the journal, what has not started goes back to the queue

@@ -218,9 +218,9 @@ def dump_by_value(
 
     file = BytesIO()
     special = special_types() if special is None else special
-    sockets: Any = sys.modules.get("socket")
-    if hasattr(sockets, "socket"):  # here and not in `special_types`: a microsecond for each message
-        special.setdefault(sockets.socket, Descriptors(_reduce_socket).reduce)
+    kind = _socket_type()
+    if kind is not None:  # here and not in `special_types`: a microsecond for each message
+        special.setdefault(kind, Descriptors(_reduce_socket).reduce)
     ByValuePickler(file, _callback(buffers), _reducers, peer, seen, special).dump(obj)
     return file.getvalue()
 
@@ -229,7 +229,7 @@ class Descriptors:
     """Ends of a `multiprocessing.Pipe`, or sockets, in one message. They are sent as those of multiprocessing are: its
     resource sharer passes the descriptor on, between processes of one machine. Plain pickle writes down the number of a
     pipe's; the receiver would read, write and close whatever of its own has that number, such as the link to its
-    master. (Of a socket it writes nothing.)
+    master. (A socket it refuses.)
 
     Each is lent once, if a second pickler follows the first one as well: a descriptor that nobody fetches stays open,
     and who waits for the end of the pipe waits for ever.
@@ -258,8 +258,8 @@ def special_types(descriptors: bool = True) -> Special:
     reduce_fn = getattr(module, "reduce_connection", None)  # None also while the module is being loaded
     if reduce_fn is not None:
         special[module.Connection] = Descriptors(reduce_fn).reduce if descriptors else _left_out
-    if not descriptors and "socket" in sys.modules:
-        special[sys.modules["socket"].socket] = _left_out
+    if not descriptors and (kind := _socket_type()) is not None:
+        special[kind] = _left_out
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
         array = getattr(numpy, "ndarray", None)
@@ -296,6 +296,11 @@ class _Memory:
 
 def _left_out(obj: Any) -> tuple[Any, ...]:
     return int, ()
+
+
+def _socket_type() -> Any:
+    """None where nobody can have one: the module is not loaded, or is just being loaded."""
+    return getattr(sys.modules.get("socket"), "socket", None)
 
 
 def _reduce_socket(sock: Any) -> tuple[Any, ...]:

@@ -35,7 +35,7 @@ def w(kind: str) -> Iterator[list[int]]:
     distpool.rmprocs(distpool.workers())
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 30.0) -> None:
+def wait_until(holds: Callable[[], object], seconds: float = 10.0) -> None:
     """Poll until `holds()`: the cases say "within 10 s", and distributed collection has no event to wait for."""
     deadline = time.monotonic() + seconds
     while not holds():

@@ -339,11 +339,11 @@ def later():
     time.sleep(0.5)
     os.killpg(os.getpgid(0), signal.SIGINT)
 for wait in (
-    lambda: remotecall_fetch(time.sleep, pids[0], 20),
-    lambda: pmap(time.sleep, [20, 20]),
+    lambda: remotecall_fetch(time.sleep, pids[0], 3),
+    lambda: pmap(time.sleep, [3, 3]),
     lambda: channel.take(),
     lambda: fetch(Future(pids[1])),
-    lambda: remotecall(time.sleep, pids[1], 20).wait(),
+    lambda: remotecall(time.sleep, pids[1], 3).wait(),
 ):
     threading.Thread(target=later).start()
     begin = time.monotonic()
@@ -351,7 +351,7 @@ for wait in (
         wait()
         print("through")
     except KeyboardInterrupt:
-        print("interrupted", time.monotonic() - begin < 10)
+        print("interrupted", time.monotonic() - begin < 2.5)
 print([remotecall_fetch(myid, pid) for pid in pids] == pids)
 """
 
@@ -388,7 +388,7 @@ def test_C052_a_rendezvous_put_returns_when_the_value_is_out(team: list[int]) ->
     assert remotecall_fetch(lambda: [float(channel.take()[0]) for _ in range(10)], team[0]) == [
         float(number) for number in range(1, 11)
     ]
-    thread.join(30)
+    thread.join(10)
     with pytest.raises(TypeError):
         channel.put([1.0])
 

@@ -150,7 +150,7 @@ def test_C173_without_reducer(team: list[int]) -> None:
     assert distpool.wait(loop, timeout=20) is loop
     assert loop.result() is None
     assert distpool.fetch(loop) is None
-    taken = sorted(done.take(timeout=30) for _ in range(20))
+    taken = sorted(done.take(timeout=10) for _ in range(20))
     assert taken == [(i, team[i // 5]) for i in range(20)]
     assert concurrent.futures.wait([distributed(abs, [1])], 20).not_done == set()
 
@@ -187,7 +187,7 @@ def test_C173_a_dropped_handle_runs_on(team: list[int]) -> None:
     done = distpool.RemoteChannel(lambda: distpool.Channel(100))
     distributed(lambda i: done.put(i) and None, range(8))
     gc.collect()
-    assert sorted(done.take(timeout=30) for _ in range(8)) == list(range(8))
+    assert sorted(done.take(timeout=10) for _ in range(8)) == list(range(8))
 
 
 def test_C175_errors_with_reducer(team: list[int]) -> None:

@@ -25,7 +25,7 @@ def pids() -> Iterator[list[int]]:
     rmprocs(others())
 
 
-def ends_with_interrupt(future: object, seconds: float = 20) -> bool:
+def ends_with_interrupt(future: object, seconds: float = 5) -> bool:
     with pytest.raises(distpool.RemoteException) as info:
         future.result(seconds)  # type: ignore[attr-defined]
     assert isinstance(info.value.captured.ex, KeyboardInterrupt), info.value
@@ -56,7 +56,7 @@ def test_C261_a_sleeping_call(pids: list[int]) -> None:
     begin = time.monotonic()
     interrupt(pids[0])
     assert ends_with_interrupt(future)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 2
     assert remotecall_fetch(distpool.myid, pids[0]) == pids[0]
 
 
@@ -97,7 +97,7 @@ def test_C262_all_calls_of_that_worker_and_of_no_other(pids: list[int]) -> None:
     time.sleep(0.3)
     interrupt([pids[0]])
     assert all(ends_with_interrupt(future) for future in futures)
-    assert other.result(30) is None
+    assert other.result(10) is None
     futures = [remotecall(lambda: spin(), pid) for pid in pids]
     time.sleep(0.3)
     interrupt()
@@ -119,7 +119,7 @@ def test_C263_interrupts_that_race_with_the_end_of_a_call(pids: list[int]) -> No
         interrupt(pids[0])
         for future in futures:
             try:
-                assert future.result(30) == number
+                assert future.result(10) == number
             except distpool.RemoteException as error:
                 assert isinstance(error.captured.ex, KeyboardInterrupt), error
                 interrupted += 1
@@ -152,10 +152,10 @@ def test_executor_calls_too(pids: list[int], tmp_path: Path) -> None:
         executor.submit(abs, 1)
         wait_until(mark.exists)
         interrupt(executor.workers)
-        ended = concurrent.futures.wait([future], 30).done
+        ended = concurrent.futures.wait([future], 10).done
         assert ended, distpool.dump_stacks(executor.workers)  # seen to fail once, in a busy hour: where is it, then?
         assert isinstance(future.exception(0), KeyboardInterrupt)
-        assert executor.submit(abs, -2).result(30) == 2
+        assert executor.submit(abs, -2).result(10) == 2
 
 
 def test_the_manager_is_told_and_calls_beside_the_main_thread_end(pids: list[int]) -> None:
@@ -211,7 +211,7 @@ def waiting_calls(w: list[int]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", ["take", "take of its own", "put", "fetch", "wait", "call", "map"])
-def test_C262_waits_of_the_library_end_at_once_on_every_thread(w: list[int], how: str) -> None:
+def test_C262_waits_of_the_library_end_at_once_on_every_thread(w: list[int], how: str, scale: float) -> None:
     """One of the calls runs on the worker's main thread, the others beside it."""
     started = distpool.RemoteChannel(lambda: distpool.Channel(10))
     call = waiting_calls(w)[how]
@@ -222,7 +222,8 @@ def test_C262_waits_of_the_library_end_at_once_on_every_thread(w: list[int], how
     begin = time.monotonic()
     interrupt(w[0])
     assert all(ends_with_interrupt(future) for future in futures)
-    assert time.monotonic() - begin < 10
+    # The answers have tracebacks: a byte at a time, they took 2.5 s once, with 25 processes for 2 processors.
+    assert time.monotonic() - begin < (2 if scale == 1 else 10)
     interrupt()  # what `call` and `map` left running elsewhere
     all_have_heard()
 
@@ -239,7 +240,7 @@ def test_C262_calls_end_wherever_they_are(w: list[int], how: str, scale: float) 
         with contextlib.suppress(TimeoutError):
             futures[0].wait(timeout=0.0001 * number**2)
         interrupt(w[0])
-        assert all(ends_with_interrupt(future) for future in futures)
+        assert all(ends_with_interrupt(future, 20) for future in futures)
         interrupt()  # what `call` and `map` left running elsewhere
         all_have_heard()
 
@@ -258,6 +259,6 @@ def test_C263_an_interrupted_take_swallows_nothing(w: list[int]) -> None:
             started.take(timeout=20)
         interrupt(w[0], w[1])
         for future in futures:
-            assert ends_with_interrupt(future)
+            assert ends_with_interrupt(future, 10)
         items.put(number)
-        assert items.take(timeout=30) == number
+        assert items.take(timeout=10) == number

@@ -63,7 +63,7 @@ def test_C271_C273_any_transport_works(make: Any) -> None:
     assert [manager.ops(pid) for pid in pids] == [["register"], ["register"]]
     rmprocs(pids)
     assert others() == []
-    assert [process.wait(30) for process in manager.processes] == [0, 0]
+    assert [process.wait(10) for process in manager.processes] == [0, 0]
     assert [manager.ops(pid) for pid in pids] == [["register", "deregister", "finalize"]] * 2
     assert sorted(manager.killed) == pids, "`kill` once for each, by rmprocs"
 
@@ -74,19 +74,23 @@ def test_C277_one_byte_at_a_time() -> None:
     assert remotecall_fetch(lambda text: text * 2, pids[0], "x" * 1000) == "x" * 2000
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("pair", [False, True])
-def test_C277_closing_the_stream_is_the_death_of_the_worker(pair: bool) -> None:
-    manager = OverStreams(2, pair=pair, known=False)  # else it would be killed if it took longer than a second
+def test_C277_closing_the_stream_is_the_death_of_the_worker(pair: bool, known: bool) -> None:
+    manager = OverStreams(2, pair=pair, known=known)
     first, second = addprocs(manager)
     waiting = remotecall(time.sleep, first, 60)
     for stream in manager.streams.get(first, ()):
         stream.close()
     manager.sockets[first].close()
     with pytest.raises(distpool.ProcessExitedException) as info:
-        waiting.result(30)
+        waiting.result(10)
     assert info.value.worker_id == first
     wait_until(lambda: others() == [second])
-    assert manager.processes[0].wait(30) == 1, "a worker that has lost its master exits"
+    # It exits by itself; a process that the master knows, and that takes longer than a second, is killed (on a machine
+    # at half its speed).
+    ends = (1, -signal.SIGKILL) if known else (1,)
+    assert manager.processes[0].wait(10) in ends, "a worker that has lost its master exits"
     assert manager.killed == []
     wait_until(lambda: manager.ops(first) == ["register", "deregister", "finalize"])
 
@@ -155,7 +159,7 @@ def test_C273_only_host_and_port() -> None:
     pids = addprocs(Existing())
     check_works(pids)
     rmprocs(pids)
-    assert process.wait(30) == 0
+    assert process.wait(10) == 0
     process.stdout.close()
 
 
@@ -257,7 +261,7 @@ def test_C279_a_queue() -> None:
         assert remotecall_fetch(operator.add, pids[0], 1, 1) == 2
         rmprocs(pids)
         assert distpool.nprocs() == 1 and distpool.workers() == [1]
-        manager.process.wait(30)
+        manager.process.wait(10)
         with open(os.path.join(directory, "job.out")) as file:
             assert "distpool_worker:" in file.read()
 
@@ -283,7 +287,7 @@ def test_C199_commands_that_are_no_workers(code: str, texts: list[str]) -> None:
     assert isinstance(first, distpool.LaunchWorkerError)
     assert all(text in str(first) for text in texts), str(first)
     assert others() == []
-    manager.processes[0].wait(30)
+    manager.processes[0].wait(10)
     assert len(addprocs(1)) == 1
 
 
@@ -342,7 +346,7 @@ def test_connect_that_raises_or_returns_nonsense() -> None:
     for manager, text in ((Raising(1), "not you"), (Nonsense(1), "socket or a pair")):
         with pytest.raises(distpool.CompositeException, match=text):
             addprocs(manager)
-        assert isinstance(manager.processes[0].wait(30), int)
+        assert isinstance(manager.processes[0].wait(10), int)
 
 
 def test_C235_custom_topology() -> None:
@@ -377,7 +381,7 @@ def test_C241_idents_that_never_come() -> None:
     with pytest.raises(RuntimeError, match=r"peer workers did not connect within 10 seconds"):
         addprocs(manager, topology="custom", timeout=10)  # in 3, with three suites at a time, it did not even join
     wait_until(lambda: others() == [])
-    assert manager.processes[0].wait(30) == 0
+    assert manager.processes[0].wait(10) == 0
     wait_until(lambda: [op for op, _ in manager.told] == ["register", "deregister", "finalize"])
     assert manager.killed == [], "`kill` only from rmprocs and exit"
 
@@ -428,7 +432,7 @@ def check_streams(process: Any, close_stdin: bool, to_stdout: bool) -> None:
     said = remotecall_fetch(lambda: os.read(0, 100), pid)
     assert said == (b"" if close_stdin else b"more\n")
     rmprocs(pid)
-    assert process.wait(30) == 0
+    assert process.wait(10) == 0
 
 
 def test_C209_a_worker_that_nobody_wants() -> None:
@@ -528,7 +532,7 @@ def test_a_star_whose_launch_is_given_up_ends_with_the_last_worker(monkeypatch: 
     manager.manage(2, config, "finalize")
     assert manager.hub is None and hub.returncode == 0
     first.kill()
-    assert first.wait(timeout=30) is not None
+    assert first.wait(timeout=10) is not None
 
 
 def test_a_star_whose_launch_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

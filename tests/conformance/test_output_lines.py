@@ -99,7 +99,7 @@ def test_hook(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixtu
     distpool.set_output_hook(None)
     remotecall_fetch(print, pid, "plain")
     rmprocs(pid)
-    distpool.node.node.current().notices.join(30)
+    distpool.node.node.current().notices.join(10)
     prefix = f"      From worker {pid}:\t"
     assert capsys.readouterr().out == f"{prefix}fail\n<shown>\n{prefix}plain\n"
     assert "the output hook failed" in caplog.text
@@ -113,7 +113,7 @@ def test_the_banner_is_not_shown_and_later_lines_are(capsys: pytest.CaptureFixtu
     remotecall_fetch(print, pid, "work")
     remote_do(print, pid, "more")
     rmprocs(pid)
-    distpool.node.node.current().notices.join(30)
+    distpool.node.node.current().notices.join(10)
     assert sorted(capsys.readouterr().out.splitlines()) == [
         f"      From worker {pid}:\tmore",
         f"      From worker {pid}:\twork",

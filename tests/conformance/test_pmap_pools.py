@@ -136,7 +136,7 @@ def take_all(pool: WorkerPool) -> list[int]:
     """Which workers are free."""
     taken = []
     while pool.isready():
-        taken.append(pool.take(timeout=30))
+        taken.append(pool.take(timeout=10))
     for pid in taken:
         pool.put(pid)
     return taken
@@ -416,7 +416,7 @@ def test_references_in_results(pool: Any) -> None:
         channels = pmap(
             lambda i: RemoteChannel(lambda: Channel(1)).put((i, myid())), range(6), pool=pool, batch_size=batch
         )
-        assert [channel.take(timeout=30)[0] for channel in channels] == list(range(6))
+        assert [channel.take(timeout=10)[0] for channel in channels] == list(range(6))
 
 
 def test_a_pool_that_was_made_for_a_map_goes_with_it(team: list[int]) -> None:

@@ -88,7 +88,7 @@ def free(pool: WorkerPool) -> int:
     """How many workers can be taken now."""
     taken = []
     while pool.isready():
-        taken.append(pool.take(timeout=30))
+        taken.append(pool.take(timeout=10))
     for pid in taken:
         pool.put(pid)
     return len(taken)
@@ -106,7 +106,7 @@ def test_C147_ready_while_somebody_is_free(team: list[int], backwards: bool) -> 
     for count, number in enumerate(reversed(order) if backwards else order, 1):
         channels[number].put(number)
         thread, found = waiting[number]
-        thread.join(30)
+        thread.join(10)
         assert found == [number]
         assert free(pool) == count
     assert pool.isready()
@@ -129,7 +129,7 @@ def test_C148_a_dropped_future_gives_the_worker_back_too(team: list[int]) -> Non
     for _ in range(20):
         remotecall(ident, pool, 1)
         gc.collect()
-    assert pool.take(timeout=30) == team[0]
+    assert pool.take(timeout=10) == team[0]
 
 
 def test_C148_arguments_that_cannot_be_sent(team: list[int]) -> None:
@@ -245,7 +245,7 @@ def test_C151_wait(team: list[int]) -> None:
     assert not there.isready()
     assert thread.is_alive()
     assert distpool.put(pool, pid) is pool
-    thread.join(30)
+    thread.join(10)
     assert found == [pool]
     assert there.fetch() is True
     assert pool.isready()
@@ -261,7 +261,7 @@ def test_C151_times_out(team: list[int]) -> None:
         remotecall_fetch(lambda: pool.take(timeout=0.05), team[1])
     assert isinstance(info.value.captured.ex, TimeoutError)
     pool.put(team[0])
-    assert pool.take(timeout=30) == team[0], "those who had given up got nothing"
+    assert pool.take(timeout=10) == team[0], "those who had given up got nothing"
 
 
 def test_C152_from_another_process(team: list[int]) -> None:
@@ -302,7 +302,7 @@ def test_C152_nobody_gets_what_somebody_has(team: list[int]) -> None:
             distpool.spawnat(pid, work)
     held: collections.Counter[int] = collections.Counter()
     for _ in range(9 * 50):
-        pid, change = log.take(timeout=30)
+        pid, change = log.take(timeout=10)
         held[pid] += change
         assert held[pid] in (0, 1)
     assert free(pool) == 4
@@ -317,7 +317,7 @@ def test_C152_a_taker_that_dies_keeps_nothing(team: list[int]) -> None:
     remote_do(os._exit, victim, 1)
     with pytest.raises(distpool.ProcessExitedException):
         future.fetch()
-    assert sorted([pool.take(timeout=30), pool.take(timeout=30)]) == team[:2]
+    assert sorted([pool.take(timeout=10), pool.take(timeout=10)]) == team[:2]
 
 
 def test_C154_C155_put_and_push(team: list[int]) -> None:
@@ -357,7 +357,7 @@ def test_C157_dead_members_vanish(team: list[int]) -> None:
     waiting = in_thread(lambda: [pool.take(), pool.take()])
     wait_until(lambda: not pool.isready())
     distpool.rmprocs(stays)
-    waiting[0].join(30)
+    waiting[0].join(10)
     assert isinstance(waiting[1][0], RuntimeError)
     assert "No active worker available in pool" in str(waiting[1][0])
 
@@ -427,10 +427,10 @@ def test_a_pool_that_dies_during_a_call_costs_not_its_value(team: list[int]) -> 
     pool = remotecall_fetch(lambda: WorkerPool(team[:1]), owner)
     begun, go = RemoteChannel(lambda: Channel(1)), RemoteChannel(lambda: Channel(1))
     waiting = in_thread(lambda: remotecall_fetch(lambda: (begun.put(1), go.take())[1], pool))
-    begun.take(timeout=30)
+    begun.take(timeout=10)
     distpool.rmprocs(owner)
     go.put("value")
-    waiting[0].join(30)
+    waiting[0].join(10)
     assert waiting[1] == ["value"]
     with pytest.raises(distpool.ProcessExitedException):
         remotecall_fetch(myid, pool)

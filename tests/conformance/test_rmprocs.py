@@ -189,7 +189,7 @@ def test_a_busy_worker_is_interrupted() -> None:
     rmprocs(pid)
     assert time.monotonic() - begin < 4
     with pytest.raises(distpool.ProcessExitedException) as info:
-        waiting.result(30)
+        waiting.result(10)
     assert info.value.worker_id == pid
 
 

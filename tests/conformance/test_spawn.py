@@ -68,7 +68,7 @@ def test_C095_waits_for_everything(team: list[int]) -> None:
             spawnat([*team, 1][number % 5], put, number)
         distpool.distributed(put, range(100, 110))
         distpool.remotecall(put, distpool.default_worker_pool(), 50)
-    taken = [channel.take(timeout=30) for _ in range(19)]
+    taken = [channel.take(timeout=10) for _ in range(19)]
     assert sorted(taken) == [*range(8), 50, *range(100, 110)]
     assert not channel.isready()
 
