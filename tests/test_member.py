@@ -35,6 +35,7 @@ class FakeProcess:
         self.exitcode: int | None = None
         self.signals: list[int | None] = []
         self.released = 0
+        self.has_ended = False
         self.on_exit: Callable[[int | None], object] = lambda code: None
 
     def kill(self, signum: int | None = None) -> None:
@@ -330,6 +331,39 @@ def test_a_worker_without_its_connection_is_killed(world: World, process: FakePr
     assert process.signals == [None] and world.member.state is State.READY
     process.exit(-9)
     assert world.member.why() == "its connection was lost"
+
+
+def test_a_worker_that_has_ended_gives_its_own_reason_however_late_its_status_comes(
+    world: World, process: FakeProcess
+) -> None:
+    """C063, on a machine with twenty processes for two processors: its zygote reaped it 1 s after its connection had
+    ended, and callers read that "its connection was lost" where it had exited with 3."""
+    world.up().close(None)
+    process.has_ended = True
+    world.loop.ring(module._EXIT_GRACE)
+    assert process.signals == [] and world.member.state is State.READY
+    process.exit(-9)
+    assert world.member.state is State.GONE and world.member.why() == "killed by signal 9"
+
+
+def test_an_exit_status_that_is_not_our_signal_is_the_reason(world: World, process: FakeProcess) -> None:
+    """The same where nobody can see that a process has ended (another host, another system)."""
+    world.up().close(None)
+    world.loop.ring(module._EXIT_GRACE)
+    assert process.signals == [None]
+    process.exit(3)
+    assert world.member.why() == "exit code 3" and world.member.reason == ""
+
+
+def test_a_worker_that_has_ended_and_whose_exit_status_nobody_tells_has_lost_its_connection(
+    world: World, process: FakeProcess
+) -> None:
+    world.up().close(None)
+    process.has_ended = True
+    world.loop.ring(module._EXIT_GRACE)
+    world.loop.ring(module._STATUS_GRACE)
+    assert world.member.state is State.GONE and world.member.exitcode is None
+    assert process.signals == [] and world.member.why() == "its connection was lost"
 
 
 def test_a_dead_worker_whose_exit_status_nobody_tells_is_gone_all_the_same(world: World, process: FakeProcess) -> None:

@@ -97,6 +97,26 @@ def test_signals_go_by_whom_there_is() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="no pidfd here")
+def test_the_end_of_a_process_shows_before_anybody_has_reaped_it() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process, _ = launched(pidfd=os.pidfd_open(child.pid))
+    assert not process.has_ended
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is still there to be reaped
+    assert process.has_ended and not process.exited
+    child.communicate()
+    process.ended(-9)
+    assert process.has_ended
+
+
+def test_without_a_pidfd_an_end_is_known_when_it_is_told() -> None:
+    process, _ = launched()
+    assert not process.has_ended
+    process.ended(None)
+    assert process.has_ended
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="no pidfd here")
 def test_with_a_pidfd_signals_need_nobody() -> None:
     child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
     pidfd = os.pidfd_open(child.pid)

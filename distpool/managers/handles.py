@@ -95,6 +95,11 @@ class PopenHandle:
         for callback in callbacks:
             callback(code)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is known to have ended."""
+        return self.exited
+
     def kill(self, signum: int = SIGKILL) -> None:
         """Send a signal, unless other workers hang on this process."""
         if self.users <= 1:

@@ -156,6 +156,18 @@ class LaunchedProcess:
                 return
         callback(self.exitcode)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is known to have ended, also where its exit code is still on its way. Any thread."""
+        with self._lock:
+            if self.exited or self._pidfd < 0:
+                return self.exited
+            import select  # here: what starts zygotes is to load little
+
+            poll = select.poll()
+            poll.register(self._pidfd, select.POLLIN)
+            return bool(poll.poll(0))
+
     def kill(self, signum: int = SIGKILL) -> None:
         """Send a signal. No error if the process is gone, and never to another one that got its process id."""
         with self._lock:

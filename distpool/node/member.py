@@ -116,7 +116,7 @@ class Member:
         self._registered = False
         self._exited = process is None
         self._link_ended = False
-        self._ended_by_us = False  # killed because it could not come up
+        self._cut_off = False  # killed because it has no connection any more
         self._forced = False  # we have sent it a signal
         self._output_waited = False
         self._deadline: Any = None
@@ -404,18 +404,18 @@ class Member:
     def _kill_unlinked(self) -> None:
         if self._exited:
             return
-        self._ended_by_us = not self._registered
-        if self.is_worker or not self._registered:
-            self.kill("its connection was lost" if self._registered and not self.removed else "")
+        self._cut_off = not self.process.has_ended  # on a busy machine who reaps it may be late
+        if self._cut_off and (self.is_worker or not self._registered):
+            self.kill()
         if self.is_worker:
             self.group.node.loop.call_later(_STATUS_GRACE, self._no_news)
         else:
             self._no_news()  # whatever that process is, we do not wait for it
 
     def _no_news(self) -> None:
-        """It has been killed. Who would tell its exit status (a zygote that is stopped, say) does not."""
+        """It has been killed, or has ended. Who would tell its exit status (a zygote that is stopped, say) does not."""
         if not self._exited:
-            self._exited = True
+            self._exited = self._cut_off = True
             self._check_gone()
 
     def _on_output_end(self) -> None:
@@ -434,6 +434,8 @@ class Member:
         joined = self._registered
         if self.removed and (self._forced or (self.exitcode or 0) >= 0):  # else something else was quicker than we
             self.reason = self.reason or "it was removed"
+        if self._cut_off and self.is_worker and joined and self.exitcode in (None, -signal.SIGKILL):
+            self.reason = self.reason or "its connection was lost"  # else it was ending by itself, and that is why
         if not self.reason and self.is_worker_here and self.exitcode == -signal.SIGKILL and self.group.oom_kills.more():
             self.reason = "killed by signal 9, it seems by the kernel, which ran out of memory"
         elif not self.reason and self.exitcode is None:
@@ -469,7 +471,7 @@ class Member:
         code = self.exitcode
         if self.reason:
             return self.reason
-        if self._failure is not None and self._ended_by_us:
+        if self._failure is not None and self._cut_off and not self._registered:
             return str(self._failure)  # the signal was ours, and explains nothing
         status = "" if code is None else f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
         failure = str(self._failure) if self._failure is not None and not (self._registered and status) else ""

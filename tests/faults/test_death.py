@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -32,6 +34,32 @@ def assert_is_exit(error: BaseException, how: str, words: str) -> distpool.Proce
 
 
 # ------------------------------------------------------------------------------------------------------------------- F1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a pidfd: elsewhere a kill is not seen before it is told")
+@pytest.mark.parametrize(
+    ("end", "number", "exitcode", "words"),
+    [(os._exit, 3, 3, "exit code 3"), (signal.raise_signal, 9, -9, "killed by signal 9")],
+)
+def test_a_death_that_is_reported_late_is_told_as_it_was(
+    end: Callable[[int], object], number: int, exitcode: int, words: str
+) -> None:
+    """The process that reaps it stands still until the master has long seen the end of the connection."""
+    with distpool.ClusterExecutor(1) as executor:
+        reaper = executor.submit(os.getppid).result(PATIENCE)
+        assert reaper != os.getpid()
+        os.kill(reaper, signal.SIGSTOP)
+        going_on = threading.Timer(2.5, os.kill, (reaper, signal.SIGCONT))
+        try:
+            call = executor.submit(end, number)
+            going_on.start()
+            error = call.exception(PATIENCE)
+        finally:
+            going_on.cancel()
+            os.kill(reaper, signal.SIGCONT)
+        assert isinstance(error, distpool.ProcessExitedException) and words in str(error)
+        assert error.exitcode == exitcode and error.reason == ""
+        assert executor.submit(abs, -1).result(PATIENCE) == 1
 
 
 @deaths
