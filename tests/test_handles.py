@@ -74,6 +74,7 @@ def test_the_exit_is_told_once_to_each(
     for each in told:
         handle.add_exit_callback(each)
     assert not handle.exited and handle.exitcode is None and "running" in repr(handle)
+    assert not handle.has_ended
     cat.send_signal(signal.SIGTERM)
     for each in told:
         assert each.event.wait(PATIENCE)
@@ -81,6 +82,7 @@ def test_the_exit_is_told_once_to_each(
     handle.add_exit_callback(late)
     assert [each.codes for each in (*told, late)] == [[-signal.SIGTERM]] * 3
     assert handle.exited and handle.exitcode == -signal.SIGTERM and "exited" in repr(handle)
+    assert handle.has_ended
     assert handle._pidfd == -1
 
 

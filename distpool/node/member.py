@@ -116,7 +116,7 @@ class Member:
         self._registered = False
         self._exited = process is None
         self._link_ended = False
-        self._cut_off = False  # killed because it has no connection any more
+        self._cut_off = False  # without its connection, and its exit status was not there in time
         self._forced = False  # we have sent it a signal
         self._output_waited = False
         self._deadline: Any = None
