@@ -69,7 +69,7 @@ class Crew:
         self.members: dict[int, Member] = {}  # every worker that is not gone; changed on the leader
         self.finished = Flag()  # closed, and every worker is gone
         self._changed = Flag()  # some worker was launched
-        self.claims_topology = False  # the group's topology is what its user asked for, until the end
+        self.holds_topology = False  # until it is dismissed, also while the only worker has died and another one comes
         self.broken: BaseException | None = None  # what `submit` raises
         self.ends_at_exit = True  # the program's end waits for its work (`exits`); pools end otherwise
         self._slots: dict[int, Slot] = {}
@@ -365,7 +365,7 @@ class Crew:
     def fail(self, make_error: Callable[[], BaseException], unsent: Callable[[], BaseException] | None = None) -> None:
         """Every pending call fails with this; the workers go. `unsent`: see `Scheduler.fail_all`."""
         self.scheduler.fail_all(make_error, unsent)
-        self._dismissed = True
+        self._let_go()
         for member in list(self.members.values()):
             member.kill()
         self._check_finished()
@@ -379,7 +379,7 @@ class Crew:
             return
         if self._initializer is not None and self.broken is None and self._any_uninitialized():
             return  # its initializer runs in each worker, also if no call was ever submitted
-        self._dismissed = True
+        self._let_go()
         self.scheduler.slots.clear()
         for member in list(self.members.values()):
             if member.state is State.READY:
@@ -387,6 +387,13 @@ class Crew:
             else:
                 member.kill()
         self._check_finished()
+
+    def _let_go(self) -> None:
+        """Nobody is replaced any more."""
+        self._dismissed = True
+        if self.holds_topology:
+            self.holds_topology = False
+            self.node.group.release_topology()
 
     def _any_uninitialized(self) -> bool:
         """Whether some worker has not run the initializer yet. Whatever changes that looks again (`check_done`)."""
@@ -396,7 +403,7 @@ class Crew:
 
     def kill(self, signum: int) -> None:
         """End all workers with this signal now."""
-        self._dismissed = True
+        self._let_go()
         for member in list(self.members.values()):
             end(member, signum)
         self._check_finished()
@@ -407,8 +414,6 @@ class Crew:
         if self.scheduler.failure is None:
             self.scheduler.fail_all(lambda: errors.BrokenProcessPool("the executor was shut down"))
         self.supply.close()
-        if self.claims_topology:
-            self.node.group.release_topology()
         self.node.crews.discard(self)
         if not self.node.crews:
             launcher(self.node).close_if_idle()

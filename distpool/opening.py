@@ -44,15 +44,14 @@ def make_crew(
 
         return BorrowedCrew(node, plan.borrowed, initializer=code, replace=replace)
     group = groups.of(node)
-    claims = not plan.params.keys().isdisjoint(("topology", "lazy"))
-    if claims:
-        group.claim_topology(plan.params.get("topology", "all_to_all"), plan.params.get("lazy", True))
-    else:  # an executor that does not care
+    if plan.params.keys().isdisjoint(("topology", "lazy")):  # an executor that does not care
         group.accept_topology()
+    else:
+        group.claim_topology(plan.params.get("topology", "all_to_all"), plan.params.get("lazy", True))
     crew = Crew(
         node, plan.places, plan.params, plan.cap, initializer=code, max_tasks=max_tasks, replace=replace
     )  # fmt: skip
-    crew.claims_topology = claims
+    crew.holds_topology = True
     return crew
 
 

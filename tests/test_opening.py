@@ -22,7 +22,7 @@ NOTHING = None, ()
 
 @pytest.fixture
 def claims(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Topologies that were asked for; "any" by who takes what there is."""
+    """Topologies that are held; "any" by who takes what there is."""
     found: list[Any] = []
     group = SimpleNamespace(
         claim_topology=lambda *arguments: found.append(arguments), accept_topology=lambda: found.append("any")
@@ -32,8 +32,8 @@ def claims(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.fixture
-def crew() -> Iterator[Any]:
-    """`make_crew`, whose crews are forgotten afterwards: they were never started."""
+def crew(claims: list[Any]) -> Iterator[Any]:
+    """`make_crew`, whose crews are forgotten afterwards: they were never started, and would hold the topology for ever."""
     made: list[Crew] = []
 
     def make(
@@ -51,15 +51,15 @@ def test_a_crew_of_local_workers_is_not_started(crew: Any, claims: list[Any]) ->
     made = crew(3, tasks=5)
     assert type(made) is Crew and made.node is nodes.current() and not made.members
     assert made._initializer is None and made._max_tasks == 5
-    assert claims == ["any"] and made.claims_topology is False
+    assert claims == ["any"] and made.holds_topology is True
 
 
 @pytest.mark.parametrize(
     ("options", "claim"),
     [({"topology": "master_worker"}, ("master_worker", True)), ({"lazy": False}, ("all_to_all", False))],
 )
-def test_only_who_cares_claims_a_topology(crew: Any, claims: list[Any], options: Any, claim: Any) -> None:
-    assert crew(1, **options).claims_topology is True
+def test_who_cares_claims_a_topology(crew: Any, claims: list[Any], options: Any, claim: Any) -> None:
+    assert crew(1, **options).holds_topology is True
     assert claims == [claim]
 
 

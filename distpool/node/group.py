@@ -226,16 +226,17 @@ class Group:
             self._claims += 1
 
     def release_topology(self) -> None:
-        """A launch has ended: from now on its members hold the topology, if there are any."""
+        """A launch has ended, or an executor's work: from now on members hold the topology, if there are any."""
         with self._claiming:
             self._claims -= 1
             self._reset_topology()
 
     def accept_topology(self) -> None:
-        """For who takes what there is: what others hold, and else the usual one, even where who is on the way out had
-        something else. Any thread."""
+        """Hold what others hold, and else the usual one, even where who is on the way out had something else; ends with
+        `release_topology`. Any thread."""
         with self._claiming:
             self._reset_topology()
+            self._claims += 1
 
     def _is_free(self) -> bool:
         """Whether nobody holds the topology; `_claiming` is held.

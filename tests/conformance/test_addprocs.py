@@ -289,6 +289,36 @@ def test_C238_what_was_said_of_earlier_workers_is_over(before: dict[str, Any]) -
         assert remotecall_fetch(remotecall_fetch, pid, distpool.myid, executor.workers[0]) == executor.workers[0]
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_C238_an_executor_keeps_its_topology_while_it_has_nobody(size: int) -> None:
+    """When its last worker died, the group was back to the usual topology before another one had come in his place."""
+    first = addprocs(1, lazy=False)
+    with distpool.ClusterExecutor(size) as executor:
+        executor.submit(distpool.myid).result(50)
+        rmprocs(first)
+        deaths = [executor.submit(os._exit, 3) for _ in range(size)]
+        assert [type(death.exception(50)) for death in deaths] == [distpool.ProcessExitedException] * size
+        with pytest.raises(ValueError, match="Active workers with lazy=False. Cannot set lazy=True"):
+            addprocs(1)
+        assert executor.submit(abs, -1).result(50) == 1
+        addprocs(1, lazy=False)
+    rmprocs(others())
+    assert len(addprocs(1)) == 1
+
+
+def test_C238_an_executor_holds_the_topology_from_the_start_to_its_last_work() -> None:
+    executor = distpool.ClusterExecutor(1)
+    with pytest.raises(RuntimeError, match="Workers with Topology all_to_all already exist"):
+        addprocs(1, topology="master_worker")
+    begun = executor.submit(time.sleep, 0.2)
+    executor.shutdown(wait=False)
+    with pytest.raises(RuntimeError, match="Workers with Topology all_to_all already exist"):
+        addprocs(1, topology="master_worker")
+    begun.result(50)
+    executor.shutdown()
+    assert len(addprocs(1, topology="master_worker")) == 1
+
+
 def test_C233_master_worker() -> None:
     one, two = addprocs(2, topology="master_worker")
     with pytest.raises(distpool.RemoteException) as info:
