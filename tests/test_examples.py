@@ -70,9 +70,10 @@ def test_option_pricing(with_numpy: bool, tmp_path: Path) -> None:
     assert number(r"([\d.]+) times as fast", done.stdout) > 0
 
 
+@pytest.mark.time_limit(150)  # in a new environment this process and each worker compile all of scikit-learn
 def test_parameter_sweep() -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[test]'")
-    done = run(ROOT / "examples" / "parameter_sweep.py", "--folds", "2", "--workers", "2")
+    done = run(ROOT / "examples" / "parameter_sweep.py", "--folds", "2", "--workers", "2", seconds=100)
     assert done.returncode == 0, done.stderr
     assert re.search(r"36 candidates, 9 refused", done.stdout)
     assert "ProcessExitedException" in done.stdout and "ConnectionError: the data server" in done.stdout

@@ -33,7 +33,7 @@ def claims(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 def crew(claims: list[Any]) -> Iterator[Any]:
-    """`make_crew`, whose crews are forgotten afterwards: they were never started, and would hold the topology for ever."""
+    """`make_crew`, whose crews are forgotten afterwards: they were never started, and hold no real topology."""
     made: list[Crew] = []
 
     def make(
