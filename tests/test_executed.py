@@ -220,7 +220,8 @@ def test_headers_by_threads(ready: int) -> None:
         for _, writer in pipes:
             os.close(writer)
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and "read" in thread.name:
+        if thread.name == "distpool-header":
             thread.join(PATIENCE)
+            assert not thread.is_alive()
     for reader, _ in pipes:
         os.close(reader)

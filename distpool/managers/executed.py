@@ -247,7 +247,7 @@ def _headers_by_threads(
         outcomes.put((starting, *outcome))
 
     for starting in pending:
-        threading.Thread(target=partial(read, starting), daemon=True).start()
+        threading.Thread(target=partial(read, starting), name="distpool-header", daemon=True).start()
     while pending:
         try:
             outcome = outcomes.get(timeout=max(0.0, deadline - time.monotonic()))
