@@ -103,8 +103,13 @@ class Crew:
         self.node.tell(_NOTICES)
 
     def start(self) -> None:
-        """Launch the workers in the background. Any thread."""
-        self.supply.start()
+        """Launch the workers in the background. Any thread. What it raises is a bad setting: nobody was started."""
+        try:
+            self.supply.start()
+        except Exception:
+            self._let_go()  # now: the error may keep its executor, and with it the crew, alive for long
+            self.node.loop.call_soon(self._check_finished)
+            raise
         if not self.supply.busy:  # a manager without hosts: no launch will end, and find that nobody has come
             self.node.loop.call_soon(self._check_hopeless)
 

@@ -16,7 +16,7 @@ from faults.helpers import Gate, all_at_once, hold, note, noted
 from wires import until
 
 import distpool
-from distpool import ClusterExecutor, LaunchWorkerError, ProcessExitedException, supply
+from distpool import ClusterExecutor, LaunchWorkerError, ProcessExitedException, opening, supply
 from distpool.node import node as nodes
 
 PATIENCE = 30.0
@@ -50,6 +50,17 @@ def test_a_worker_that_dies_idle_costs_nothing(
             except ProcessExitedException:
                 pass  # it was sent in the moment between death and its notice, and may have run
     assert "terminated" in caplog.text
+
+
+def test_a_crew_that_cannot_start_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error may keep the executor alive for long, and the crew held the topology, and a place among the crews."""
+    crew = opening.make_crew(2, None, {}, (None, ()), None, True)
+    monkeypatch.setenv("DISTPOOL_SILENT_SECONDS", "much")
+    assert crew.holds_topology and crew in crew.node.crews
+    with pytest.raises(ValueError, match="DISTPOOL_SILENT_SECONDS"):
+        crew.start()
+    assert not crew.holds_topology
+    assert crew.finished.wait(PATIENCE) and crew not in crew.node.crews
 
 
 def replacements(caplog: pytest.LogCaptureFixture) -> list[str]:
