@@ -224,6 +224,13 @@ def test_what_cannot_travel_is_named(value):
     assert str(caught.value.__cause__) in str(caught.value)
 
 
+def test_an_open_file_is_named(tmp_path):
+    text = "^the result of f, an object of type _io.TextIOWrapper, cannot be serialised: PicklingError: .* reading"
+    with open(tmp_path / "file", "w") as file, pytest.raises(SerializationError, match=text) as caught:
+        codec.encode(file, what="the result of f")
+    assert isinstance(caught.value.__cause__, pickle.PicklingError)
+
+
 def test_the_failing_argument_is_named():
     with pytest.raises(SerializationError, match=r"argument 2, .*_thread.lock.* cannot be serialised: TypeError"):
         codec.encode_args((1, threading.Lock(), [2]), {})
