@@ -47,7 +47,7 @@ def wishes(params: Mapping[str, Any]) -> Wishes:
     )
 
 
-_MEMORY = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]*)?|\.[0-9]+)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE | re.ASCII)
+_MEMORY = r"\s*([0-9]{1,18}(?:\.[0-9]*)?|\.[0-9]+)\s*(?:([kmgt])(i?))?b?\s*"
 
 
 def memory_bytes(limit: Any) -> int | None:
@@ -56,7 +56,7 @@ def memory_bytes(limit: Any) -> int | None:
         return None
     limit = as_int(limit)
     if isinstance(limit, str):
-        found = _MEMORY.fullmatch(limit)
+        found = re.fullmatch(_MEMORY, limit, re.IGNORECASE | re.ASCII)
         if found is None:
             raise ValueError(f"memory_limit must be bytes or text such as '2GiB', not {limit!r}")
         base = 1024 if found[3] else 1000
