@@ -20,7 +20,6 @@ is made on first use (module `__getattr__`), not at import.
 from __future__ import annotations
 
 import pickle
-import sys
 
 from distpool.hints import TYPE_CHECKING, Any
 
@@ -313,29 +312,6 @@ if TYPE_CHECKING:
 def _process_module() -> Any:
     """`concurrent.futures.process`, also when the interpreter is ending: a thread, or an `atexit` hook, that makes the
     first call of the program. The module wants to register a hook then, which is too late, and has nothing to end."""
-    if isinstance(getattr(sys, "last_value", None), KeyboardInterrupt):
-        return _process_module_at_interrupt()
-    return _import_process()
-
-
-def _process_module_at_interrupt() -> Any:
-    """The same when Ctrl-C has ended the program. The modules that this loads make a named tuple, which evaluates a
-    text, and then CPython forgets that nobody caught the interrupt: the program would exit with status 1, and not die
-    of SIGINT as shells and other parents expect. A code object may be evaluated.
-
-    Tried: `shutil`, whose named tuple it is, loaded in advance: 2 ms of the start of each program.
-    """
-    import collections
-
-    names = vars(collections)
-    names["eval"] = lambda text, namespace: eval(compile(text, "<string>", "eval"), namespace)
-    try:
-        return _import_process()
-    finally:
-        names.pop("eval", None)  # another thread may have been as quick
-
-
-def _import_process() -> Any:
     try:
         from concurrent.futures import process
     except RuntimeError:
@@ -394,24 +370,6 @@ def _make_process_exited() -> type:
     ProcessExitedException.__module__ = __name__
     ProcessExitedException.__qualname__ = "ProcessExitedException"
     return ProcessExitedException
-
-
-class Death:
-    """What is known of the end of a process; called, it makes the error of whoever waits for that process.
-
-    Most end with nobody waiting, and the error's class takes 5 ms to load.
-    """
-
-    def __init__(self, worker_id: int, exitcode: int | None, output: str, reason: str) -> None:
-        self.worker_id = worker_id
-        self.exitcode = exitcode
-        self.output = output
-        self.reason = reason
-
-    def __call__(self) -> BaseException:
-        from distpool.errors import ProcessExitedException
-
-        return ProcessExitedException(self.worker_id, self.exitcode, True, self.output, self.reason)
 
 
 def _make_bound_channel_closed() -> type:

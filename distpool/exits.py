@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import shutil  # noqa: F401  (see below)
 import sys
 import threading
 import time
@@ -25,6 +26,10 @@ from distpool.node import node as nodes
 
 if TYPE_CHECKING:
     from distpool.node.node import Node
+
+# `shutil` is wanted by what the end of an interrupted program loads (`concurrent.futures.process`, for the errors of
+# its calls). It evaluates the text of a named tuple, and then CPython forgets that a KeyboardInterrupt was not caught:
+# the program would exit with status 1, and not die of SIGINT as shells and other parents expect.
 
 _TOLD = 5.0  # seconds that handlers of the user's may take at the end
 _RESERVE = 2  # threads

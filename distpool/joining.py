@@ -13,6 +13,7 @@ time-out is given up; workers that it brings afterwards are ended.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from functools import partial
 
@@ -186,14 +187,10 @@ class Launch:
 
     def _handle(self, worker: WorkerConfig) -> Any:
         process = worker.process
-        if process is None or isinstance(process, LaunchedProcess):
-            return process
-        import subprocess  # 2 ms, which programs with workers of this host alone need not spend
-
         if isinstance(process, subprocess.Popen):
             handle = self._handles.setdefault(id(process), PopenHandle(self.node.loop, process))
             return handle.retain()
-        return None
+        return process if isinstance(process, LaunchedProcess) else None
 
     def _bring_up(self, member: Member, worker: WorkerConfig) -> None:
         process = worker.process

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import signal
 import subprocess
 import sys
 from concurrent.futures import BrokenExecutor
@@ -135,19 +134,6 @@ def test_the_module_does_not_load_the_process_pool() -> None:
     code = "import sys, distpool.errors; print('concurrent.futures.process' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.stdout == "False\n"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no process dies of a signal there")
-def test_an_interrupted_program_dies_of_the_signal_whatever_its_end_loads() -> None:
-    """With status 1 instead, a shell's loop round it would go on."""
-    code = (
-        "import threading, distpool.errors\n"
-        "threading._register_atexit(lambda: print(distpool.errors.ProcessExitedException))\n"
-        "raise KeyboardInterrupt"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
-    assert done.returncode == -signal.SIGINT
-    assert "distpool.errors.ProcessExitedException" in done.stdout
 
 
 def test_a_composite_of_nothing_is_refused_as_any_group() -> None:

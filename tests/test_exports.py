@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import subprocess
 import sys
 import types
@@ -132,24 +131,6 @@ def test_import_loads_nothing_heavy_and_starts_nothing() -> None:
         )
     )
     assert report == [[], 1, 0], "heavy modules, threads, additional descriptors"
-
-
-NOT_FOR_A_SHORT_PROGRAM = ("concurrent.futures.process", "subprocess", "shutil", "tempfile", "typing", "dataclasses")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are started by subprocess where there is no fork")
-def test_a_program_loads_nothing_that_it_does_not_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From its start to the end of its workers, which is no error: each of these costs 1 to 5 ms."""
-    for name in [name for name in os.environ if name.startswith("PYTHON") and name != "PYTHONPATH"]:
-        monkeypatch.delenv(name)  # options of the interpreter are passed on with the help of `subprocess`
-    report = python(
-        "from distpool import ClusterExecutor\n"
-        "with ClusterExecutor(2) as executor:\n"
-        "    assert list(executor.map(abs, [-1, 2])) == [1, 2]\n"
-        "import sys\n"
-        f"print([name for name in {NOT_FOR_A_SHORT_PROGRAM!r} if name in sys.modules])"
-    )
-    assert report == "[]\n"
 
 
 def import_seconds(module: str) -> float:

@@ -13,7 +13,6 @@ from fakes import ManualLoop
 from distpool import config
 from distpool.errors import (
     AuthenticationError,
-    Death,
     ProcessExitedException,
     ProtocolError,
     TopologyError,
@@ -637,7 +636,7 @@ def test_a_death_is_noted_once_and_everybody_hears(worker: World) -> None:
 def test_pid_1_tells_everybody_else(master: World) -> None:
     links = {pid: master.link(pid) for pid in (2, 3, 4, 5)}  # 5: no member of the group that 3 was in
     output = 2 * module._LAST_WORDS * "x" + "\nlast words"
-    master.peers.mark_dead(3, Death(3, None, output, "lost"))
+    master.peers.mark_dead(3, lambda: ProcessExitedException(3, None, True, output, "lost"))
     master.peers.broadcast_dead(3, {2, 4})
     assert links[3].sent == links[5].sent == []
     for pid in (2, 4):

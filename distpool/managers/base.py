@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ClusterManager", "parse_header"]
 
-_HEADER = r"distpool_worker:(\d{1,5})#(\S.*?)\s*$"  # compiled when there is one, not in each program
+_HEADER = re.compile(r"distpool_worker:(\d{1,5})#(\S.*?)\s*$")
 
 
 class ClusterManager:
@@ -135,7 +135,7 @@ def parse_header(line: str) -> tuple[str, int] | None:
 
     Example: `parse_header("distpool_worker:9009#10.0.0.7")` is `("10.0.0.7", 9009)`.
     """
-    match = re.match(_HEADER, line.strip())
+    match = _HEADER.match(line.strip())
     if match is None:
         return None
     port, host = int(match[1]), match[2]

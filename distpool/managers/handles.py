@@ -14,18 +14,16 @@ import io
 import os
 import socket
 import stat
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from functools import partial
 
-from distpool.hints import TYPE_CHECKING, Any
+from distpool.hints import Any
 from distpool.managers.process import SIGKILL, Loop
 from distpool.sigpipe import QUIET
 from distpool.transport.pump import readinto_of
-
-if TYPE_CHECKING:
-    import subprocess
 
 _AGAIN = 0.05  # seconds until we ask again for the exit status of a process that somebody else is waiting for
 

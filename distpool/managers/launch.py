@@ -12,6 +12,7 @@ the end of a pipe.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -25,8 +26,6 @@ from distpool.managers.process import HOST, LaunchedProcess, LaunchSpec, Loop, n
 from distpool.managers.zygotes import ZygoteProcess, key_of
 
 if TYPE_CHECKING:
-    import subprocess
-
     from distpool.managers.executed import Executed
 
 __all__ = ["LaunchSpec", "LaunchedProcess", "Launcher"]
@@ -161,8 +160,6 @@ class Launcher:
             self._open_janitor()
 
     def _open_janitor(self) -> None:
-        import subprocess
-
         try:
             their_end, self._janitor_pipe = os.pipe()
         except OSError:

@@ -47,7 +47,7 @@ def wishes(params: Mapping[str, Any]) -> Wishes:
     )
 
 
-_MEMORY = r"\s*([0-9]{1,18}(?:\.[0-9]*)?|\.[0-9]+)\s*(?:([kmgt])(i?))?b?\s*"
+_MEMORY = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]*)?|\.[0-9]+)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE | re.ASCII)
 
 
 def memory_bytes(limit: Any) -> int | None:
@@ -56,7 +56,7 @@ def memory_bytes(limit: Any) -> int | None:
         return None
     limit = as_int(limit)
     if isinstance(limit, str):
-        found = re.fullmatch(_MEMORY, limit, re.IGNORECASE | re.ASCII)
+        found = _MEMORY.fullmatch(limit)
         if found is None:
             raise ValueError(f"memory_limit must be bytes or text such as '2GiB', not {limit!r}")
         base = 1024 if found[3] else 1000

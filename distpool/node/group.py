@@ -178,9 +178,10 @@ class Group:
 
     def _tell_peers(self, member: Member) -> None:
         """Every process of the group hears of the death, with what is known of it."""
+        pid, code, output, reason = member.pid, member.exitcode, member.last_output, member.reason
         peers = self.node.peers
-        peers.mark_dead(member.pid, errors.Death(member.pid, member.exitcode, member.last_output, member.reason))
-        peers.broadcast_dead(member.pid, self.members)
+        peers.mark_dead(pid, lambda: errors.ProcessExitedException(pid, code, True, output, reason))
+        peers.broadcast_dead(pid, self.members)
 
     def _call_hooks(self, hooks: list[Callable[[WorkerInfo], object]], info: WorkerInfo) -> None:
         for hook in list(hooks):

@@ -434,7 +434,8 @@ class Peers:
         if link is not self._node.master_link:
             return  # who has workers of his own may tell them, and nobody else
         message = messages.Dead.unpack(frame.control)
-        self.mark_dead(message.pid, errors.Death(message.pid, message.exitcode, message.output, message.reason))
+        pid, code, output, reason = message.pid, message.exitcode, message.output, message.reason
+        self.mark_dead(pid, lambda: errors.ProcessExitedException(pid, code, True, output, reason))
 
     def mark_dead(self, pid: int, make_error: Callable[[], BaseException]) -> None:
         """The process is gone for good: idempotent."""
@@ -457,8 +458,8 @@ class Peers:
 
     def obituary(self, pid: int) -> bytes:
         """Pid 1: what it tells of a dead process."""
-        death: Any = self.dead[pid]  # an `errors.Death`: it was in the group
-        return messages.Dead(pid, death.exitcode, death.reason, death.output[-_LAST_WORDS:]).pack()
+        error: Any = self.dead[pid]()
+        return messages.Dead(pid, error.exitcode, error.reason, error.output[-_LAST_WORDS:]).pack()
 
     def broadcast_dead(self, pid: int, members: Container[int]) -> None:
         """Pid 1: tell every worker. (In a task that has an executor: its own `members`.)"""

@@ -17,7 +17,7 @@ from types import CodeType
 from distpool.node.striking import looking_at_frames
 
 _LOOK = 0.05  # seconds
-_OWNER = r"owner=(\d+)"
+_OWNER = re.compile(r"owner=(\d+)")
 HOLDERS: set[CodeType] = set()
 """Functions of ours that take such locks and let go of them; whoever defines them adds them."""
 
@@ -34,7 +34,7 @@ def take(condition: threading.Condition) -> bool:
 
 def _is_left(condition: threading.Condition) -> bool:
     """Whether the thread that has the lock does nothing that would let go of it."""
-    found = re.search(_OWNER, repr(condition))  # nothing else tells
+    found = _OWNER.search(repr(condition))  # nothing else tells
     if found is None or int(found[1]) == 0:
         return False  # it has just let go
     with looking_at_frames():

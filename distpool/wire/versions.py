@@ -27,7 +27,7 @@ _ADVICE = {
     "cloudpickle": "install the same version of cloudpickle on both sides",
     "byte order": "such machines cannot work together",
 }
-_VERSION = r"^__version__\s*=\s*[\"']([^\"']+)[\"']"
+_VERSION = re.compile(r"^__version__\s*=\s*[\"']([^\"']+)[\"']", re.MULTILINE)
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def _cloudpickle() -> str:
     loader: Any = spec.loader if spec is not None else None
     if spec is None or spec.origin is None or not hasattr(loader, "get_data"):
         return ""
-    found = re.search(_VERSION, loader.get_data(spec.origin).decode("utf-8", "replace"), re.MULTILINE)
+    found = _VERSION.search(loader.get_data(spec.origin).decode("utf-8", "replace"))
     return found[1] if found else ""
 
 
